@@ -1,0 +1,1842 @@
+"""Train a GPT to a target validation loss in the least wall time, from one file.
+
+    python train_gpt.py                                                        # tiny track: any CPU, bytes
+    torchrun --standalone --nproc_per_node=1 train_gpt.py --track=sprint       # 210 steps on one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py --track=short        # 3.28 on FineWeb
+    python train_gpt.py --checkpoint=FILE --sample="Once upon"                 # or --export=model.safetensors
+
+`./run.sh [track]` sets everything up first. Any field of `Config` is a flag: --name=value.
+
+Shape suffixes: x_TD is (T, D).   T tokens of one packed micro-batch   D model width   H heads   E head width
+    F hidden width of the MLP     V padded vocabulary   L layers   A layers with attention   K targets per token
+    N matrices of a bank   R, C rows and columns of one matrix   P rotary positions   G gate inputs
+"""
+
+import dataclasses
+import difflib
+import glob
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit code 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Config
+
+
+class Layer(NamedTuple):
+    """One row of the per-layer table: the only place where a layer is singled out by its position."""
+
+    window: str                  # "short", "long", or "none": a layer without attention
+    value_embed: int = -1        # value-embedding table added to v; -1: none
+    key_offset: bool = False     # k[t] takes its stationary dims from k[t-1]: one-layer induction
+    skip_from: int = -1          # earlier layer whose output is added before this layer; -1: none
+
+
+class Stage(NamedTuple):
+    """One row of the stage table: in force from `start` until the next row's start, all columns together."""
+
+    start: float                 # fraction of scheduled_steps
+    batch_tokens: int            # tokens of one optimizer step, over all ranks
+    max_doc: int                 # tokens; longer documents are cut
+    window_short: int            # tokens a query looks back
+    window_long: int
+    lr: float                    # multiplier on every learning rate
+    targets: tuple = ((1, 1),)   # loss weight of target t+1+k, (at the stage's start, at its end), k = 0, 1, ..
+
+
+@dataclass(frozen=True)
+class Config:
+    # what to do
+    track: str = "tiny"
+    check: bool = False          # only check configuration and data
+    checkpoint: str = ""         # a checkpoint or export to sample from, export or evaluate; no training
+    resume: str = ""             # a checkpoint to continue
+    sample: str = ""             # prompt of the sampled text; "" takes a default after training
+    sample_tokens: int = 200
+    temperature: float = 0.7
+    export: str = ""             # file for the trained weights, without auxiliary heads
+    save_every: int = 0          # steps between checkpoints; 0: only at the end; -1: never
+    stop_after: int = 0          # stop after this many steps of the unchanged schedule; 0: run to its end
+    seed: int = 0
+    logs: str = ""               # folder; "": logs/ beside this file
+    # hardware: "auto" is decided once at the start and logged with its reason
+    device: str = "auto"         # auto, cuda, cpu
+    dtype: str = "auto"          # auto, bfloat16, float32: activations; parameters are always float32
+    compile: str = "auto"        # auto, on, off
+    attention: str = "auto"      # auto, varlen, reference
+    warmup: str = "auto"         # auto, on, off: untimed steps on synthetic tokens, state restored after
+    # data
+    data: str = ""               # folder with *_train_*.bin and *_val_*.bin; "": data/<dataset>
+    dataset: str = "sample"
+    tokenizer: str = "bytes"     # bytes, gpt2, or a FILE.tiktoken of mergeable ranks
+    vocab_size: int = 0          # derived from the tokenizer, then padded to a multiple of 128
+    document_rest: str = "skip"  # what follows a cut: skip it, or keep it as the next piece
+    epochs: int = 1              # passes over the training shards, if the schedule needs them
+    micro_batches: int = 8       # per optimizer step, over all ranks; finer beyond that many ranks
+    val_tokens: int = 0          # from the start of the validation shards; 0: all
+    val_chunk: int = 262_144     # tokens of one validation forward
+    val_every: int = 100         # steps
+    # schedule
+    scheduled_steps: int = 100
+    extension_steps: int = 0     # at the final learning rate, with the last stage's windows
+    stages: tuple = ()
+    cooldown: float = 0.55       # last fraction of scheduled_steps: learning rate falls linearly ...
+    lr_floor: float = 0.1        # ... to this multiplier
+    momentum_warmup: int = 300   # steps from momentum 0.85 to 0.95
+    momentum_cooldown: int = 50  # last steps, back to 0.85
+    val_window_short: int = 768  # tokens, at the final validation
+    val_window_long: int = 2560
+    # model
+    layers: tuple = ()
+    width: int = 768
+    heads: int = 6
+    mlp_ratio: int = 4
+    attn_scale: float = 0.1      # of the first stage; YaRN raises it
+    loss_chunk: int = 16_384     # tokens whose logits exist at a time
+    # mechanisms
+    value_embeds: bool = True
+    sliding_window: bool = True
+    yarn: bool = True
+    key_offset: str = "table"    # table (the layers marked in the layer table), all, off
+    key_offset_dims: str = "stationary"  # stationary, all
+    x0_mix: bool = True
+    smear: bool = True
+    skip: bool = True
+    backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
+    attn_gate: bool = True
+    gate_inputs: int = 12        # leading channels read by the attention and smear gates
+    qk_norm: bool = True
+    rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
+    softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
+    smear_mtp: bool = True
+    multi_target: bool = True    # use the stages' target weights; off: next token only
+    mtp_heads: int = 0           # auxiliary heads for t+2, t+3, ..: trained, not exported
+    mtp_weight: float = 0.1      # of the mean auxiliary loss
+    leaky_slope: float = 0.0     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
+    cut_smear: bool = False      # these three stop at document starts, as attention always does
+    cut_key_offset: bool = False
+    cut_smear_mtp: bool = False
+    # optimizer: the table built from these is `optimizer_table`
+    muon_lr: float = 0.023
+    muon_weight_decay: float = 0.0276  # per step: lr * weight_decay, both times the schedule's multiplier
+    adam_lr: float = 0.008
+    attn_lr_ratio: float = 1.0   # learning rate of the attention matrices over muon_lr
+    embed_lr_ratio: float = 75.0 # learning rate of the embedding tables over adam_lr
+    adam_every: int = 2          # steps between Adam updates; gradients add up meanwhile
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def bos(self) -> int:
+        return self.vocab_size - 1
+
+    @property
+    def total_steps(self) -> int:
+        return self.scheduled_steps + self.extension_steps
+
+    @property
+    def attention_layers(self) -> list[int]:
+        return [i for i, layer in enumerate(self.layers) if layer.window != "none"]
+
+    @property
+    def value_tables(self) -> int:
+        return 1 + max(layer.value_embed for layer in self.layers) if self.value_embeds else 0
+
+    def offsets_keys(self, layer: Layer) -> bool:
+        return {"off": False, "all": True, "table": layer.key_offset}[self.key_offset]
+
+
+SHORT_LAYERS = (
+    Layer("short", value_embed=1),
+    Layer("short", value_embed=2),
+    Layer("short"),
+    Layer("long", key_offset=True),
+    Layer("short"),
+    Layer("short"),
+    Layer("none", skip_from=3),
+    Layer("short"),
+    Layer("short", value_embed=0),
+    Layer("short", value_embed=1),
+    Layer("long", value_embed=2, key_offset=True),
+)
+
+SHORT_STAGES = (
+    #     start  batch    max_doc  short  long  lr    weights of the targets t+1, t+2, t+3
+    Stage(0 / 3, 131_072, 2048,    128,   384,  1.00, ((1, 1), (0.5, 0.5), (0.25, 0))),
+    Stage(1 / 3, 262_144, 2048,    384,   896,  1.52, ((1, 1), (0.5, 0))),
+    Stage(2 / 3, 393_216, 2048,    640,  1408,  1.73, ((1, 1),)),
+    Stage(1.0,   393_216, 2048,    768,  1664,  1.00, ((1, 1),)),
+)  # fmt: skip
+
+MEDIUM_LAYERS = (
+    Layer("long", value_embed=0, key_offset=True),
+    Layer("short", value_embed=1),
+    Layer("short", value_embed=2),
+    Layer("short", value_embed=3),
+    Layer("long", value_embed=4, key_offset=True),
+    Layer("short"),
+    Layer("short"),
+    Layer("short"),
+    Layer("short"),
+    Layer("short", skip_from=6),
+    Layer("short", skip_from=4),
+    Layer("long", value_embed=0, key_offset=True, skip_from=2),
+    Layer("short", value_embed=1),
+    Layer("short", value_embed=2),
+    Layer("short", value_embed=3),
+    Layer("long", value_embed=4, key_offset=True),
+)
+
+MEDIUM_STAGES = (
+    Stage(0 / 12, 131_072, 4096,  128,  384, 1.00, ((1, 1), (0.5, 0.5), (0.25, 0))),
+    Stage(1 / 12, 262_144, 4096,  384,  896, 1.52, ((1, 1), (0.5, 0))),
+    Stage(2 / 12, 393_216, 4096,  640, 1408, 1.73),
+    Stage(3 / 12, 524_288, 4096,  768, 1664, 2.00),
+    Stage(4 / 12, 524_288, 4096,  896, 1920, 2.00),
+    Stage(5 / 12, 524_288, 4096, 1024, 2176, 2.00),
+    Stage(6 / 12, 524_288, 4096, 1152, 2432, 2.00),
+    Stage(7 / 12, 524_288, 4096, 1280, 2688, 2.00),
+    Stage(8 / 12, 524_288, 4096, 1408, 2944, 2.00),
+)  # fmt: skip
+
+TINY_LAYERS = (
+    Layer("short", value_embed=0),
+    Layer("long", value_embed=1, key_offset=True),
+    Layer("short"),
+    Layer("none", skip_from=1),
+    Layer("long", value_embed=1, key_offset=True),
+)
+
+TINY_STAGES = (
+    Stage(0 / 3, 8_192, 1024,  64, 128, 1.0, ((1, 1), (0.5, 0.5), (0.25, 0))),
+    Stage(1 / 3, 8_192, 1024, 128, 256, 1.0, ((1, 1), (0.5, 0))),
+    Stage(2 / 3, 8_192, 1024, 128, 384, 1.0),
+)  # fmt: skip
+
+SHORT = Config(
+    track="short", dataset="fineweb10B", tokenizer="gpt2", layers=SHORT_LAYERS, stages=SHORT_STAGES,
+    scheduled_steps=2070, extension_steps=40, val_tokens=10_485_760, val_every=250, backout_from=7,
+)  # fmt: skip
+
+TRACKS = {
+    "tiny": Config(
+        layers=TINY_LAYERS, stages=TINY_STAGES, width=128, heads=2, scheduled_steps=300, extension_steps=0,
+        micro_batches=4, document_rest="keep", epochs=4, val_chunk=16_384, val_every=50,
+        val_window_short=128, val_window_long=512, backout_from=2, attn_scale=0.15, loss_chunk=4096,
+        momentum_warmup=100, momentum_cooldown=25, sample="The module ", save_every=0,
+    ),
+    "sprint": replace(
+        SHORT, track="sprint", scheduled_steps=200, extension_steps=10, val_tokens=2_097_152, val_every=50
+    ),
+    "short": SHORT,
+    "medium": replace(
+        SHORT, track="medium", layers=MEDIUM_LAYERS, stages=MEDIUM_STAGES, width=1024, heads=8,
+        scheduled_steps=4700, backout_from=11, cooldown=0.7, val_window_short=1408, val_window_long=3456,
+        muon_lr=0.015, muon_weight_decay=0.018, adam_lr=0.004,
+    ),
+}  # fmt: skip
+
+CHOICES = {
+    "track": tuple(TRACKS), "device": ("auto", "cuda", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
+    "compile": ("auto", "on", "off"), "attention": ("auto", "varlen", "reference"),
+    "warmup": ("auto", "on", "off"), "document_rest": ("skip", "keep"), "key_offset": ("table", "all", "off"),
+    "key_offset_dims": ("stationary", "all"),
+}  # fmt: skip
+# Flags that change neither the model nor its training: the ones that go with --checkpoint and --resume.
+RUN_FLAGS = {"check", "checkpoint", "resume", "sample", "sample_tokens", "temperature", "export", "save_every",
+             "stop_after", "logs", "device", "dtype", "compile", "attention", "warmup", "data", "dataset",
+             "tokenizer", "seed"}  # fmt: skip
+MINIMUM = {"save_every": -1, "backout_from": -1, "epochs": 1, "micro_batches": 1, "val_chunk": 1, "val_every": 1,
+           "scheduled_steps": 1, "width": 1, "heads": 1, "mlp_ratio": 1, "loss_chunk": 1, "adam_every": 1,
+           "sample_tokens": 1, "gate_inputs": 1}  # fmt: skip
+
+
+def parse_value(name: str, kind: type, text: str):
+    """`text` as a value of field `name`; raises UserError in one line if it isn't one."""
+    try:
+        if kind is bool:
+            value = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[text.lower()]
+        else:
+            value = kind(text.replace("_", "") if kind is int else text)
+    except (ValueError, KeyError):
+        raise UserError(f"--{name}={text}: expected {'on or off' if kind is bool else kind.__name__}") from None
+    if name in CHOICES and value not in CHOICES[name]:
+        raise UserError(f"--{name}={text}: expected one of {', '.join(CHOICES[name])}")
+    if kind in (int, float) and not MINIMUM.get(name, 0) <= value < 1e12:
+        raise UserError(f"--{name}={text}: expected a number from {MINIMUM.get(name, 0)} to 1e12")
+    return value
+
+
+def parse_config(argv: list[str]) -> Config:
+    """The chosen track with --name=value overrides (`--name` alone means on), or, with --checkpoint or --resume,
+    that file's configuration, of which only flags that leave model and training as they were can be overridden.
+    """
+    overrides = parse_overrides(argv)
+    saved = overrides.get("checkpoint") or overrides.get("resume")
+    if not saved:
+        return resolve_config(replace(TRACKS[overrides.get("track", "tiny")], **overrides))
+    base = read_safetensors(saved, tensors=False)[1]["config"]
+    for name, value in overrides.items():
+        if name not in RUN_FLAGS and value != getattr(base, name):
+            raise UserError(f"--{name}: fixed by {saved}, where it is {getattr(base, name)}; leave it out")
+    return replace(base, **{name: f.default for name, f in Config.__dataclass_fields__.items() if name in RUN_FLAGS - {
+        "tokenizer", "data", "dataset"}} | overrides)
+
+
+def parse_overrides(argv: list[str]) -> dict:
+    fields = {f.name: f.type for f in dataclasses.fields(Config) if f.type in (str, int, float, bool)}
+    overrides = {}
+    for arg in argv:
+        name, given, text = arg.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not arg.startswith("--") or name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean --{near[0]}=..?" if near else "flags are the fields of Config, as --name=value"
+            raise UserError(f"unknown argument {arg!r}: {hint}")
+        if not given and fields[name] is not bool:
+            raise UserError(f"{arg}: needs a value, as {arg}={fields[name].__name__}")
+        overrides[name] = parse_value(name, fields[name], text if given else "on")
+    return overrides
+
+
+def resolve_config(cfg: Config) -> Config:
+    """Fill in what follows from other fields, and refuse what doesn't fit together."""
+    if not cfg.vocab_size:
+        cfg = replace(cfg, vocab_size=load_tokenizer(cfg.tokenizer, ranks_only=True).vocab_size)
+    if cfg.width % cfg.heads or cfg.head_dim % 4:
+        raise UserError(f"--width={cfg.width} --heads={cfg.heads}: heads must divide width into multiples of 4")
+    if cfg.rotary_fraction > 1:
+        raise UserError(f"--rotary_fraction={cfg.rotary_fraction}: expected 0 to 1")
+    if cfg.backout_from >= len(cfg.layers):
+        raise UserError(f"--backout_from={cfg.backout_from}: the model has layers 0 to {len(cfg.layers) - 1}")
+    if cfg.gate_inputs > cfg.width:
+        raise UserError(f"--gate_inputs={cfg.gate_inputs}: at most the width, {cfg.width}")
+    return cfg
+
+
+def config_to_json(cfg: Config) -> dict:
+    return {k: [v._asdict() for v in x] if k in ("layers", "stages") else x
+            for k, x in ((f.name, getattr(cfg, f.name)) for f in dataclasses.fields(cfg))}  # fmt: skip
+
+
+def config_from_json(values: dict) -> Config:
+    """Inverse of config_to_json. Raises KeyError or TypeError on fields that Config doesn't have."""
+    stages = [{**s, "targets": tuple(map(tuple, s["targets"]))} for s in values["stages"]]
+    nested = {"layers": tuple(Layer(**v) for v in values["layers"]), "stages": tuple(Stage(**s) for s in stages)}
+    return Config(**{**values, **nested})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Hardware
+
+
+class World(NamedTuple):
+    """This process among its peers. At size 1 every collective is the identity: the same path everywhere."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+class Hardware(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype           # of activations
+    compile: bool
+    attention: str               # "varlen" (FlashAttention inside torch) or "reference"
+    warmup: bool
+    reasons: dict                # decision -> why, for the log
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def choose_hardware(cfg: Config, world: World) -> Hardware:
+    """Every decision that depends on the machine, made once. Raises UserError if a forced one can't be had."""
+    cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
+    if cuda and torch.cuda.device_count() <= world.local_rank:
+        found = torch.cuda.device_count()
+        raise UserError(f"process {world.local_rank + 1} has no GPU, {found} found: start as many processes as GPUs")
+    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    modern = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    why = {"device": torch.cuda.get_device_name(device) if cuda else "no GPU found or asked for"}
+
+    dtype = torch.bfloat16 if (modern if cfg.dtype == "auto" else cfg.dtype == "bfloat16") else torch.float32
+    why["dtype"] = "forced" if cfg.dtype != "auto" else "tensor cores with bfloat16" if modern else "no fast bfloat16"
+
+    compile = cuda if cfg.compile == "auto" else cfg.compile == "on"
+    why["compile"] = "forced" if cfg.compile != "auto" else "GPU" if cuda else "costs more than it saves on a CPU"
+
+    varlen = modern and dtype == torch.bfloat16 and has_varlen_window()
+    attention = ("varlen" if varlen else "reference") if cfg.attention == "auto" else cfg.attention
+    if attention == "varlen" and not varlen:
+        raise UserError("--attention=varlen: needs a GPU of compute capability 8.0, bfloat16 and torch >= 2.11")
+    why["attention"] = "forced" if cfg.attention != "auto" else "FlashAttention in torch" if varlen else "not available"
+
+    warmup = compile if cfg.warmup == "auto" else cfg.warmup == "on"
+    why["warmup"] = "forced" if cfg.warmup != "auto" else "compiled code" if compile else "nothing to compile"
+    return Hardware(device, dtype, compile, attention, warmup, why)
+
+
+def has_varlen_window() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Model
+
+
+class Documents(NamedTuple):
+    """Where the documents of a packed micro-batch begin; attention never leaves a document."""
+
+    cu_seqlens: Tensor           # (documents + 1,) int32: 0, starts of the others, T
+    longest: int                 # tokens
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, without a weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def shift(x: Tensor, starts_T: Tensor | None = None) -> Tensor:
+    """x[t-1] at position t; zero at t = 0 and, if `starts_T` is given, where a document starts."""
+    previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+    if starts_T is None:
+        return previous
+    return previous.masked_fill(starts_T.view(-1, *[1] * (x.dim() - 1)), 0)
+
+
+def rotate(x_THE: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
+    """Rotary embedding, pairs (j, j + E/2), J = E/2."""
+    a, b = x_THE.float().chunk(2, dim=-1)
+    cos, sin = cos_TJ[:, None], sin_TJ[:, None]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_THE)
+
+
+def offset_keys(k_THE: Tensor, dims: Tensor, starts_T: Tensor | None) -> Tensor:
+    """Partial key offset (record 49): k[t] with the marked dims taken from k[t-1]; t = 0 keeps its own.
+
+    dims: (E,) bool. starts_T: (T,) bool, positions that keep their own key too, or None to cross documents.
+    """
+    take = dims.expand(k_THE.size(0), -1)[:, None].clone()
+    take[0] = False
+    if starts_T is not None:
+        take = take & ~starts_T[:, None, None]
+    return torch.where(take, shift(k_THE), k_THE)
+
+
+def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
+    return F.leaky_relu(x, slope).square() if slope else F.relu(x).square()
+
+
+def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block: int = 256) -> Tensor:
+    """Causal attention within documents and within `window` tokens back, scores q.k unscaled.
+
+    Plain torch on any device; works block by block, so memory is linear in T. Returns (T, H, E).
+    """
+    T = q_THE.size(0)
+    position = torch.arange(T, device=q_THE.device)
+    document = torch.searchsorted(docs.cu_seqlens[1:].long(), position, right=True)
+    out = []
+    for lo in range(0, T, block):
+        hi, first = min(lo + block, T), max(0, lo - window)
+        back = position[lo:hi, None] - position[None, first:hi]
+        mask = (back >= 0) & (back <= window) & (document[lo:hi, None] == document[None, first:hi])
+        q, k, v = (x.transpose(0, 1) for x in (q_THE[lo:hi], k_THE[first:hi], v_THE[first:hi]))
+        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(0, 1))
+    return torch.cat(out)
+
+
+def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tensor:
+    """The same through torch's variable-length FlashAttention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = docs
+    return varlen_attn(q_THE, k_THE, v_THE, cu, cu, longest, longest, scale=1.0, window_size=(window, 0))
+
+
+ATTENTION = {"varlen": attention_varlen, "reference": attention_reference}
+
+
+class Rotary(NamedTuple):
+    """Half-truncated rotary tables and attention scale of one stage; pure function of the stage table."""
+
+    cos_PJ: Tensor               # (positions, E/2) float32; stationary dims have cos 1, sin 0
+    sin_PJ: Tensor
+    scale: Tensor                # () float32, multiplies q
+    still_E: Tensor              # (E,) bool: stationary dims
+
+
+def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
+    """Tables for `positions` tokens after the window changes of stages 1..`stage` (YaRN, arXiv 2309.00071).
+
+    The windows of the final validation are longer still, but are used without a change of tables.
+    """
+    half = cfg.head_dim // 2
+    moving = round(half * cfg.rotary_fraction)
+    frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, moving), torch.zeros(half - moving)]).double()
+    scale = cfg.attn_scale
+    for old, new in zip(cfg.stages[:stage], cfg.stages[1:]):
+        stretch = new.window_long / old.window_long
+        if not cfg.yarn or stretch == 1 or not cfg.sliding_window:
+            continue
+        turns = old.window_long * frequency / (2 * math.pi)
+        keep = ((turns - 1) / 31).clamp(0, 1)
+        frequency = frequency * (1 / stretch + keep * (1 - 1 / stretch))
+        scale *= 1 + 0.2 * math.log(stretch)
+    angle_PJ = torch.arange(positions).double()[:, None] * frequency
+    tables = angle_PJ.cos().float(), angle_PJ.sin().float(), torch.tensor(scale).float(), (frequency == 0).repeat(2)
+    return Rotary(*(t.to(device) for t in tables))
+
+
+# The forward pass is cut into regions between the attention calls. Each is a plain function of tensors, so it
+# compiles by itself (all layers of a kind share the code) with T dynamic: no stage needs a compilation of its own.
+
+
+def embed_region(embed_TD, gate_G, smear_lambda, starts_T, cut: bool) -> Tensor:
+    """Token embeddings smeared with their predecessor, normed: (T, D)."""
+    if gate_G is not None:
+        gate = torch.sigmoid(embed_TD[:, : gate_G.numel()] @ gate_G.to(embed_TD.dtype))
+        embed_TD = embed_TD + smear_lambda * gate[:, None] * shift(embed_TD, starts_T if cut else None)
+    return norm(embed_TD)
+
+
+def mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda) -> Tensor:
+    """Residual stream as a layer sees it: plus the skip connection, mixed with the embedding x0.
+
+    Layer 0, whose stream is x0 itself, gets x0_TD = None and has its two factors merged into one.
+    """
+    if skip_TD is not None:
+        x_TD = x_TD + torch.sigmoid(skip_lambda) * skip_TD
+    if x0_lambda is None:
+        return x_TD
+    return (x_lambda + x0_lambda) * x_TD if x0_TD is None else x_lambda * x_TD + x0_lambda * x0_TD
+
+
+def qkv_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, w_4DD, v_lambda, value_TD, gate_HG,
+               cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config, offset: bool):  # fmt: skip
+    """From the residual stream to what attention needs: x (T, D), q, k, v (T, H, E), gate (T, H) or None."""
+    x_TD = mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda)
+    T, D = x_TD.shape
+    h_TD = norm(x_TD)
+    q_THE, k_THE, v_THE = (h_TD @ w_4DD[:3].reshape(3 * D, D).T).view(T, 3, cfg.heads, cfg.head_dim).unbind(1)
+    if cfg.qk_norm:
+        q_THE, k_THE = norm(q_THE), norm(k_THE)
+    q_THE = rotate(q_THE * scale, cos_PJ[:T], sin_PJ[:T])
+    k_THE = rotate(k_THE, cos_PJ[:T], sin_PJ[:T])
+    if offset:
+        dims_E = still_E if cfg.key_offset_dims == "stationary" else torch.ones_like(still_E)
+        k_THE = offset_keys(k_THE, dims_E, starts_T if cfg.cut_key_offset else None)
+    v_THE = v_lambda * v_THE
+    if value_TD is not None:
+        v_THE = v_THE + value_TD.view_as(v_THE)
+    gate_TH = None if gate_HG is None else torch.sigmoid(h_TD[:, : gate_HG.size(1)] @ gate_HG.to(h_TD.dtype).T)
+    return x_TD, q_THE, k_THE, v_THE.contiguous(), gate_TH
+
+
+def output_region(x_TD, y_THE, gate_TH, out_lambda, w_DD, mlp_2FD, slope: float) -> Tensor:
+    """Attention output and MLP added to the residual stream: (T, D). y_THE = None: a layer without attention."""
+    if y_THE is not None:
+        y_THE = y_THE if gate_TH is None else y_THE * gate_TH[..., None]
+        x_TD = x_TD + out_lambda * (y_THE.reshape_as(x_TD) @ w_DD.T)
+    hidden_TF = leaky_relu_squared(norm(x_TD) @ mlp_2FD[0].T, slope)
+    return x_TD + hidden_TF @ mlp_2FD[1]
+
+
+def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bool) -> Tensor:
+    """Latents that the head reads: backout, norm, and smear-MTP y'[t] = y[t] + lambda y[t-1] (PR 151)."""
+    if backout_TD is not None:
+        x_TD = x_TD - backout_lambda * backout_TD
+    x_TD = norm(x_TD)
+    return x_TD if mtp_lambda is None else x_TD + mtp_lambda * shift(x_TD, starts_T if cut else None)
+
+
+def loss_region(x_TD, head_VD, targets_TK, weights_K, softcap: float) -> Tensor:
+    """Sum over tokens of sum_k weight_k * cross entropy with target k: (). Targets of -1 count nothing."""
+    logits_TV = cap(x_TD @ head_VD.to(x_TD.dtype).T, softcap)
+    return sum(weights_K[k] * F.cross_entropy(logits_TV, targets_TK[:, k], ignore_index=-1, reduction="sum")
+               for k in range(targets_TK.size(1)))  # fmt: skip
+
+
+def cap(logits: Tensor, softcap: float) -> Tensor:
+    logits = logits.float()
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, output_region, final_region, loss_region)}
+
+
+def compile_region(function):
+    """torch.compile with the T dimension (parameters named ..._T..) dynamic from the first call on."""
+    names = list(inspect.signature(function).parameters)
+    tokens = [i for i, name in enumerate(names) if "_T" in name]
+    compiled = torch.compile(function, fullgraph=True)
+
+    def call(*args):
+        for i in tokens:
+            if args[i] is not None:
+                torch._dynamo.mark_dynamic(args[i], 0)
+        return compiled(*args)
+
+    return call
+
+
+class GPT(nn.Module):
+    """Parameters are float32; forward runs in `dtype`. Mechanisms that are off have no parameters.
+
+    | parameter            | shape             | initial value                                                  |
+    |----------------------|-------------------|----------------------------------------------------------------|
+    | embed                | (V, D)            | normal(0, 1)                                                   |
+    | value_embeds         | (tables * V, D)   | 0                                                              |
+    | head, mtp_heads      | (V, D), (n, V, D) | 0                                                              |
+    | attn_bank            | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0                        |
+    | mlp_bank             | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down, stored transposed, 0      |
+    | attn_gate            | (A, H, G)         | 0: every gate starts at 1/2                                    |
+    | attn_lambdas         | (A, 2)            | 0.5 on v, 1 on the output                                      |
+    | resid_lambdas        | (L, 2)            | 1.1 on the stream, 0 on x0                                     |
+    | smear_gate, smear_lambda, smear_mtp_lambda | (G,), (), () | 0                                             |
+    | skip_lambdas         | (skips,)          | -1.5, before a sigmoid                                         |
+    | backout_lambda       | ()                | 0.5                                                            |
+    """
+
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attention: str = "reference"):
+        super().__init__()
+        self.cfg, self.dtype, self.attention = cfg, dtype, ATTENTION[attention]
+        self.regions = REGIONS
+        self.tap_layers = {layer.skip_from for layer in cfg.layers} | {cfg.backout_from}
+        self.skips = [i for i, layer in enumerate(cfg.layers) if layer.skip_from >= 0 and cfg.skip]
+        L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
+        bound = math.sqrt(3) * 0.5 / math.sqrt(D)
+
+        self.embed = nn.Parameter(torch.randn(V, D))
+        self.head = nn.Parameter(torch.zeros(V, D))
+        attn_bank, mlp_bank = torch.zeros(A, 4, D, D), torch.zeros(L, 2, cfg.mlp_ratio * D, D)
+        self.attn_bank = nn.Parameter(attn_bank)
+        self.mlp_bank = nn.Parameter(mlp_bank)
+        attn_bank[:, :3].uniform_(-bound, bound)
+        mlp_bank[:, 0].uniform_(-bound, bound)
+        self.attn_lambdas = nn.Parameter(torch.tensor([0.5, 1.0]).repeat(A, 1))
+        if cfg.value_embeds:
+            self.value_embeds = nn.Parameter(torch.zeros(cfg.value_tables * V, D))
+        if cfg.attn_gate:
+            self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
+        if cfg.x0_mix:
+            self.resid_lambdas = nn.Parameter(torch.tensor([1.1, 0.0]).repeat(L, 1))
+        if cfg.smear:
+            self.smear_gate = nn.Parameter(torch.zeros(cfg.gate_inputs))
+            self.smear_lambda = nn.Parameter(torch.zeros(()))
+        if self.skips:
+            self.skip_lambdas = nn.Parameter(torch.full((len(self.skips),), -1.5))
+        if cfg.backout_from >= 0:
+            self.backout_lambda = nn.Parameter(torch.tensor(0.5))
+        if cfg.smear_mtp:
+            self.smear_mtp_lambda = nn.Parameter(torch.zeros(()))
+        if cfg.mtp_heads:
+            self.mtp_heads = nn.Parameter(torch.zeros(cfg.mtp_heads, V, D))
+
+    def forward(self, tokens_T: Tensor, docs: Documents, windows: dict, rotary: Rotary) -> Tensor:
+        """Final latents (T, D) of packed tokens (T,) int64, in `dtype`; the head is applied by the caller.
+
+        windows: tokens that the "short" and the "long" layers look back.
+        """
+        cfg = self.cfg
+        starts_T = tokens_T == cfg.bos
+        embed_TD = F.embedding(tokens_T, self.embed).to(self.dtype)
+        gate, smear_lambda = (self.smear_gate, self.smear_lambda) if cfg.smear else (None, None)
+        x_TD = x0_TD = self.regions["embed_region"](embed_TD, gate, smear_lambda, starts_T, cfg.cut_smear)
+        values = self.value_rows(tokens_T)
+        attn_w = dict(zip(cfg.attention_layers, self.attn_bank.to(self.dtype).unbind(0)))
+        attn_lambdas = dict(zip(cfg.attention_layers, self.attn_lambdas.unbind(0)))
+        mlp_w = self.mlp_bank.to(self.dtype).unbind(0)
+        outputs = {}
+        for i, layer in enumerate(cfg.layers):
+            mixing = (x_TD, *self.skip_input(i, outputs), x0_TD if i else None, *self.mixing_factors(i))
+            if layer.window == "none":
+                x_TD, y_THE, gate_TH, out_lambda, w_o = self.regions["mix_region"](*mixing), None, None, None, None
+            else:
+                v_lambda, out_lambda = attn_lambdas[i].unbind()
+                value_TD = values[layer.value_embed] if cfg.value_embeds and layer.value_embed >= 0 else None
+                gate_HG = self.attn_gate[cfg.attention_layers.index(i)] if cfg.attn_gate else None
+                x_TD, q_THE, k_THE, v_THE, gate_TH = self.regions["qkv_region"](
+                    *mixing, attn_w[i], v_lambda, value_TD, gate_HG, *rotary, starts_T, cfg, cfg.offsets_keys(layer)
+                )
+                window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
+                y_THE, w_o = self.attention(q_THE, k_THE, v_THE, docs, window), attn_w[i][3]
+            x_TD = self.regions["output_region"](x_TD, y_THE, gate_TH, out_lambda, w_o, mlp_w[i], cfg.leaky_slope)
+            if i in self.tap_layers:
+                outputs[i] = x_TD
+        backout = (outputs[cfg.backout_from], self.backout_lambda) if cfg.backout_from >= 0 else (None, None)
+        mtp_lambda = self.smear_mtp_lambda if cfg.smear_mtp else None
+        return self.regions["final_region"](x_TD, *backout, mtp_lambda, starts_T, cfg.cut_smear_mtp)
+
+    def value_rows(self, tokens_T: Tensor) -> tuple:
+        """Rows of every value-embedding table, one look-up for all: tables of (T, D)."""
+        if not self.cfg.value_embeds:
+            return ()
+        first = torch.arange(self.cfg.value_tables, device=tokens_T.device)[:, None] * self.cfg.padded_vocab
+        return F.embedding(tokens_T + first, self.value_embeds).to(self.dtype).unbind(0)
+
+    def skip_input(self, i: int, outputs: dict) -> tuple:
+        if i not in self.skips:
+            return None, None
+        return outputs[self.cfg.layers[i].skip_from], self.skip_lambdas[self.skips.index(i)]
+
+    def mixing_factors(self, i: int) -> tuple:
+        return tuple(self.resid_lambdas[i].unbind()) if self.cfg.x0_mix else (None, None)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Soft-capped float32 logits (T, V) of final latents."""
+        return cap(x_TD @ self.head.to(x_TD.dtype).T, self.cfg.softcap)
+
+    def lambdas(self) -> dict:
+        """Learned scalars by name, for the log."""
+        named = ((n, p) for n, p in self.named_parameters() if "lambda" in n)
+        return {n: [round(v, 5) for v in p.detach().flatten().tolist()] for n, p in named}
+
+
+def build_model(cfg: Config, hardware: Hardware) -> GPT:
+    """A GPT whose initial weights depend on the seed alone: drawn on the CPU, equal on every rank and device."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg, hardware.dtype, hardware.attention).to(hardware.device)
+    if hardware.compile:
+        torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
+        model.regions = {name: compile_region(function) for name, function in REGIONS.items()}
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+class Row(NamedTuple):
+    """How one parameter is trained: one row of the optimizer table."""
+
+    name: str                    # of the model's parameter
+    algorithm: str               # "normuon" or "adam"
+    comms: str                   # "sharded": reduce-scatter, update own part, all-gather; "replicated": all-reduce
+    lr: tuple                    # effective learning rates, one per matrix of a bank's layer, or one
+    betas: tuple = (0.0, 0.95)   # normuon: (unused, second moment); adam: (first moment, second moment)
+    weight_decay: float = 0.0
+    every: int = 1               # steps between updates; gradients add up meanwhile
+
+
+def optimizer_table(cfg: Config) -> list[Row]:
+    """One row per parameter; the learning rates here are final: no shape multiplies them later.
+
+    NorMuon's rates: 1 x for square matrices, 2 x for the MLP's up, 4 x for its down projection.
+    """
+    muon, adam = cfg.muon_lr, cfg.adam_lr
+    table = partial(Row, algorithm="adam", comms="sharded", betas=(0.65, 0.95), every=cfg.adam_every)
+    scalar = partial(Row, algorithm="adam", comms="replicated", betas=(0.9, 0.99), every=cfg.adam_every)
+    bank = partial(Row, algorithm="normuon", comms="sharded", weight_decay=cfg.muon_weight_decay)
+    rows = [
+        table("embed", lr=(cfg.embed_lr_ratio * adam,)),
+        table("value_embeds", lr=(cfg.embed_lr_ratio * adam,)),
+        table("head", lr=(adam,)),
+        table("mtp_heads", lr=(adam,)),
+        scalar("attn_gate", lr=(adam,)),
+        scalar("smear_gate", lr=(adam,)),
+        scalar("attn_lambdas", lr=(5 * adam,)),
+        scalar("resid_lambdas", lr=(5 * adam,)),
+        scalar("smear_lambda", lr=(5 * adam,)),
+        scalar("skip_lambdas", lr=(5 * adam,)),
+        scalar("backout_lambda", lr=(5 * adam,)),
+        scalar("smear_mtp_lambda", lr=(5 * adam,)),
+        bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4),
+        bank("mlp_bank", lr=(2 * muon, 4 * muon)),
+    ]
+    absent = {"value_embeds": not cfg.value_embeds, "mtp_heads": not cfg.mtp_heads, "attn_gate": not cfg.attn_gate,
+              "smear_gate": not cfg.smear, "smear_lambda": not cfg.smear, "resid_lambdas": not cfg.x0_mix,
+              "skip_lambdas": not (cfg.skip and any(layer.skip_from >= 0 for layer in cfg.layers)),
+              "backout_lambda": cfg.backout_from < 0, "smear_mtp_lambda": not cfg.smear_mtp}  # fmt: skip
+    return [row for row in rows if not absent.get(row.name, False)]
+
+
+# Polar Express, five iterations (arXiv 2505.16932, safety 2 %): X <- a X + (b A + c A A) X with A = X X^T.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearly orthogonal factor of each matrix: singular values to about 1. (N, R, C) float32 -> same in `dtype`."""
+    x = g_NRC / (g_NRC.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-12)
+    x = x.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return x.mT if tall else x
+
+
+def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, beta2: float, dtype: torch.dtype):
+    """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
+
+    Nesterov momentum, orthogonalisation, division of each row by its running RMS with the norm kept, and
+    decoupled decay only where it does not oppose the update. mu, decay: () float32; lr_N11: one per matrix.
+    """
+    momentum_NRC.add_((1 - mu) * (g_NRC - momentum_NRC))
+    x = polar_express(g_NRC + mu * (momentum_NRC - g_NRC), dtype).float()
+    second_NR1.lerp_(x.square().mean(-1, keepdim=True), 1 - beta2)
+    scaled = x * second_NR1.clamp_min(1e-10).rsqrt()
+    x = scaled * (x.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
+
+
+def adam_update(p, g, first, second, lr, bias1, bias2, beta1: float, beta2: float):
+    """One Adam step in place; bias1, bias2 = 1 - beta^t. The gradient is of the mean loss, hence the tiny eps."""
+    first.lerp_(g, 1 - beta1)
+    second.lerp_(g.square(), 1 - beta2)
+    p.sub_(lr * (first / bias1) / ((second / bias2).sqrt() + 1e-15))
+
+
+class RowState(NamedTuple):
+    row: Row
+    parameter: nn.Parameter
+    units: int                   # equal parts that sharding may separate: matrices, or elements
+    lo: int                      # own units: lo..hi
+    hi: int
+    buffers: dict                # name -> own part of a moment, float32
+    lr: Tensor | float           # per own unit (normuon), or a number (adam)
+
+
+class Optimizer:
+    """NorMuon and Adam over one table; state is sharded over ranks.
+
+    A step launches all reductions, updates own parts as they arrive (Adam first, so that the banks' reductions
+    overlap with it), launches each gather at once and waits for the gathers at the end. Gradients are summed in
+    float32: the loss is already divided by the tokens of the whole step.
+    Raises ValueError unless every parameter of the model is in exactly one row.
+    """
+
+    def __init__(self, model: GPT, table: list[Row], world: World, dtype: torch.dtype, compile: bool = False):
+        parameters = dict(model.named_parameters())
+        names = [row.name for row in table]
+        if sorted(names) != sorted(parameters):
+            missing, twice = set(parameters) - set(names), {n for n in names if names.count(n) > 1}
+            unknown = set(names) - set(parameters)
+            raise ValueError(f"optimizer table: missing {missing}, twice {twice}, not in the model {unknown}")
+        self.world, self.dtype = world, dtype
+        self.normuon = torch.compile(normuon_update, dynamic=False) if compile else normuon_update
+        self.adam = {"replicated": adam_update,
+                     "sharded": torch.compile(adam_update, dynamic=True) if compile else adam_update}  # fmt: skip
+        self.states = [self.make_state(row, parameters[row.name]) for row in table]
+
+    def make_state(self, row: Row, p: nn.Parameter) -> RowState:
+        muon = row.algorithm == "normuon"
+        units = p.shape[:2].numel() if muon else p.numel()
+        share = -(-units // self.world.size)
+        lo = min(share * self.world.rank, units) if row.comms == "sharded" else 0
+        hi = min(lo + share, units) if row.comms == "sharded" else units
+        shape = (hi - lo, *p.shape[2:]) if muon else (hi - lo,)
+        zeros = partial(torch.zeros, device=p.device)
+        if muon:
+            buffers = {"momentum": zeros(shape), "second": zeros(*shape[:-1], 1)}
+            lr = torch.tensor(row.lr, device=p.device).repeat(p.size(0))[lo:hi].view(-1, 1, 1)
+        else:
+            buffers, lr = {"first": zeros(shape), "second": zeros(shape)}, row.lr[0]
+        return RowState(row, p, units, lo, hi, buffers, lr)
+
+    @torch.no_grad()
+    def step(self, step: int, lr_multiplier: float, momentum: float):
+        """Update the rows that are due at the end of `step` (0, 1, ..) and clear their gradients."""
+        due = [s for s in self.states if (step + 1) % s.row.every == 0]
+        reduced = [self.reduce(s) for s in due]
+        gathers = []
+        for state, (grad, work) in zip(due, reduced):
+            if work is not None:
+                work.wait()
+            self.update(state, grad, step, lr_multiplier, momentum)
+            gathers.append(self.gather(state))
+            state.parameter.grad = None
+        for finish in gathers:
+            finish()
+
+    def reduce(self, state: RowState):
+        """Start summing the gradient over ranks: (own part once the work is done, work or None)."""
+        grad = self.as_units(state, state.parameter.grad)
+        if self.world.size == 1:
+            return grad, None
+        if state.row.comms == "replicated":
+            return grad, dist.all_reduce(grad, async_op=True)
+        own = torch.empty_like(self.own_padded(state, grad))
+        return own[: state.hi - state.lo], dist.reduce_scatter_tensor(own, self.padded(grad), async_op=True)
+
+    def update(self, state: RowState, grad: Tensor, step: int, lr_multiplier: float, momentum: float):
+        row, scalar = state.row, partial(torch.tensor, dtype=torch.float32)  # on the CPU: no transfer, no recompile
+        p = self.as_units(state, state.parameter.data)[state.lo : state.hi]
+        if row.algorithm == "normuon":
+            decay = scalar(row.weight_decay * lr_multiplier)
+            self.normuon(p, grad, *state.buffers.values(), state.lr * lr_multiplier, decay, scalar(momentum),
+                         row.betas[1], self.dtype)  # fmt: skip
+        else:
+            updates = (step + 1) // row.every
+            bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
+            lr = scalar(state.lr * lr_multiplier)
+            self.adam[row.comms](p, grad, *state.buffers.values(), lr, bias1, bias2, *row.betas)
+
+    def gather(self, state: RowState):
+        """Start sharing the updated parts; returns the function that finishes it."""
+        if self.world.size == 1 or state.row.comms == "replicated":
+            return lambda: None
+        p = self.as_units(state, state.parameter.data)
+        full = self.padded(torch.empty_like(p))
+        work = dist.all_gather_into_tensor(full, self.own_padded(state, p).clone(), async_op=True)
+
+        def finish():
+            work.wait()
+            p.copy_(full[: state.units])
+
+        return finish
+
+    def as_units(self, state: RowState, x: Tensor) -> Tensor:
+        """A parameter-shaped tensor as (units, ..): a bank as its matrices, anything else flat."""
+        return x.view(state.units, *x.shape[2:]) if state.row.algorithm == "normuon" else x.view(-1)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """With zero units appended until the ranks divide them."""
+        short = -x.size(0) % self.world.size
+        return x if not short else torch.cat([x, x.new_zeros(short, *x.shape[1:])])
+
+    def own_padded(self, state: RowState, x: Tensor) -> Tensor:
+        share = -(-state.units // self.world.size)
+        return self.padded(x)[share * self.world.rank : share * (self.world.rank + 1)]
+
+    def state_dict(self, step: int) -> dict:
+        """Full, unsharded state after `step` steps, the same at every world size; collective."""
+        out = {}
+        for s in self.states:
+            for name, part in s.buffers.items():
+                out[f"{s.row.name}.{name}"] = self.unshard(s, part)
+            if step % s.row.every:  # gradients of a row that is not due yet are state, too
+                out[f"{s.row.name}.grad"] = self.world.all_reduce(s.parameter.grad.clone())
+        return out
+
+    def unshard(self, state: RowState, part: Tensor) -> Tensor:
+        if self.world.size == 1 or state.row.comms == "replicated":
+            return part.clone()
+        share = -(-state.units // self.world.size)
+        own = part.new_zeros(share, *part.shape[1:])
+        own[: part.size(0)] = part
+        full = part.new_empty(share * self.world.size, *part.shape[1:])
+        dist.all_gather_into_tensor(full, own)
+        return full[: state.units].clone()
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict):
+        for s in self.states:
+            sharded = s.row.comms == "sharded"
+            for name, part in s.buffers.items():
+                full = tensors[f"{s.row.name}.{name}"]
+                part.copy_(full[s.lo : s.hi] if sharded else full)
+            grad = tensors.get(f"{s.row.name}.grad")
+            s.parameter.grad = None
+            if grad is not None:  # it is summed over ranks when due, so only one rank may hold it
+                s.parameter.grad = grad.to(s.parameter.device) * (self.world.rank == 0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Tokenizer(NamedTuple):
+    vocab_size: int              # the last id is BOS
+    token_bytes: np.ndarray      # (vocab_size,) bytes of text per token; 0 for BOS
+    encode: object               # str -> list of ids
+    decode: object               # list of ids -> str
+
+
+def load_tokenizer(name: str, ranks_only: bool = False) -> Tokenizer:
+    """`bytes`, `gpt2` (tiktoken fetches and caches it) or a file of tiktoken ranks.
+
+    Raises UserError if it can't be had; with `ranks_only`, gpt2's size is given without fetching anything.
+    """
+    if name == "bytes":
+        def decode(ids):
+            return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+        return Tokenizer(257, np.append(np.ones(256, np.int64), 0), lambda text: list(text.encode()), decode)
+    if name == "gpt2" and ranks_only:
+        return Tokenizer(50_257, None, None, None)
+    try:
+        import tiktoken
+        from tiktoken.load import load_tiktoken_bpe
+
+        if name == "gpt2":
+            encoding = tiktoken.get_encoding("gpt2")
+        elif not Path(name).is_file():
+            raise UserError(f"--tokenizer={name}: no such file; expected bytes, gpt2 or a file of tiktoken ranks")
+        else:
+            ranks = load_tiktoken_bpe(name)
+            pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+            encoding = tiktoken.Encoding("file", pat_str=pattern, mergeable_ranks=ranks,
+                                         special_tokens={"<|endoftext|>": len(ranks)})  # fmt: skip
+    except UserError:
+        raise
+    except Exception as error:  # tiktoken raises many kinds: no network, damaged file, missing package
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"--tokenizer={name}: {type(error).__name__}: {reason}; a FILE.tiktoken works offline") from None
+    lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab - 1)]
+    return Tokenizer(encoding.n_vocab, np.array(lengths + [0]), encoding.encode_ordinary, encoding.decode)
+
+
+def find_shards(cfg: Config, split: str) -> list[Path]:
+    """Shards of a split in order. The default folder is looked for beside this file and in the folders above."""
+    if cfg.data:
+        folder = Path(cfg.data)
+    else:
+        above = [p / "data" / cfg.dataset for p in Path(__file__).resolve().parents]
+        folder = next((p for p in above if p.is_dir()), above[0])
+    how = "python data/sample.py" if cfg.dataset == "sample" else "python data/fineweb.py"
+    if not folder.is_dir():
+        raise UserError(f"no data folder {folder}: make it with {how}, or give another with --data=FOLDER")
+    shards = sorted(Path(p) for p in glob.glob(os.path.join(glob.escape(str(folder)), f"*_{split}_*.bin")))
+    if not shards:
+        raise UserError(f"no *_{split}_*.bin in {folder}: make them with {how}, or give another folder with --data=")
+    return shards
+
+
+def open_shard(path: Path, cfg: Config) -> np.ndarray:
+    """Tokens of a checked shard, (count,) uint16, memory-mapped. Raises UserError that names the file."""
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", 256) if size >= 1024 else np.zeros(3, "<i4")
+    mend = "fetch or make it again"
+    if size < 1024 or header[0] != 20240520 or header[1] != 1:
+        raise UserError(f"{path}: not a version 1 token shard ({size} bytes, magic {header[0]}): {mend}")
+    if size != 1024 + 2 * int(header[2]) or header[2] <= 0:
+        raise UserError(f"{path}: header says {header[2]} tokens, the file has {(size - 1024) / 2:g}: {mend}")
+    tokens = np.memmap(path, "<u2", mode="r", offset=1024)
+    largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
+    if largest >= cfg.vocab_size:
+        raise UserError(f"{path}: token {largest} in a vocabulary of {cfg.vocab_size}: wrong --tokenizer or damaged")
+    return tokens
+
+
+class Shards:
+    """Training shards with the positions of their document starts; each is opened and checked when first used."""
+
+    def __init__(self, paths: list[Path], cfg: Config):
+        self.paths, self.cfg, self.opened = paths, cfg, {}
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        if i not in self.opened:
+            tokens = open_shard(self.paths[i], self.cfg)
+            starts = np.flatnonzero(tokens == self.cfg.bos)
+            if not len(starts):
+                raise UserError(f"{self.paths[i]}: no token {self.cfg.bos} (start of a document): wrong --tokenizer?")
+            self.opened[i] = tokens, starts
+        return self.opened[i]
+
+
+class Position(NamedTuple):
+    """The next unread token."""
+
+    epoch: int = 0
+    shard: int = 0
+    offset: int = 0
+
+
+class DocumentStream:
+    """Pieces of documents in file order; a document that runs over a shard's end is read on in the next."""
+
+    def __init__(self, shards: Shards, cfg: Config, position: Position = Position()):
+        self.shards, self.cfg, self.position = shards, cfg, position
+        if position == Position():
+            self.position = Position(0, 0, int(shards[0][1][0]))
+
+    def next_piece(self, limit: int) -> np.ndarray:
+        """At most `limit` tokens of the next document. Raises UserError when the shards are used up."""
+        epoch, shard, offset = self.position
+        if shard == len(self.shards):
+            epoch, shard, offset = epoch + 1, 0, int(self.shards[0][1][0])
+        if epoch >= self.cfg.epochs:
+            raise UserError(f"training data used up after {epoch} epochs: add shards or raise --epochs")
+        parts, taken, inside = [], 0, False
+        while True:
+            tokens, starts = self.shards[shard]
+            following = np.searchsorted(starts, offset, side="left" if inside else "right")
+            end = int(starts[following]) if following < len(starts) else len(tokens)
+            take = min(limit - taken, end - offset)
+            parts.append(tokens[offset : offset + take])
+            taken, offset = taken + take, offset + take
+            if self.cfg.document_rest == "skip" and taken == limit:
+                offset = end
+            if offset < len(tokens):
+                break
+            shard, offset, inside = shard + 1, 0, True
+            if shard == len(self.shards) or int(self.shards[shard][1][0]) == 0:
+                break
+            if self.cfg.document_rest == "skip" and taken == limit:
+                offset = int(self.shards[shard][1][0])
+                break
+        self.position = Position(epoch, shard, offset)
+        return np.concatenate(parts)
+
+
+class MicroBatch(NamedTuple):
+    tokens: Tensor               # (T + 1,) int64: inputs are [:-1], targets [1:]
+    docs: Documents
+
+
+def pack(stream: DocumentStream, tokens: int, max_doc: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exactly tokens + 1 tokens of whole or cut documents, and where the pieces start among the first `tokens`."""
+    pieces, starts, room = [], [], tokens + 1
+    while room:
+        starts.append(tokens + 1 - room)
+        pieces.append(stream.next_piece(min(max_doc, room)))
+        room -= len(pieces[-1])
+    starts = np.array(starts)
+    return np.concatenate(pieces), starts[starts < tokens]
+
+
+def to_documents(starts: np.ndarray, tokens: int) -> Documents:
+    cu_seqlens = np.append(starts, tokens).astype(np.int32)
+    return Documents(torch.from_numpy(cu_seqlens), int(np.diff(cu_seqlens).max()))
+
+
+def micro_tokens(cfg: Config, world: World, stage: Stage) -> int:
+    return stage.batch_tokens // max(cfg.micro_batches, world.size)
+
+
+class Loader:
+    """Prefetched batches of the steps from `first` on. Iterating gives (micro-batches of this rank, position).
+
+    Micro-batches are dealt in turn to the ranks, each of which walks the whole stream: the same micro-batches at
+    every world size up to cfg.micro_batches.
+    """
+
+    def __init__(self, cfg: Config, world: World, shards: Shards, device, first: int = 0, position=Position()):
+        self.cfg, self.world, self.device, self.first = cfg, world, device, first
+        self.stream = DocumentStream(shards, cfg, position)
+        self.queue = queue.Queue(maxsize=2)
+        threading.Thread(target=self.fill, daemon=True).start()
+
+    def fill(self):
+        try:
+            for step in range(self.first, self.cfg.total_steps):
+                self.queue.put(self.batch(plan_step(self.cfg, step).stage))
+        except BaseException as error:  # handed to the consumer, which raises it
+            self.queue.put(error)
+
+    def batch(self, stage: Stage):
+        T, own = micro_tokens(self.cfg, self.world, stage), []
+        for i in range(max(self.cfg.micro_batches, self.world.size)):
+            tokens, starts = pack(self.stream, T, stage.max_doc)
+            if i % self.world.size == self.world.rank:
+                docs = to_documents(starts, T)
+                own.append(MicroBatch(self.host(tokens.astype(np.int64)), docs._replace(longest=stage.max_doc)))
+        return own, self.stream.position
+
+    def host(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def __iter__(self):
+        for _ in range(self.first, self.cfg.total_steps):
+            item = self.queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+
+def check_supply(cfg: Config, world: World, shards: Shards):
+    """Raise UserError if the schedule needs more documents than there are. Exact: walks lengths, not tokens."""
+    starts, base = [], 0
+    for i in range(len(shards)):
+        tokens, first = shards[i]
+        starts.append(first + base)
+        base += len(tokens)
+    lengths = np.diff(np.append(np.concatenate(starts), base))
+    needed = [(micro_tokens(cfg, world, s := plan_step(cfg, step).stage) + 1, s.max_doc)
+              for step in range(cfg.total_steps) for _ in range(max(cfg.micro_batches, world.size))]  # fmt: skip
+    if cfg.document_rest == "keep":
+        total, have = sum(n for n, _ in needed), int(lengths.sum()) * cfg.epochs
+        done = int(np.searchsorted(np.cumsum([n for n, _ in needed]), have, side="right"))
+        enough = total <= have
+    else:
+        ends = {m: np.cumsum(np.tile(np.minimum(lengths, m), cfg.epochs)) for m in {m for _, m in needed}}
+        document, done, enough = 0, 0, True
+        for n, max_doc in needed:
+            before = ends[max_doc][document - 1] if document else 0
+            document = int(np.searchsorted(ends[max_doc], before + n)) + 1
+            if document > len(ends[max_doc]):
+                enough = False
+                break
+            done += 1
+    if not enough:
+        steps = done // max(cfg.micro_batches, world.size)
+        raise UserError(f"{base:,} training tokens last for {steps} of {cfg.total_steps} steps: add shards, raise "
+                        f"--epochs={cfg.epochs}, or lower --scheduled_steps={cfg.scheduled_steps}")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Schedule
+
+
+class StepPlan(NamedTuple):
+    """All that the schedule says of one step."""
+
+    stage: Stage
+    stage_index: int
+    windows: dict                # "short", "long" -> tokens
+    lr: float                    # multiplier on the table's learning rates
+    momentum: float              # of NorMuon
+    weights: tuple               # of the targets t+1, t+2, ..
+
+
+def plan_step(cfg: Config, step: int) -> StepPlan:
+    """Pure function of the step, 0 .. total_steps - 1; total_steps itself means 'after training'."""
+    starts = [math.ceil(stage.start * cfg.scheduled_steps) for stage in cfg.stages] + [max(cfg.total_steps, 1)]
+    index = max(i for i in range(len(cfg.stages)) if starts[i] <= step)
+    stage = cfg.stages[index]
+    done = (step - starts[index]) / max(starts[index + 1] - starts[index], 1)
+    weights = tuple(a + (b - a) * done for a, b in stage.targets) if cfg.multi_target else (1.0,)
+
+    left = max(0.0, 1 - step / cfg.scheduled_steps)
+    share = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0
+    lr = stage.lr * share + cfg.lr_floor * (1 - share)
+
+    rise = step / max(cfg.momentum_warmup, 1)
+    fall = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
+    momentum = 0.85 + 0.1 * max(0.0, min(1.0, rise, fall))
+    return StepPlan(stage, index, {"short": stage.window_short, "long": stage.window_long}, lr, momentum, weights)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training step and evaluation
+
+
+def multi_targets(targets_T: Tensor, count: int) -> Tensor:
+    """(T, count): column k is the target k positions further on, -1 past the end of the micro-batch.
+
+    Further targets may lie in the next document: they are not cut at document starts.
+    """
+    columns = [F.pad(targets_T[k:], (0, k), value=-1) for k in range(count)]
+    return torch.stack(columns, dim=1)
+
+
+def loss_weights(cfg: Config, plan: StepPlan, device) -> tuple[Tensor, Tensor]:
+    """Weights of the head's targets (K,) and of one auxiliary head (1,), over the tokens of the whole step."""
+    both = torch.tensor([*plan.weights, cfg.mtp_weight / max(cfg.mtp_heads, 1)]) / plan.stage.batch_tokens
+    both = (both.pin_memory() if device.type == "cuda" else both).to(device, non_blocking=True)
+    return both[:-1], both[-1:]
+
+
+def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights: tuple) -> Tensor:
+    """Add the gradient of this micro-batch's share of the step's mean loss; returns its share of the head's loss.
+
+    Heads are done in chunks that are backpropagated at once, so only loss_chunk tokens have logits at a time.
+    """
+    cfg, tokens = model.cfg, batch.tokens
+    x_TD = model(tokens[:-1], batch.docs, plan.windows, rotary)
+    latent_TD = x_TD.detach().requires_grad_()
+    total = torch.zeros((), device=tokens.device)
+    targets_TK = multi_targets(tokens[1:], max(len(plan.weights), cfg.mtp_heads + 1))
+    heads = [(model.head, targets_TK[:, : len(plan.weights)], weights[0])]
+    for k in range(cfg.mtp_heads):
+        heads.append((model.mtp_heads[k], targets_TK[:, k + 1 : k + 2], weights[1]))
+    for i, (head_VD, own_TK, weights_K) in enumerate(heads):
+        for x, targets in zip(latent_TD.split(cfg.loss_chunk), own_TK.split(cfg.loss_chunk)):
+            loss = model.regions["loss_region"](x, head_VD, targets, weights_K, cfg.softcap)
+            loss.backward()
+            total += loss.detach() if i == 0 else 0
+    x_TD.backward(latent_TD.grad)
+    return total
+
+
+def to_device(batch: MicroBatch, device) -> MicroBatch:
+    tokens, docs = batch
+    cu_seqlens = docs.cu_seqlens.to(device, non_blocking=True)
+    return MicroBatch(tokens.to(device, non_blocking=True), docs._replace(cu_seqlens=cu_seqlens))
+
+
+def train_step(model, optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int, world: World) -> Tensor:
+    """One optimizer step over this rank's micro-batches; returns this rank's share of the training loss, ().
+
+    The one step function: warm-up and training both call it.
+    """
+    device = model.embed.device
+    weights, loss = loss_weights(model.cfg, plan, device), torch.zeros((), device=device)
+    for batch in batches:
+        loss += backward_micro_batch(model, to_device(batch, device), plan, rotary, weights)
+    optimizer.step(step, plan.lr, plan.momentum)
+    return loss
+
+
+class Validation:
+    """The fixed validation tokens: the same at every world size, cut into chunks that are dealt to the ranks."""
+
+    def __init__(self, cfg: Config, tokens: np.ndarray, tokenizer: Tokenizer | None = None):
+        self.cfg, self.count, self.tokens = cfg, len(tokens) - 1, torch.from_numpy(tokens.astype(np.int64))
+        self.sha256 = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
+        self.bytes = int(tokenizer.token_bytes[tokens[1:]].sum()) if tokenizer else 0
+
+    @classmethod
+    def load(cls, cfg: Config, tokenizer: Tokenizer | None = None):
+        shards = [open_shard(path, cfg) for path in find_shards(cfg, "val")]
+        have = sum(map(len, shards)) - 1
+        count = cfg.val_tokens or have
+        if count > have:
+            raise UserError(f"--val_tokens={cfg.val_tokens}: the validation shards hold {have}; give at most that")
+        return cls(cfg, np.concatenate([s[: count + 1] for s in shards])[: count + 1], tokenizer)
+
+    def chunks(self, world: World):
+        for i, lo in enumerate(range(0, self.count, self.cfg.val_chunk)):
+            if i % world.size == world.rank:
+                tokens = self.tokens[lo : min(lo + self.cfg.val_chunk, self.count) + 1]
+                inner = np.flatnonzero(tokens[1:-1].numpy() == self.cfg.bos) + 1
+                yield MicroBatch(tokens, to_documents(np.append(0, inner), len(tokens) - 1))
+
+    @torch.no_grad()
+    def run(self, model: GPT, windows: dict, rotary: Rotary, world: World) -> dict:
+        """{"val_loss": nats per token, "val_bpb": bits per byte of text, or None without a tokenizer}."""
+        total = torch.zeros((), dtype=torch.float64, device=model.embed.device)
+        one = torch.ones(1, device=total.device)
+        for batch in self.chunks(world):
+            tokens, docs = to_device(batch, total.device)
+            x_TD, targets_TK = model(tokens[:-1], docs, windows, rotary), tokens[1:, None]
+            for x, targets in zip(x_TD.split(self.cfg.loss_chunk), targets_TK.split(self.cfg.loss_chunk)):
+                total += model.regions["loss_region"](x, model.head, targets, one, self.cfg.softcap)
+        nats = world.all_reduce(total).item()
+        return {"val_loss": nats / self.count, "val_bpb": nats / math.log(2) / self.bytes if self.bytes else None}
+
+
+def final_windows(cfg: Config) -> dict:
+    return {"short": cfg.val_window_short, "long": cfg.val_window_long}
+
+
+@torch.no_grad()
+def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, count: int, seed: int = 0) -> str:
+    """The prompt continued by `count` tokens, or up to the end of the document. Plain regions, no cache."""
+    cfg, device = model.cfg, model.embed.device
+    ids = [cfg.bos, *tokenizer.encode(prompt)]
+    rotary = build_rotary(cfg, len(cfg.stages) - 1, len(ids) + count, device)
+    generator = torch.Generator().manual_seed(seed)
+    regions, model.regions = model.regions, REGIONS
+    for _ in range(count):
+        tokens = torch.tensor(ids, device=device)
+        docs = Documents(torch.tensor([0, len(ids)], dtype=torch.int32, device=device), len(ids))
+        logits = model.logits(model(tokens, docs, final_windows(cfg), rotary)[-1:])[0, : cfg.vocab_size]
+        logits = logits.cpu() / max(cfg.temperature, 1e-6)
+        ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
+        if ids[-1] == cfg.bos:
+            break
+    model.regions = regions
+    return tokenizer.decode([i for i in ids if i != cfg.bos])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoint and export: safetensors files, tensors and JSON only; nothing is ever unpickled
+
+
+def write_safetensors(path: Path, tensors: dict, meta: dict):
+    """Atomic: the final name appears only when everything is on disk."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
+                  {k: json.dumps(v) for k, v in meta.items()})  # fmt: skip
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_safetensors(path: str, tensors: bool = True) -> tuple[dict, dict]:
+    """Tensors (on the CPU) and metadata of a checkpoint or export. Raises UserError if it isn't one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            meta = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+            found = {k: file.get_tensor(k) for k in file.keys()} if tensors else {}
+        meta["config"] = config_from_json(meta["config"])
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not readable as a checkpoint: {' '.join(str(error).split())[:120]}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a checkpoint of this script: {type(error).__name__} {error}") from None
+    return found, meta
+
+
+def load_weights(model: GPT, tensors: dict, path: str):
+    """Copy weights into the model. Raises UserError unless names and shapes are exactly the model's."""
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    found = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    for name in sorted(set(wanted) ^ set(found)):
+        raise UserError(f"{path}: parameter {name} is {'missing' if name in wanted else 'not in this model'}")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if found[name].shape != parameter.shape:
+                raise UserError(f"{path}: {name} is {tuple(found[name].shape)}, not {tuple(parameter.shape)}")
+            parameter.copy_(found[name])
+
+
+def save_checkpoint(path: Path, model: GPT, optimizer: Optimizer, step: int, position: Position, seconds: float,
+                    world: World):  # fmt: skip
+    """Everything a run needs to go on after `step` steps; collective, rank 0 writes."""
+    state = optimizer.state_dict(step)
+    if world.rank == 0:
+        weights = {f"model.{name}": p for name, p in model.named_parameters()}
+        meta = {"config": config_to_json(model.cfg), "step": step, "position": position, "train_seconds": seconds}
+        write_safetensors(path, {**weights, **{f"optimizer.{k}": v for k, v in state.items()}}, meta)
+    world.barrier()
+
+
+def export_model(path: Path, model: GPT):
+    """Weights for inference, without auxiliary heads, and beside them the config as FILE.json."""
+    cfg = replace(model.cfg, mtp_heads=0, checkpoint="", resume="", export="")
+    weights = {f"model.{name}": p for name, p in model.named_parameters() if name != "mtp_heads"}
+    write_safetensors(path, weights, {"config": config_to_json(cfg)})
+    path.with_suffix(".json").write_text(json.dumps(config_to_json(cfg), indent=1))
+
+
+def load_model(path: str, cfg: Config, hardware: Hardware) -> GPT:
+    """The model of a checkpoint or an export, uncompiled."""
+    model = build_model(cfg, hardware._replace(compile=False))
+    load_weights(model, read_safetensors(path)[0], path)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Run: log, clock, training loop
+
+
+class Clock:
+    """Training time in seconds. Running: training steps with their data. Paused: validation, checkpoints.
+
+    Never running: set-up, compilation, warm-up, sampling, export.
+    """
+
+    def __init__(self, hardware: Hardware, seconds: float = 0.0):
+        self.hardware, self.seconds, self.since = hardware, seconds, None
+
+    def resume(self):
+        self.hardware.synchronize()
+        self.since = time.perf_counter()
+
+    def pause(self):
+        self.hardware.synchronize()
+        self.seconds, self.since = self.read(), None
+
+    def read(self) -> float:
+        return self.seconds + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+
+def make_folder(root: Path, name: str) -> Path:
+    """A new folder; runs that start in the same second get names of their own."""
+    for attempt in range(1000):
+        folder = root / (f"{name}-{attempt}" if attempt else name)
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+    raise OSError(17, f"{name} exists 1000 times")
+
+
+class Log:
+    """log.txt and metrics.jsonl in a folder of their own, and the console; silent except on rank 0."""
+
+    def __init__(self, cfg: Config, world: World):
+        self.active, self.folder = world.rank == 0, None
+        if not self.active:
+            return
+        root = Path(cfg.logs) if cfg.logs else Path(__file__).resolve().parent / "logs"
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self.folder = make_folder(root, name)
+            shutil.copy(__file__, self.folder / "train_gpt.py")
+            self.text, self.metrics = open(self.folder / "log.txt", "w"), open(self.folder / "metrics.jsonl", "w")
+        except OSError as error:
+            raise UserError(f"can't write a log folder in {root}: {error.strerror}; give another with --logs=") from None
+
+    def line(self, text: str, console: bool = True):
+        if self.active:
+            print(text, file=self.text, flush=True)
+            if console:
+                print(text, flush=True)
+
+    def metric(self, **values):
+        if self.active:
+            print(json.dumps(values), file=self.metrics, flush=True)
+
+
+def source_sha256() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or "none"
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+
+
+def log_header(log: Log, cfg: Config, hardware: Hardware, world: World, model: GPT, shards: Shards, val: Validation):
+    """What a reader needs to judge and repeat the run."""
+    log.line(f"source sha256:{source_sha256()} git:{git_commit()}", console=False)
+    log.line(f"config {json.dumps(config_to_json(cfg))}", console=False)
+    log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
+             f"world_size:{world.size} seed:{cfg.seed}")  # fmt: skip
+    for name, reason in hardware.reasons.items():
+        log.line(f"{name}: {getattr(hardware, name)} ({reason})")
+    manifest = shards.paths[0].parent / "manifest.json"
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "none"
+    log.line(f"data: {shards.paths[0].parent} shards:{len(shards)} manifest_sha256:{digest}")
+    log.line(f"validation: tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
+    size = sum(p.numel() for p in model.parameters())
+    log.line(f"model: {size:,} parameters, {len(cfg.layers)} layers x {cfg.width}, vocabulary {cfg.padded_vocab}")
+    log.line("timed: training steps and their data. untimed: set-up, compilation, warm-up on synthetic tokens, "
+             "validation, checkpoints, sampling")  # fmt: skip
+
+
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # dense bf16
+
+
+def step_metrics(model: GPT, hardware: Hardware, world: World, tokens: int, seconds: float) -> dict:
+    """Tokens per second and, on a known GPU, the share of its peak that the matrix products use (no attention)."""
+    out = {"tokens_per_s": round(tokens / max(seconds, 1e-9))}
+    peak = next((v for k, v in PEAK_TFLOPS.items() if k in hardware.reasons["device"]), None)
+    if peak and hardware.dtype == torch.bfloat16:
+        weights = model.attn_bank.numel() + model.mlp_bank.numel() + model.head.numel() * (1 + model.cfg.mtp_heads)
+        out["mfu"] = round(6 * weights * tokens / seconds / world.size / (peak * 1e12), 4)
+    return out
+
+
+def memory_mib(hardware: Hardware) -> int:
+    if hardware.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(hardware.device) // 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 1024)
+
+
+class StepLog:
+    """Training lines, one step late: the loss of a step is read while the next one runs, so nothing stalls."""
+
+    def __init__(self, log: Log, clock: Clock, model: GPT, hardware: Hardware, world: World, start: int):
+        self.log, self.clock, self.model, self.hardware, self.world = log, clock, model, hardware, world
+        self.pending, self.before, self.first = None, clock.read(), start
+
+    def add(self, step: int, loss: Tensor, plan: StepPlan):
+        """Queue the line of `step` (1, 2, ..) and print the one before it."""
+        self.world.all_reduce(loss)
+        event = None
+        if loss.is_cuda:
+            loss, event = loss.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        previous, self.pending = self.pending, (step, loss, event, plan)
+        self.print(previous)
+
+    def flush(self):
+        previous, self.pending = self.pending, None
+        self.print(previous)
+
+    def print(self, entry):
+        if entry is None:
+            return
+        step, loss, event, plan = entry
+        if event is not None:
+            event.synchronize()
+        now, cfg = self.clock.read(), self.model.cfg
+        speed = step_metrics(self.model, self.hardware, self.world, plan.stage.batch_tokens, now - self.before)
+        self.before = now
+        loss = loss.item() / sum(plan.weights)
+        if not math.isfinite(loss):
+            raise UserError(f"training loss is {loss} at step {step}: lower the learning rates; nothing was saved")
+        left = (now / step) * (cfg.total_steps - step)
+        self.log.line(f"step:{step}/{cfg.total_steps} train_loss:{loss:.4f} train_time:{now * 1e3:.0f}ms "
+                      f"step_avg:{now * 1e3 / step:.2f}ms", console=False)  # fmt: skip
+        self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5), **speed)
+        if self.log.active and (sys.stdout.isatty() or step % max(cfg.val_every // 5, 1) == 0):
+            end = "\r" if sys.stdout.isatty() else "\n"
+            print(f"step:{step}/{cfg.total_steps} train_loss:{loss:.4f} {speed['tokens_per_s']:,} tokens/s "
+                  f"eta:{left:.0f}s ", end=end, flush=True)  # fmt: skip
+
+
+def warm_up(model, optimizer, val: Validation, positions: int, hardware: Hardware, world: World):
+    """Run each kind of step and a validation chunk on synthetic tokens; weights and (zero) state are restored.
+
+    As many steps as Adam's cadence needs; compiles everything that training will use.
+    """
+    cfg, saved = model.cfg, [p.detach().clone() for p in model.parameters()]
+    generator = np.random.default_rng(0)
+    shapes = {}
+    for step in range(cfg.total_steps):
+        plan = plan_step(cfg, step)
+        shapes.setdefault((plan.stage.batch_tokens, len(plan.weights)), plan)
+    for plan in shapes.values():
+        T = micro_tokens(cfg, world, plan.stage)
+        tokens = generator.integers(0, cfg.vocab_size, T + 1)
+        tokens[:: min(512, plan.stage.max_doc)] = cfg.bos
+        starts = np.arange(0, T, min(512, plan.stage.max_doc))
+        batch = MicroBatch(torch.from_numpy(tokens), to_documents(starts, T)._replace(longest=plan.stage.max_doc))
+        rotary = build_rotary(cfg, plan.stage_index, positions, hardware.device)
+        for step in range(cfg.adam_every):
+            train_step(model, optimizer, [batch], plan, rotary, step, world)
+    chunk = min(cfg.val_chunk, val.count)
+    Validation(cfg, np.resize(tokens, chunk * world.size + 1)).run(model, final_windows(cfg), rotary, world)
+    with torch.no_grad():
+        for parameter, kept in zip(model.parameters(), saved):
+            parameter.copy_(kept)
+            parameter.grad = None
+    for state in optimizer.states:
+        for buffer in state.buffers.values():
+            buffer.zero_()
+    hardware.synchronize()
+
+
+def rotary_positions(cfg: Config, world: World, val: Validation) -> int:
+    return max(min(cfg.val_chunk, val.count), *(micro_tokens(cfg, world, stage) for stage in cfg.stages))
+
+
+def check_world(cfg: Config, world: World):
+    micro = max(cfg.micro_batches, world.size)
+    if micro % world.size:
+        raise UserError(f"{world.size} processes don't divide the {micro} micro-batches of a step: start a divisor "
+                        f"of {cfg.micro_batches} or a multiple of it")  # fmt: skip
+    for stage in cfg.stages:
+        if stage.batch_tokens % micro:
+            raise UserError(f"{micro} micro-batches don't divide a batch of {stage.batch_tokens} tokens")
+
+
+def write_plot(folder: Path) -> Path | None:
+    """loss.png from metrics.jsonl, if matplotlib is there."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return None
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for key, style in (("train_loss", "-"), ("val_loss", "o-")):
+        points = [(r["step"], r[key]) for r in rows if key in r and r["step"]]
+        axes.plot(*zip(*points), style, label=key.replace("_", " "), lw=1, ms=4) if points else None
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "loss.png", dpi=120)
+    plt.close(figure)
+    return folder / "loss.png"
+
+
+def baseline_line(shards: Shards) -> str:
+    """The trivial baselines that the data folder's manifest states, for judging the bits per byte."""
+    try:
+        found = json.loads((shards.paths[0].parent / "manifest.json").read_text()).get("baseline") or []
+        return ", ".join(f"{b['name']} {b['bpb']:.3f}" for b in found)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return ""
+
+
+def optional_tokenizer(cfg: Config, log_line=print) -> Tokenizer | None:
+    """The tokenizer, or None with a line that says why: training needs none, bits per byte and sampling do."""
+    try:
+        tokenizer = load_tokenizer(cfg.tokenizer)
+    except UserError as error:
+        log_line(f"no bits per byte and no sample: {error}")
+        return None
+    if tokenizer.vocab_size != cfg.vocab_size:
+        raise UserError(f"--tokenizer={cfg.tokenizer} has {tokenizer.vocab_size} tokens, not {cfg.vocab_size}")
+    return tokenizer
+
+
+def validate(val: Validation, model: GPT, rotary: Rotary, step: int, clock: Clock, log: Log, world: World) -> dict:
+    """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
+    cfg, seconds = model.cfg, clock.read()
+    windows = final_windows(cfg) if step == cfg.total_steps else plan_step(cfg, step).windows
+    result = val.run(model, windows, rotary, world)
+    lambdas = model.lambdas()
+    average = seconds * 1e3 / max(step, 1)
+    bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
+    mtp = f" smear_mtp_lambda:{lambdas['smear_mtp_lambda'][0]:+.4f}" if cfg.smear_mtp else ""
+    log.line(f"step:{step}/{cfg.total_steps} val_loss:{result['val_loss']:.4f}{bpb} "
+             f"train_time:{seconds * 1e3:.0f}ms step_avg:{average:.2f}ms{mtp}")  # fmt: skip
+    log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
+    return result
+
+
+def train(cfg: Config, hardware: Hardware, world: World, launched: float) -> tuple[GPT, Log]:
+    """The whole run: set up, warm up, train with the clock, validate, save. Returns the trained model."""
+    check_world(cfg, world)
+    shards = Shards(find_shards(cfg, "train"), cfg)
+    check_supply(cfg, world, shards)
+    tokenizer = optional_tokenizer(cfg, print if world.rank == 0 else lambda text: None)
+    val = Validation.load(cfg, tokenizer)
+    start, position, seconds, tensors = 0, Position(), 0.0, None
+    if cfg.resume:
+        tensors, meta = read_safetensors(cfg.resume)
+        if "step" not in meta:
+            raise UserError(f"{cfg.resume}: an export, not a checkpoint: it has no optimizer state to resume from")
+        start, position, seconds = meta["step"], Position(*meta["position"]), meta["train_seconds"]
+
+    model = build_model(cfg, hardware)
+    optimizer = Optimizer(model, optimizer_table(cfg), world, hardware.dtype, hardware.compile)
+    log = Log(cfg, world)
+    log_header(log, cfg, hardware, world, model, shards, val)
+    positions = rotary_positions(cfg, world, val)
+    if hardware.warmup:
+        warm_up(model, optimizer, val, positions, hardware, world)
+    if tensors is not None:
+        load_weights(model, tensors, cfg.resume)
+        prefix = "optimizer."
+        optimizer.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+    log.line(f"launch to first step: {time.time() - launched:.1f} s")
+
+    clock = Clock(hardware, seconds)
+    loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
+    steps = StepLog(log, clock, model, hardware, world, start)
+    stop = min(cfg.total_steps, cfg.stop_after or cfg.total_steps)
+    stage, rotary = None, None
+    for step in range(start, stop + 1):
+        plan = plan_step(cfg, min(step, cfg.total_steps - 1))
+        if plan.stage_index != stage:
+            stage, rotary = plan.stage_index, build_rotary(cfg, plan.stage_index, positions, hardware.device)
+        save = step > start and cfg.save_every >= 0 and (step == stop or cfg.save_every and step % cfg.save_every == 0)
+        if step == stop or step % cfg.val_every == 0 or save or step == start:
+            steps.flush()
+            if clock.since is not None:
+                clock.pause()
+            if save:  # before a validation that might fail
+                path = log.folder and log.folder / f"checkpoint_{step:06d}.safetensors"
+                save_checkpoint(path, model, optimizer, step, position, clock.seconds, world)
+            if step == stop or step % cfg.val_every == 0:
+                validate(val, model, rotary, step, clock, log, world)
+            clock.resume()
+        if step < stop:
+            batches, position = next(loader)
+            loss = train_step(model, optimizer, batches, plan, rotary, step, world)
+            steps.add(step + 1, loss, plan)
+    log.line(f"peak memory: {memory_mib(hardware)} MiB")
+    if baseline_line(shards):
+        log.line(f"for comparison, bits per byte on the same text: {baseline_line(shards)}")
+    return model, log
+
+
+def finish(cfg: Config, model: GPT, log: Log, world: World):
+    """After training: sample, export, plot; rank 0 only."""
+    if world.rank != 0:
+        return
+    tokenizer = optional_tokenizer(cfg)
+    if tokenizer:
+        prompt = cfg.sample or "The"
+        log.line(f"sample: {sample_text(model, tokenizer, prompt, cfg.sample_tokens, cfg.seed)!r}")
+    if cfg.export:
+        export_model(Path(cfg.export), model)
+        log.line(f"export: {cfg.export}")
+    plot = write_plot(log.folder)
+    log.line(f"log: {log.folder / 'log.txt'}")
+    log.line(f"plot: {plot or 'not drawn, matplotlib is not installed'}")
+
+
+def use_checkpoint(cfg: Config, hardware: Hardware):
+    """--checkpoint=FILE with --sample and/or --export: no training."""
+    model = load_model(cfg.checkpoint, cfg, hardware)
+    if cfg.sample:
+        tokenizer = load_tokenizer(model.cfg.tokenizer)
+        print(sample_text(model, tokenizer, cfg.sample, cfg.sample_tokens, cfg.seed))
+    if cfg.export:
+        export_model(Path(cfg.export), model)
+        print(f"export: {cfg.export}")
+
+
+def run(argv: list[str]):
+    launched = time.time()
+    cfg = parse_config(argv)
+    env = os.environ
+    world = World(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+    hardware = choose_hardware(cfg, world)
+    if cfg.check:
+        check_world(cfg, world)
+        check_supply(cfg, world, Shards(find_shards(cfg, "train"), cfg))
+        Validation.load(cfg)
+        print("configuration and data are fine")
+        return
+    if hardware.device.type == "cpu" and world.size > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
+    if cfg.checkpoint:
+        use_checkpoint(cfg, hardware)
+        return
+    if world.size > 1:
+        if hardware.device.type == "cuda":
+            torch.cuda.set_device(hardware.device)
+        dist.init_process_group("nccl" if hardware.device.type == "cuda" else "gloo")
+    model, log = train(cfg, hardware, world, launched)
+    finish(cfg, model, log, world)
+    world.barrier()
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def main():
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        print(f"train_gpt.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
