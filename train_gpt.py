@@ -1578,11 +1578,11 @@ class StepLog:
     def add(self, step: int, loss: Tensor, plan: StepPlan):
         """Queue the line of `step` (1, 2, ..) and print the one before it."""
         self.world.all_reduce(loss)
-        event = None
-        if loss.is_cuda:
-            loss, event = loss.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record()
-        previous, self.pending = self.pending, (step, loss, event, plan)
+        if not loss.is_cuda:
+            return self.print((step, loss, None, plan))
+        event = torch.cuda.Event()
+        previous, self.pending = self.pending, (step, loss.to("cpu", non_blocking=True), event, plan)
+        event.record()
         self.print(previous)
 
     def flush(self):
