@@ -8,8 +8,8 @@
 `./run.sh [track]` sets everything up first. Any field of `Config` is a flag: --name=value.
 
 Shape suffixes: x_TD is (T, D).   T tokens of one packed micro-batch   D model width   H heads   E head width
-    F hidden width of the MLP     V padded vocabulary   L layers   A layers with attention   K targets per token
-    N matrices of a bank   R, C rows and columns of one matrix   P rotary positions   G gate inputs
+    F hidden width of the MLP   V padded vocabulary   L layers   A layers with attention   K targets per token
+    N matrices of a bank   R, C rows and columns of one matrix   P rotary positions   J = E/2   G gate inputs
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class Stage(NamedTuple):
     window_short: int            # tokens a query looks back
     window_long: int
     lr: float                    # multiplier on every learning rate
-    targets: tuple = ((1, 1),)   # loss weight of target t+1+k, (at the stage's start, at its end), k = 0, 1, ..
+    targets: tuple = ((1, 1),)   # loss weights of targets t+1, t+2, ..: each (at the stage's start, end)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Config:
     width: int = 768
     heads: int = 6
     mlp_ratio: int = 4
-    attn_scale: float = 0.1      # of the first stage; YaRN raises it
+    attn_scale: float = 0.1      # of the first stage; YaRN raises it ...
+    yarn_window: int = 1664      # ... up to this long window in tokens
     loss_chunk: int = 16_384     # tokens whose logits exist at a time
     # mechanisms
     value_embeds: bool = True
@@ -133,18 +134,18 @@ class Config:
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
     softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
     smear_mtp: bool = True
-    multi_target: bool = True    # use the stages' target weights; off: next token only
+    multi_target: bool = False   # use the stages' target weights; off: next token only
     mtp_heads: int = 0           # auxiliary heads for t+2, t+3, ..: trained, not exported
     mtp_weight: float = 0.1      # of the mean auxiliary loss
-    leaky_slope: float = 0.0     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
-    cut_smear: bool = False      # these three stop at document starts, as attention always does
+    leaky_slope: float = 0.5     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
+    cut_smear: bool = False      # these three stop where a document starts (BOS)
     cut_key_offset: bool = False
     cut_smear_mtp: bool = False
     # optimizer: the table built from these is `optimizer_table`
     muon_lr: float = 0.023
     muon_weight_decay: float = 0.0276  # per step: lr * weight_decay, both times the schedule's multiplier
     adam_lr: float = 0.008
-    attn_lr_ratio: float = 1.0   # learning rate of the attention matrices over muon_lr
+    attn_lr_ratio: float = 2.0   # learning rate of the attention matrices over muon_lr
     embed_lr_ratio: float = 75.0 # learning rate of the embedding tables over adam_lr
     adam_every: int = 2          # steps between Adam updates; gradients add up meanwhile
 
@@ -170,7 +171,8 @@ class Config:
 
     @property
     def value_tables(self) -> int:
-        return 1 + max(layer.value_embed for layer in self.layers) if self.value_embeds else 0
+        used = [layer.value_embed for layer in self.layers if layer.window != "none"]
+        return 1 + max(used, default=-1) if self.value_embeds else 0
 
     def offsets_keys(self, layer: Layer) -> bool:
         return {"off": False, "all": True, "table": layer.key_offset}[self.key_offset]
@@ -196,7 +198,7 @@ SHORT_STAGES = (
     Stage(1 / 3, 262_144, 2048,    384,   896,  1.52, ((1, 1), (0.5, 0))),
     Stage(2 / 3, 393_216, 2048,    640,  1408,  1.73, ((1, 1),)),
     Stage(1.0,   393_216, 2048,    768,  1664,  1.00, ((1, 1),)),
-)  # fmt: skip
+)
 
 MEDIUM_LAYERS = (
     Layer("long", value_embed=0, key_offset=True),
@@ -227,7 +229,7 @@ MEDIUM_STAGES = (
     Stage(6 / 12, 524_288, 4096, 1152, 2432, 2.00),
     Stage(7 / 12, 524_288, 4096, 1280, 2688, 2.00),
     Stage(8 / 12, 524_288, 4096, 1408, 2944, 2.00),
-)  # fmt: skip
+)
 
 TINY_LAYERS = (
     Layer("short", value_embed=0),
@@ -238,15 +240,15 @@ TINY_LAYERS = (
 )
 
 TINY_STAGES = (
-    Stage(0 / 3, 8_192, 1024,  64, 128, 1.0, ((1, 1), (0.5, 0.5), (0.25, 0))),
-    Stage(1 / 3, 8_192, 1024, 128, 256, 1.0, ((1, 1), (0.5, 0))),
-    Stage(2 / 3, 8_192, 1024, 128, 384, 1.0),
-)  # fmt: skip
+    Stage(0 / 3, 4_096, 1024,  64, 128, 1.0, ((1, 1), (0.5, 0.5), (0.25, 0))),
+    Stage(1 / 3, 4_096, 1024, 128, 256, 1.0, ((1, 1), (0.5, 0))),
+    Stage(2 / 3, 4_096, 1024, 128, 384, 1.0),
+)
 
 SHORT = Config(
     track="short", dataset="fineweb10B", tokenizer="gpt2", layers=SHORT_LAYERS, stages=SHORT_STAGES,
     scheduled_steps=2070, extension_steps=40, val_tokens=10_485_760, val_every=250, backout_from=7,
-)  # fmt: skip
+)
 
 TRACKS = {
     "tiny": Config(
@@ -264,32 +266,31 @@ TRACKS = {
         scheduled_steps=4700, backout_from=11, cooldown=0.7, val_window_short=1408, val_window_long=3456,
         muon_lr=0.015, muon_weight_decay=0.018, adam_lr=0.004,
     ),
-}  # fmt: skip
+}
 
 CHOICES = {
     "track": tuple(TRACKS), "device": ("auto", "cuda", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
     "compile": ("auto", "on", "off"), "attention": ("auto", "varlen", "reference"),
     "warmup": ("auto", "on", "off"), "document_rest": ("skip", "keep"), "key_offset": ("table", "all", "off"),
     "key_offset_dims": ("stationary", "all"),
-}  # fmt: skip
-# Flags that change neither the model nor its training: the ones that go with --checkpoint and --resume.
-RUN_FLAGS = {"check", "checkpoint", "resume", "sample", "sample_tokens", "temperature", "export", "save_every",
-             "stop_after", "logs", "device", "dtype", "compile", "attention", "warmup", "data", "dataset",
-             "tokenizer", "seed"}  # fmt: skip
-MINIMUM = {"save_every": -1, "backout_from": -1, "epochs": 1, "micro_batches": 1, "val_chunk": 1, "val_every": 1,
-           "scheduled_steps": 1, "width": 1, "heads": 1, "mlp_ratio": 1, "loss_chunk": 1, "adam_every": 1,
-           "sample_tokens": 1, "gate_inputs": 1}  # fmt: skip
+}
+# Flags that change neither the model nor its training: what goes with --checkpoint and --resume.
+RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temperature", "seed", "export",
+             "save_every", "stop_after", "logs", "device", "dtype", "compile", "attention", "warmup", "data",
+             "tokenizer")
+MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
+    ("epochs", "micro_batches", "val_chunk", "val_every", "scheduled_steps", "width", "heads", "mlp_ratio",
+     "loss_chunk", "adam_every", "sample_tokens", "gate_inputs"), 1)  # every other number: 0
+BOOLEANS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 
 
 def parse_value(name: str, kind: type, text: str):
     """`text` as a value of field `name`; raises UserError in one line if it isn't one."""
     try:
-        if kind is bool:
-            value = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[text.lower()]
-        else:
-            value = kind(text.replace("_", "") if kind is int else text)
+        value = BOOLEANS[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        raise UserError(f"--{name}={text}: expected {'on or off' if kind is bool else kind.__name__}") from None
+        expected = {bool: "on or off", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"--{name}={text}: expected {expected}") from None
     if name in CHOICES and value not in CHOICES[name]:
         raise UserError(f"--{name}={text}: expected one of {', '.join(CHOICES[name])}")
     if kind in (int, float) and not MINIMUM.get(name, 0) <= value < 1e12:
@@ -298,8 +299,9 @@ def parse_value(name: str, kind: type, text: str):
 
 
 def parse_config(argv: list[str]) -> Config:
-    """The chosen track with --name=value overrides (`--name` alone means on), or, with --checkpoint or --resume,
-    that file's configuration, of which only flags that leave model and training as they were can be overridden.
+    """The chosen track with --name=value overrides (`--name` alone means on).
+
+    With --checkpoint or --resume the file's own configuration, where only RUN_FLAGS can be overridden.
     """
     overrides = parse_overrides(argv)
     saved = overrides.get("checkpoint") or overrides.get("resume")
@@ -309,8 +311,9 @@ def parse_config(argv: list[str]) -> Config:
     for name, value in overrides.items():
         if name not in RUN_FLAGS and value != getattr(base, name):
             raise UserError(f"--{name}: fixed by {saved}, where it is {getattr(base, name)}; leave it out")
-    return replace(base, **{name: f.default for name, f in Config.__dataclass_fields__.items() if name in RUN_FLAGS - {
-        "tokenizer", "data", "dataset"}} | overrides)
+    kept = {"data", "seed", "tokenizer"} | ({"sample"} if overrides.get("resume") else set())
+    fresh = {name: getattr(Config, name) for name in RUN_FLAGS if name not in kept}
+    return replace(base, **fresh | overrides)
 
 
 def parse_overrides(argv: list[str]) -> dict:
@@ -321,7 +324,7 @@ def parse_overrides(argv: list[str]) -> dict:
         name = name.replace("-", "_")
         if not arg.startswith("--") or name not in fields:
             near = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean --{near[0]}=..?" if near else "flags are the fields of Config, as --name=value"
+            hint = f"did you mean --{near[0]}=..?" if near else "the flags are the fields of Config"
             raise UserError(f"unknown argument {arg!r}: {hint}")
         if not given and fields[name] is not bool:
             raise UserError(f"{arg}: needs a value, as {arg}={fields[name].__name__}")
@@ -334,26 +337,28 @@ def resolve_config(cfg: Config) -> Config:
     if not cfg.vocab_size:
         cfg = replace(cfg, vocab_size=load_tokenizer(cfg.tokenizer, ranks_only=True).vocab_size)
     if cfg.width % cfg.heads or cfg.head_dim % 4:
-        raise UserError(f"--width={cfg.width} --heads={cfg.heads}: heads must divide width into multiples of 4")
+        raise UserError(f"--width={cfg.width} --heads={cfg.heads}: width/heads must be a multiple of 4")
     if cfg.rotary_fraction > 1:
         raise UserError(f"--rotary_fraction={cfg.rotary_fraction}: expected 0 to 1")
     if cfg.backout_from >= len(cfg.layers):
         raise UserError(f"--backout_from={cfg.backout_from}: the model has layers 0 to {len(cfg.layers) - 1}")
+    if not cfg.attention_layers or any(layer.skip_from >= i for i, layer in enumerate(cfg.layers)):
+        raise UserError("layer table: needs a layer with attention, and skips only from earlier layers")
     if cfg.gate_inputs > cfg.width:
         raise UserError(f"--gate_inputs={cfg.gate_inputs}: at most the width, {cfg.width}")
     return cfg
 
 
 def config_to_json(cfg: Config) -> dict:
-    return {k: [v._asdict() for v in x] if k in ("layers", "stages") else x
-            for k, x in ((f.name, getattr(cfg, f.name)) for f in dataclasses.fields(cfg))}  # fmt: skip
+    rows = {name: [row._asdict() for row in getattr(cfg, name)] for name in ("layers", "stages")}
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)} | rows
 
 
 def config_from_json(values: dict) -> Config:
     """Inverse of config_to_json. Raises KeyError or TypeError on fields that Config doesn't have."""
-    stages = [{**s, "targets": tuple(map(tuple, s["targets"]))} for s in values["stages"]]
-    nested = {"layers": tuple(Layer(**v) for v in values["layers"]), "stages": tuple(Stage(**s) for s in stages)}
-    return Config(**{**values, **nested})
+    layers = tuple(Layer(**row) for row in values["layers"])
+    stages = tuple(Stage(**row | {"targets": tuple(map(tuple, row["targets"]))}) for row in values["stages"])
+    return Config(**values | {"layers": layers, "stages": stages})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -392,30 +397,30 @@ class Hardware(NamedTuple):
 
 
 def choose_hardware(cfg: Config, world: World) -> Hardware:
-    """Every decision that depends on the machine, made once. Raises UserError if a forced one can't be had."""
+    """Every decision on hardware, made once. Raises UserError if a forced one can't be had."""
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
     if cuda and torch.cuda.device_count() <= world.local_rank:
         found = torch.cuda.device_count()
-        raise UserError(f"process {world.local_rank + 1} has no GPU, {found} found: start as many processes as GPUs")
+        raise UserError(f"process {world.local_rank + 1} has no GPU, {found} found: one process per GPU")
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     modern = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-    why = {"device": torch.cuda.get_device_name(device) if cuda else "no GPU found or asked for"}
-
-    dtype = torch.bfloat16 if (modern if cfg.dtype == "auto" else cfg.dtype == "bfloat16") else torch.float32
-    why["dtype"] = "forced" if cfg.dtype != "auto" else "tensor cores with bfloat16" if modern else "no fast bfloat16"
-
+    bfloat16 = modern if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
     compile = cuda if cfg.compile == "auto" else cfg.compile == "on"
-    why["compile"] = "forced" if cfg.compile != "auto" else "GPU" if cuda else "costs more than it saves on a CPU"
-
-    varlen = modern and dtype == torch.bfloat16 and has_varlen_window()
+    varlen = modern and bfloat16 and has_varlen_window()
     attention = ("varlen" if varlen else "reference") if cfg.attention == "auto" else cfg.attention
     if attention == "varlen" and not varlen:
-        raise UserError("--attention=varlen: needs a GPU of compute capability 8.0, bfloat16 and torch >= 2.11")
-    why["attention"] = "forced" if cfg.attention != "auto" else "FlashAttention in torch" if varlen else "not available"
-
+        raise UserError("--attention=varlen: needs compute capability 8.0, bfloat16 and torch 2.11 or newer")
     warmup = compile if cfg.warmup == "auto" else cfg.warmup == "on"
-    why["warmup"] = "forced" if cfg.warmup != "auto" else "compiled code" if compile else "nothing to compile"
-    return Hardware(device, dtype, compile, attention, warmup, why)
+    reasons = {
+        "device": torch.cuda.get_device_name(device) if cuda else "no GPU found",
+        "dtype": "tensor cores with bfloat16" if modern else "no fast bfloat16",
+        "compile": "GPU" if cuda else "costs more than it saves on a CPU",
+        "attention": "FlashAttention in torch" if varlen else "no FlashAttention here",
+        "warmup": "compiled code" if compile else "nothing to compile",
+    }
+    forced = {name: "forced" for name in reasons if getattr(cfg, name) != "auto" and name != "device"}
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    return Hardware(device, dtype, compile, attention, warmup, reasons | forced)
 
 
 def has_varlen_window() -> bool:
@@ -469,8 +474,24 @@ def offset_keys(k_THE: Tensor, dims: Tensor, starts_T: Tensor | None) -> Tensor:
     return torch.where(take, shift(k_THE), k_THE)
 
 
+class LeakyReLUSquared(torch.autograd.Function):
+    """LeakyReLU(slope)(x)^2, slope 0 being ReLU^2; keeps r = LeakyReLU(x), whose sign is that of x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slope: float) -> Tensor:
+        r = F.leaky_relu(x, slope)
+        ctx.save_for_backward(r)
+        ctx.slope = slope
+        return r * r
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (r,) = ctx.saved_tensors
+        return 2 * grad * (r if not ctx.slope else torch.where(r > 0, r, ctx.slope * r)), None
+
+
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
-    return F.leaky_relu(x, slope).square() if slope else F.relu(x).square()
+    return LeakyReLUSquared.apply(x, slope)
 
 
 def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block: int = 256) -> Tensor:
@@ -481,14 +502,16 @@ def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block
     T = q_THE.size(0)
     position = torch.arange(T, device=q_THE.device)
     document = torch.searchsorted(docs.cu_seqlens[1:].long(), position, right=True)
+    q_blocks, k_blocks, v_blocks = (x.transpose(0, 1)[None].split(block, 2) for x in (q_THE, k_THE, v_THE))
     out = []
-    for lo in range(0, T, block):
-        hi, first = min(lo + block, T), max(0, lo - window)
-        back = position[lo:hi, None] - position[None, first:hi]
-        mask = (back >= 0) & (back <= window) & (document[lo:hi, None] == document[None, first:hi])
-        q, k, v = (x.transpose(0, 1) for x in (q_THE[lo:hi], k_THE[first:hi], v_THE[first:hi]))
-        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(0, 1))
-    return torch.cat(out)
+    for i, q in enumerate(q_blocks):
+        lo, hi = i * block, i * block + q.size(2)
+        first = max(0, lo - window) // block
+        back = position[lo:hi, None] - position[None, first * block : hi]
+        mask = (back >= 0) & (back <= window) & (document[lo:hi, None] == document[None, first * block : hi])
+        k, v = (torch.cat(blocks[first : i + 1], dim=2) for blocks in (k_blocks, v_blocks))
+        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0))
+    return torch.cat(out, dim=2)[0].transpose(0, 1)
 
 
 def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tensor:
@@ -514,7 +537,7 @@ class Rotary(NamedTuple):
 def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
     """Tables for `positions` tokens after the window changes of stages 1..`stage` (YaRN, arXiv 2309.00071).
 
-    The windows of the final validation are longer still, but are used without a change of tables.
+    The longer windows of the final validation are used without a change of tables.
     """
     half = cfg.head_dim // 2
     moving = round(half * cfg.rotary_fraction)
@@ -522,19 +545,20 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
     scale = cfg.attn_scale
     for old, new in zip(cfg.stages[:stage], cfg.stages[1:]):
         stretch = new.window_long / old.window_long
-        if not cfg.yarn or stretch == 1 or not cfg.sliding_window:
+        if not (cfg.yarn and cfg.sliding_window) or new.window_long > cfg.yarn_window:
             continue
         turns = old.window_long * frequency / (2 * math.pi)
         keep = ((turns - 1) / 31).clamp(0, 1)
         frequency = frequency * (1 / stretch + keep * (1 - 1 / stretch))
         scale *= 1 + 0.2 * math.log(stretch)
     angle_PJ = torch.arange(positions).double()[:, None] * frequency
-    tables = angle_PJ.cos().float(), angle_PJ.sin().float(), torch.tensor(scale).float(), (frequency == 0).repeat(2)
-    return Rotary(*(t.to(device) for t in tables))
+    still_E = (frequency == 0).repeat(2)
+    tables = angle_PJ.cos().float(), angle_PJ.sin().float(), torch.tensor(scale).float(), still_E
+    return Rotary(*(table.to(device) for table in tables))
 
 
-# The forward pass is cut into regions between the attention calls. Each is a plain function of tensors, so it
-# compiles by itself (all layers of a kind share the code) with T dynamic: no stage needs a compilation of its own.
+# The forward pass is cut into regions between the attention calls. Each is a plain function of tensors and
+# compiles by itself, with T dynamic: layers of a kind share code and no stage needs a compilation of its own.
 
 
 def embed_region(embed_TD, gate_G, smear_lambda, starts_T, cut: bool) -> Tensor:
@@ -558,7 +582,7 @@ def mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda) -> Tensor
 
 
 def qkv_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, w_4DD, v_lambda, value_TD, gate_HG,
-               cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config, offset: bool):  # fmt: skip
+               cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config, offset: bool):
     """From the residual stream to what attention needs: x (T, D), q, k, v (T, H, E), gate (T, H) or None."""
     x_TD = mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda)
     T, D = x_TD.shape
@@ -574,12 +598,14 @@ def qkv_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, w_4DD, v_
     v_THE = v_lambda * v_THE
     if value_TD is not None:
         v_THE = v_THE + value_TD.view_as(v_THE)
-    gate_TH = None if gate_HG is None else torch.sigmoid(h_TD[:, : gate_HG.size(1)] @ gate_HG.to(h_TD.dtype).T)
+    gate_TH = None
+    if gate_HG is not None:
+        gate_TH = torch.sigmoid(h_TD[:, : gate_HG.size(1)] @ gate_HG.to(h_TD.dtype).T)
     return x_TD, q_THE, k_THE, v_THE.contiguous(), gate_TH
 
 
 def output_region(x_TD, y_THE, gate_TH, out_lambda, w_DD, mlp_2FD, slope: float) -> Tensor:
-    """Attention output and MLP added to the residual stream: (T, D). y_THE = None: a layer without attention."""
+    """Attention output (None: a layer without attention) and MLP added to the residual stream: (T, D)."""
     if y_THE is not None:
         y_THE = y_THE if gate_TH is None else y_THE * gate_TH[..., None]
         x_TD = x_TD + out_lambda * (y_THE.reshape_as(x_TD) @ w_DD.T)
@@ -599,7 +625,7 @@ def loss_region(x_TD, head_VD, targets_TK, weights_K, softcap: float) -> Tensor:
     """Sum over tokens of sum_k weight_k * cross entropy with target k: (). Targets of -1 count nothing."""
     logits_TV = cap(x_TD @ head_VD.to(x_TD.dtype).T, softcap)
     return sum(weights_K[k] * F.cross_entropy(logits_TV, targets_TK[:, k], ignore_index=-1, reduction="sum")
-               for k in range(targets_TK.size(1)))  # fmt: skip
+               for k in range(targets_TK.size(1)))
 
 
 def cap(logits: Tensor, softcap: float) -> Tensor:
@@ -607,7 +633,8 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, output_region, final_region, loss_region)}
+REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, output_region, final_region,
+                                   loss_region)}
 
 
 def compile_region(function):
@@ -628,19 +655,20 @@ def compile_region(function):
 class GPT(nn.Module):
     """Parameters are float32; forward runs in `dtype`. Mechanisms that are off have no parameters.
 
-    | parameter            | shape             | initial value                                                  |
-    |----------------------|-------------------|----------------------------------------------------------------|
-    | embed                | (V, D)            | normal(0, 1)                                                   |
-    | value_embeds         | (tables * V, D)   | 0                                                              |
-    | head, mtp_heads      | (V, D), (n, V, D) | 0                                                              |
-    | attn_bank            | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0                        |
-    | mlp_bank             | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down, stored transposed, 0      |
-    | attn_gate            | (A, H, G)         | 0: every gate starts at 1/2                                    |
-    | attn_lambdas         | (A, 2)            | 0.5 on v, 1 on the output                                      |
-    | resid_lambdas        | (L, 2)            | 1.1 on the stream, 0 on x0                                     |
-    | smear_gate, smear_lambda, smear_mtp_lambda | (G,), (), () | 0                                             |
-    | skip_lambdas         | (skips,)          | -1.5, before a sigmoid                                         |
-    | backout_lambda       | ()                | 0.5                                                            |
+    | parameter                 | shape             | initial value                                       |
+    |---------------------------|-------------------|-----------------------------------------------------|
+    | embed                     | (V, D)            | normal(0, 1)                                        |
+    | value_embeds              | (tables * V, D)   | 0                                                   |
+    | head, mtp_heads           | (V, D), (n, V, D) | 0                                                   |
+    | attn_bank: Q, K, V, O     | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0             |
+    | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
+    | attn_gate                 | (A, H, G)         | 0: every gate starts at 1/2                         |
+    | attn_lambdas              | (A, 2)            | 0.5 on v, 1 on the output                           |
+    | resid_lambdas             | (L, 2)            | 1.1 on the stream, 0 on x0                          |
+    | smear_gate, smear_lambda  | (G,), ()          | 0                                                   |
+    | skip_lambdas              | (skips,)          | -1.5, before a sigmoid                              |
+    | backout_lambda            | ()                | 0.5                                                 |
+    | smear_mtp_lambda          | ()                | 0                                                   |
     """
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attention: str = "reference"):
@@ -660,7 +688,7 @@ class GPT(nn.Module):
         attn_bank[:, :3].uniform_(-bound, bound)
         mlp_bank[:, 0].uniform_(-bound, bound)
         self.attn_lambdas = nn.Parameter(torch.tensor([0.5, 1.0]).repeat(A, 1))
-        if cfg.value_embeds:
+        if cfg.value_tables:
             self.value_embeds = nn.Parameter(torch.zeros(cfg.value_tables * V, D))
         if cfg.attn_gate:
             self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
@@ -696,17 +724,18 @@ class GPT(nn.Module):
         for i, layer in enumerate(cfg.layers):
             mixing = (x_TD, *self.skip_input(i, outputs), x0_TD if i else None, *self.mixing_factors(i))
             if layer.window == "none":
-                x_TD, y_THE, gate_TH, out_lambda, w_o = self.regions["mix_region"](*mixing), None, None, None, None
+                x_TD, attended = self.regions["mix_region"](*mixing), (None, None, None, None)
             else:
                 v_lambda, out_lambda = attn_lambdas[i].unbind()
                 value_TD = values[layer.value_embed] if cfg.value_embeds and layer.value_embed >= 0 else None
                 gate_HG = self.attn_gate[cfg.attention_layers.index(i)] if cfg.attn_gate else None
                 x_TD, q_THE, k_THE, v_THE, gate_TH = self.regions["qkv_region"](
-                    *mixing, attn_w[i], v_lambda, value_TD, gate_HG, *rotary, starts_T, cfg, cfg.offsets_keys(layer)
-                )
+                    *mixing, attn_w[i], v_lambda, value_TD, gate_HG, *rotary, starts_T, cfg,
+                    cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
-                y_THE, w_o = self.attention(q_THE, k_THE, v_THE, docs, window), attn_w[i][3]
-            x_TD = self.regions["output_region"](x_TD, y_THE, gate_TH, out_lambda, w_o, mlp_w[i], cfg.leaky_slope)
+                y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
+                attended = y_THE, gate_TH, out_lambda, attn_w[i][3]
+            x_TD = self.regions["output_region"](x_TD, *attended, mlp_w[i], cfg.leaky_slope)
             if i in self.tap_layers:
                 outputs[i] = x_TD
         backout = (outputs[cfg.backout_from], self.backout_lambda) if cfg.backout_from >= 0 else (None, None)
@@ -715,7 +744,7 @@ class GPT(nn.Module):
 
     def value_rows(self, tokens_T: Tensor) -> tuple:
         """Rows of every value-embedding table, one look-up for all: tables of (T, D)."""
-        if not self.cfg.value_embeds:
+        if not self.cfg.value_tables:
             return ()
         first = torch.arange(self.cfg.value_tables, device=tokens_T.device)[:, None] * self.cfg.padded_vocab
         return F.embedding(tokens_T + first, self.value_embeds).to(self.dtype).unbind(0)
@@ -739,7 +768,7 @@ class GPT(nn.Module):
 
 
 def build_model(cfg: Config, hardware: Hardware) -> GPT:
-    """A GPT whose initial weights depend on the seed alone: drawn on the CPU, equal on every rank and device."""
+    """A GPT with initial weights that depend on the seed alone: drawn on the CPU, equal on every rank."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, hardware.dtype, hardware.attention).to(hardware.device)
     if hardware.compile:
@@ -757,7 +786,7 @@ class Row(NamedTuple):
 
     name: str                    # of the model's parameter
     algorithm: str               # "normuon" or "adam"
-    comms: str                   # "sharded": reduce-scatter, update own part, all-gather; "replicated": all-reduce
+    comms: str                   # "sharded" (reduce-scatter, update own part, all-gather) or "replicated"
     lr: tuple                    # effective learning rates, one per matrix of a bank's layer, or one
     betas: tuple = (0.0, 0.95)   # normuon: (unused, second moment); adam: (first moment, second moment)
     weight_decay: float = 0.0
@@ -771,7 +800,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
     """
     muon, adam = cfg.muon_lr, cfg.adam_lr
     table = partial(Row, algorithm="adam", comms="sharded", betas=(0.65, 0.95), every=cfg.adam_every)
-    scalar = partial(Row, algorithm="adam", comms="replicated", betas=(0.9, 0.99), every=cfg.adam_every)
+    scalar = partial(Row, algorithm="adam", comms="replicated", betas=(0.65, 0.95), every=cfg.adam_every)
     bank = partial(Row, algorithm="normuon", comms="sharded", weight_decay=cfg.muon_weight_decay)
     rows = [
         table("embed", lr=(cfg.embed_lr_ratio * adam,)),
@@ -789,11 +818,13 @@ def optimizer_table(cfg: Config) -> list[Row]:
         bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4),
         bank("mlp_bank", lr=(2 * muon, 4 * muon)),
     ]
-    absent = {"value_embeds": not cfg.value_embeds, "mtp_heads": not cfg.mtp_heads, "attn_gate": not cfg.attn_gate,
-              "smear_gate": not cfg.smear, "smear_lambda": not cfg.smear, "resid_lambdas": not cfg.x0_mix,
-              "skip_lambdas": not (cfg.skip and any(layer.skip_from >= 0 for layer in cfg.layers)),
-              "backout_lambda": cfg.backout_from < 0, "smear_mtp_lambda": not cfg.smear_mtp}  # fmt: skip
-    return [row for row in rows if not absent.get(row.name, False)]
+    present = {
+        "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
+        "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "resid_lambdas": cfg.x0_mix,
+        "skip_lambdas": cfg.skip and any(layer.skip_from >= 0 for layer in cfg.layers),
+        "backout_lambda": cfg.backout_from >= 0, "smear_mtp_lambda": cfg.smear_mtp,
+    }
+    return [row for row in rows if present.get(row.name, True)]
 
 
 # Polar Express, five iterations (arXiv 2505.16932, safety 2 %): X <- a X + (b A + c A A) X with A = X X^T.
@@ -807,7 +838,7 @@ POLAR_EXPRESS = (
 
 
 def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearly orthogonal factor of each matrix: singular values to about 1. (N, R, C) float32 -> same in `dtype`."""
+    """Nearly orthogonal factor of each matrix, singular values about 1: (N, R, C) float32 -> `dtype`."""
     x = g_NRC / (g_NRC.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-12)
     x = x.to(dtype)
     tall = x.size(-2) > x.size(-1)
@@ -818,7 +849,7 @@ def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, beta2: float, dtype: torch.dtype):
+def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, beta2: float, dtype):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
     Nesterov momentum, orthogonalisation, division of each row by its running RMS with the norm kept, and
@@ -828,12 +859,13 @@ def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, be
     x = polar_express(g_NRC + mu * (momentum_NRC - g_NRC), dtype).float()
     second_NR1.lerp_(x.square().mean(-1, keepdim=True), 1 - beta2)
     scaled = x * second_NR1.clamp_min(1e-10).rsqrt()
-    x = scaled * (x.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    norms = (t.norm(dim=(-2, -1), keepdim=True) for t in (x, scaled))
+    x = scaled * (next(norms) / next(norms).clamp_min(1e-10))
     p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
 
 
 def adam_update(p, g, first, second, lr, bias1, bias2, beta1: float, beta2: float):
-    """One Adam step in place; bias1, bias2 = 1 - beta^t. The gradient is of the mean loss, hence the tiny eps."""
+    """One Adam step in place; bias = 1 - beta^t. eps is far below any gradient of the mean loss."""
     first.lerp_(g, 1 - beta1)
     second.lerp_(g.square(), 1 - beta2)
     p.sub_(lr * (first / bias1) / ((second / bias2).sqrt() + 1e-15))
@@ -852,9 +884,9 @@ class RowState(NamedTuple):
 class Optimizer:
     """NorMuon and Adam over one table; state is sharded over ranks.
 
-    A step launches all reductions, updates own parts as they arrive (Adam first, so that the banks' reductions
-    overlap with it), launches each gather at once and waits for the gathers at the end. Gradients are summed in
-    float32: the loss is already divided by the tokens of the whole step.
+    A step launches all reductions, updates own parts as they arrive (Adam first, while the banks' reductions
+    fly), launches each gather at once and waits for the gathers at the end. Gradients are summed in float32:
+    the loss is already divided by the tokens of the whole step.
     Raises ValueError unless every parameter of the model is in exactly one row.
     """
 
@@ -868,7 +900,7 @@ class Optimizer:
         self.world, self.dtype = world, dtype
         self.normuon = torch.compile(normuon_update, dynamic=False) if compile else normuon_update
         self.adam = {"replicated": adam_update,
-                     "sharded": torch.compile(adam_update, dynamic=True) if compile else adam_update}  # fmt: skip
+                     "sharded": torch.compile(adam_update, dynamic=True) if compile else adam_update}
         self.states = [self.make_state(row, parameters[row.name]) for row in table]
 
     def make_state(self, row: Row, p: nn.Parameter) -> RowState:
@@ -903,6 +935,8 @@ class Optimizer:
 
     def reduce(self, state: RowState):
         """Start summing the gradient over ranks: (own part once the work is done, work or None)."""
+        if state.parameter.grad is None:
+            raise RuntimeError(f"parameter {state.row.name} is trained but got no gradient")
         grad = self.as_units(state, state.parameter.grad)
         if self.world.size == 1:
             return grad, None
@@ -912,12 +946,12 @@ class Optimizer:
         return own[: state.hi - state.lo], dist.reduce_scatter_tensor(own, self.padded(grad), async_op=True)
 
     def update(self, state: RowState, grad: Tensor, step: int, lr_multiplier: float, momentum: float):
-        row, scalar = state.row, partial(torch.tensor, dtype=torch.float32)  # on the CPU: no transfer, no recompile
+        row, scalar = state.row, partial(torch.tensor, dtype=torch.float32)  # on the CPU: no recompilation
         p = self.as_units(state, state.parameter.data)[state.lo : state.hi]
         if row.algorithm == "normuon":
             decay = scalar(row.weight_decay * lr_multiplier)
-            self.normuon(p, grad, *state.buffers.values(), state.lr * lr_multiplier, decay, scalar(momentum),
-                         row.betas[1], self.dtype)  # fmt: skip
+            numbers = state.lr * lr_multiplier, decay, scalar(momentum), row.betas[1]
+            self.normuon(p, grad, *state.buffers.values(), *numbers, self.dtype)
         else:
             updates = (step + 1) // row.every
             bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
@@ -956,9 +990,9 @@ class Optimizer:
         out = {}
         for s in self.states:
             for name, part in s.buffers.items():
-                out[f"{s.row.name}.{name}"] = self.unshard(s, part)
+                out[f"optimizer.{s.row.name}.{name}"] = self.unshard(s, part)
             if step % s.row.every:  # gradients of a row that is not due yet are state, too
-                out[f"{s.row.name}.grad"] = self.world.all_reduce(s.parameter.grad.clone())
+                out[f"optimizer.{s.row.name}.grad"] = self.world.all_reduce(s.parameter.grad.clone())
         return out
 
     def unshard(self, state: RowState, part: Tensor) -> Tensor:
@@ -976,9 +1010,9 @@ class Optimizer:
         for s in self.states:
             sharded = s.row.comms == "sharded"
             for name, part in s.buffers.items():
-                full = tensors[f"{s.row.name}.{name}"]
+                full = tensors[f"optimizer.{s.row.name}.{name}"]
                 part.copy_(full[s.lo : s.hi] if sharded else full)
-            grad = tensors.get(f"{s.row.name}.grad")
+            grad = tensors.get(f"optimizer.{s.row.name}.grad")
             s.parameter.grad = None
             if grad is not None:  # it is summed over ranks when due, so only one rank may hold it
                 s.parameter.grad = grad.to(s.parameter.device) * (self.world.rank == 0)
@@ -1014,23 +1048,23 @@ def load_tokenizer(name: str, ranks_only: bool = False) -> Tokenizer:
         if name == "gpt2":
             encoding = tiktoken.get_encoding("gpt2")
         elif not Path(name).is_file():
-            raise UserError(f"--tokenizer={name}: no such file; expected bytes, gpt2 or a file of tiktoken ranks")
+            raise UserError(f"--tokenizer={name}: no such file; give bytes, gpt2 or a file of tiktoken ranks")
         else:
             ranks = load_tiktoken_bpe(name)
             pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
             encoding = tiktoken.Encoding("file", pat_str=pattern, mergeable_ranks=ranks,
-                                         special_tokens={"<|endoftext|>": len(ranks)})  # fmt: skip
+                                         special_tokens={"<|endoftext|>": len(ranks)})
     except UserError:
         raise
     except Exception as error:  # tiktoken raises many kinds: no network, damaged file, missing package
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"--tokenizer={name}: {type(error).__name__}: {reason}; a FILE.tiktoken works offline") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise UserError(f"--tokenizer={name}: {reason}; a FILE.tiktoken works offline") from None
     lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab - 1)]
     return Tokenizer(encoding.n_vocab, np.array(lengths + [0]), encoding.encode_ordinary, encoding.decode)
 
 
 def find_shards(cfg: Config, split: str) -> list[Path]:
-    """Shards of a split in order. The default folder is looked for beside this file and in the folders above."""
+    """Shards of a split in order; the default folder is data/<dataset> beside this file or further up."""
     if cfg.data:
         folder = Path(cfg.data)
     else:
@@ -1041,7 +1075,7 @@ def find_shards(cfg: Config, split: str) -> list[Path]:
         raise UserError(f"no data folder {folder}: make it with {how}, or give another with --data=FOLDER")
     shards = sorted(Path(p) for p in glob.glob(os.path.join(glob.escape(str(folder)), f"*_{split}_*.bin")))
     if not shards:
-        raise UserError(f"no *_{split}_*.bin in {folder}: make them with {how}, or give another folder with --data=")
+        raise UserError(f"no *_{split}_*.bin in {folder}: make them with {how}, or give another with --data=")
     return shards
 
 
@@ -1057,12 +1091,12 @@ def open_shard(path: Path, cfg: Config) -> np.ndarray:
     tokens = np.memmap(path, "<u2", mode="r", offset=1024)
     largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
     if largest >= cfg.vocab_size:
-        raise UserError(f"{path}: token {largest} in a vocabulary of {cfg.vocab_size}: wrong --tokenizer or damaged")
+        raise UserError(f"{path}: token {largest} >= {cfg.vocab_size}: damaged, or the wrong --tokenizer")
     return tokens
 
 
 class Shards:
-    """Training shards with the positions of their document starts; each is opened and checked when first used."""
+    """Training shards with the positions of their document starts, opened and checked when first used."""
 
     def __init__(self, paths: list[Path], cfg: Config):
         self.paths, self.cfg, self.opened = paths, cfg, {}
@@ -1075,7 +1109,7 @@ class Shards:
             tokens = open_shard(self.paths[i], self.cfg)
             starts = np.flatnonzero(tokens == self.cfg.bos)
             if not len(starts):
-                raise UserError(f"{self.paths[i]}: no token {self.cfg.bos} (start of a document): wrong --tokenizer?")
+                raise UserError(f"{self.paths[i]}: no document start ({self.cfg.bos}): wrong --tokenizer?")
             self.opened[i] = tokens, starts
         return self.opened[i]
 
@@ -1131,7 +1165,7 @@ class MicroBatch(NamedTuple):
 
 
 def pack(stream: DocumentStream, tokens: int, max_doc: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exactly tokens + 1 tokens of whole or cut documents, and where the pieces start among the first `tokens`."""
+    """Exactly tokens + 1 tokens of documents, whole or cut, and where they start among the first `tokens`."""
     pieces, starts, room = [], [], tokens + 1
     while room:
         starts.append(tokens + 1 - room)
@@ -1151,13 +1185,13 @@ def micro_tokens(cfg: Config, world: World, stage: Stage) -> int:
 
 
 class Loader:
-    """Prefetched batches of the steps from `first` on. Iterating gives (micro-batches of this rank, position).
+    """Prefetched batches from step `first` on. Iterating gives (micro-batches of this rank, position after).
 
-    Micro-batches are dealt in turn to the ranks, each of which walks the whole stream: the same micro-batches at
-    every world size up to cfg.micro_batches.
+    Micro-batches are dealt in turn to the ranks, each of which walks the whole stream: the same micro-batches
+    at every world size up to cfg.micro_batches.
     """
 
-    def __init__(self, cfg: Config, world: World, shards: Shards, device, first: int = 0, position=Position()):
+    def __init__(self, cfg: Config, world: World, shards: Shards, device, first=0, position=Position()):
         self.cfg, self.world, self.device, self.first = cfg, world, device, first
         self.stream = DocumentStream(shards, cfg, position)
         self.queue = queue.Queue(maxsize=2)
@@ -1175,8 +1209,8 @@ class Loader:
         for i in range(max(self.cfg.micro_batches, self.world.size)):
             tokens, starts = pack(self.stream, T, stage.max_doc)
             if i % self.world.size == self.world.rank:
-                docs = to_documents(starts, T)
-                own.append(MicroBatch(self.host(tokens.astype(np.int64)), docs._replace(longest=stage.max_doc)))
+                docs = to_documents(starts, T)._replace(longest=stage.max_doc)
+                own.append(MicroBatch(self.host(tokens.astype(np.int64)), docs))
         return own, self.stream.position
 
     def host(self, array: np.ndarray) -> Tensor:
@@ -1191,34 +1225,39 @@ class Loader:
             yield item
 
 
+def steps_covered(cfg: Config, world: World, lengths: np.ndarray) -> int:
+    """Steps of the schedule that documents of these lengths suffice for. Exact: packs as the loader does."""
+    ends = {}                    # longest piece -> cumulative length of the pieces that the documents give
+    document, used = 0, 0
+    for step in range(cfg.total_steps):
+        stage = plan_step(cfg, step).stage
+        limit = stage.max_doc if cfg.document_rest == "skip" else int(lengths.max())
+        if limit not in ends:
+            ends[limit] = np.cumsum(np.minimum(lengths, limit))
+        for _ in range(max(cfg.micro_batches, world.size)):
+            if cfg.document_rest == "skip":
+                used = ends[limit][document - 1] if document else 0
+            used += micro_tokens(cfg, world, stage) + 1
+            document = int(np.searchsorted(ends[limit], used)) + 1
+            if document > len(lengths):
+                return step
+    return cfg.total_steps
+
+
 def check_supply(cfg: Config, world: World, shards: Shards):
-    """Raise UserError if the schedule needs more documents than there are. Exact: walks lengths, not tokens."""
-    starts, base = [], 0
+    """Raise UserError if the schedule needs more documents than there are; opens the shards it needs."""
+    starts, total, steps = [], 0, 0
     for i in range(len(shards)):
         tokens, first = shards[i]
-        starts.append(first + base)
-        base += len(tokens)
-    lengths = np.diff(np.append(np.concatenate(starts), base))
-    needed = [(micro_tokens(cfg, world, s := plan_step(cfg, step).stage) + 1, s.max_doc)
-              for step in range(cfg.total_steps) for _ in range(max(cfg.micro_batches, world.size))]  # fmt: skip
-    if cfg.document_rest == "keep":
-        total, have = sum(n for n, _ in needed), int(lengths.sum()) * cfg.epochs
-        done = int(np.searchsorted(np.cumsum([n for n, _ in needed]), have, side="right"))
-        enough = total <= have
-    else:
-        ends = {m: np.cumsum(np.tile(np.minimum(lengths, m), cfg.epochs)) for m in {m for _, m in needed}}
-        document, done, enough = 0, 0, True
-        for n, max_doc in needed:
-            before = ends[max_doc][document - 1] if document else 0
-            document = int(np.searchsorted(ends[max_doc], before + n)) + 1
-            if document > len(ends[max_doc]):
-                enough = False
-                break
-            done += 1
-    if not enough:
-        steps = done // max(cfg.micro_batches, world.size)
-        raise UserError(f"{base:,} training tokens last for {steps} of {cfg.total_steps} steps: add shards, raise "
-                        f"--epochs={cfg.epochs}, or lower --scheduled_steps={cfg.scheduled_steps}")  # fmt: skip
+        starts.append(first + total)
+        total += len(tokens)
+        last = i == len(shards) - 1
+        lengths = np.diff(np.concatenate(starts), append=[total] if last else [])
+        steps = steps_covered(cfg, world, np.tile(lengths, cfg.epochs) if last else lengths)
+        if steps == cfg.total_steps:
+            return
+    raise UserError(f"{total:,} training tokens last for {steps} of {cfg.total_steps} steps: "
+                    f"add shards, raise --epochs={cfg.epochs} or lower --scheduled_steps")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1238,7 +1277,7 @@ class StepPlan(NamedTuple):
 
 def plan_step(cfg: Config, step: int) -> StepPlan:
     """Pure function of the step, 0 .. total_steps - 1; total_steps itself means 'after training'."""
-    starts = [math.ceil(stage.start * cfg.scheduled_steps) for stage in cfg.stages] + [max(cfg.total_steps, 1)]
+    starts = [math.ceil(stage.start * cfg.scheduled_steps) for stage in cfg.stages] + [cfg.total_steps]
     index = max(i for i in range(len(cfg.stages)) if starts[i] <= step)
     stage = cfg.stages[index]
     done = (step - starts[index]) / max(starts[index + 1] - starts[index], 1)
@@ -1251,7 +1290,8 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
     rise = step / max(cfg.momentum_warmup, 1)
     fall = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
     momentum = 0.85 + 0.1 * max(0.0, min(1.0, rise, fall))
-    return StepPlan(stage, index, {"short": stage.window_short, "long": stage.window_long}, lr, momentum, weights)
+    windows = {"short": stage.window_short, "long": stage.window_long}
+    return StepPlan(stage, index, windows, lr, momentum, weights)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1268,14 +1308,14 @@ def multi_targets(targets_T: Tensor, count: int) -> Tensor:
 
 
 def loss_weights(cfg: Config, plan: StepPlan, device) -> tuple[Tensor, Tensor]:
-    """Weights of the head's targets (K,) and of one auxiliary head (1,), over the tokens of the whole step."""
+    """Weights of the head's targets (K,) and of an auxiliary head (1,), over the tokens of the whole step."""
     both = torch.tensor([*plan.weights, cfg.mtp_weight / max(cfg.mtp_heads, 1)]) / plan.stage.batch_tokens
     both = (both.pin_memory() if device.type == "cuda" else both).to(device, non_blocking=True)
     return both[:-1], both[-1:]
 
 
-def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights: tuple) -> Tensor:
-    """Add the gradient of this micro-batch's share of the step's mean loss; returns its share of the head's loss.
+def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
+    """Add the gradient of this micro-batch's share of the step's mean loss; returns that share, ().
 
     Heads are done in chunks that are backpropagated at once, so only loss_chunk tokens have logits at a time.
     """
@@ -1302,7 +1342,7 @@ def to_device(batch: MicroBatch, device) -> MicroBatch:
     return MicroBatch(tokens.to(device, non_blocking=True), docs._replace(cu_seqlens=cu_seqlens))
 
 
-def train_step(model, optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int, world: World) -> Tensor:
+def train_step(model: GPT, optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int) -> Tensor:
     """One optimizer step over this rank's micro-batches; returns this rank's share of the training loss, ().
 
     The one step function: warm-up and training both call it.
@@ -1316,7 +1356,7 @@ def train_step(model, optimizer, batches: list, plan: StepPlan, rotary: Rotary, 
 
 
 class Validation:
-    """The fixed validation tokens: the same at every world size, cut into chunks that are dealt to the ranks."""
+    """The fixed validation tokens, the same at every world size, cut into chunks that ranks share."""
 
     def __init__(self, cfg: Config, tokens: np.ndarray, tokenizer: Tokenizer | None = None):
         self.cfg, self.count, self.tokens = cfg, len(tokens) - 1, torch.from_numpy(tokens.astype(np.int64))
@@ -1329,8 +1369,14 @@ class Validation:
         have = sum(map(len, shards)) - 1
         count = cfg.val_tokens or have
         if count > have:
-            raise UserError(f"--val_tokens={cfg.val_tokens}: the validation shards hold {have}; give at most that")
+            raise UserError(f"--val_tokens={cfg.val_tokens}: the validation shards hold only {have}")
         return cls(cfg, np.concatenate([s[: count + 1] for s in shards])[: count + 1], tokenizer)
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest forward pass, training's included: how far the rotary tables must reach."""
+        training = max(stage.batch_tokens for stage in self.cfg.stages) // self.cfg.micro_batches
+        return max(training, min(self.cfg.val_chunk, self.count))
 
     def chunks(self, world: World):
         for i, lo in enumerate(range(0, self.count, self.cfg.val_chunk)):
@@ -1350,7 +1396,8 @@ class Validation:
             for x, targets in zip(x_TD.split(self.cfg.loss_chunk), targets_TK.split(self.cfg.loss_chunk)):
                 total += model.regions["loss_region"](x, model.head, targets, one, self.cfg.softcap)
         nats = world.all_reduce(total).item()
-        return {"val_loss": nats / self.count, "val_bpb": nats / math.log(2) / self.bytes if self.bytes else None}
+        bpb = nats / math.log(2) / self.bytes if self.bytes else None
+        return {"val_loss": nats / self.count, "val_bpb": bpb}
 
 
 def final_windows(cfg: Config) -> dict:
@@ -1364,7 +1411,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, count: int, seed:
     ids = [cfg.bos, *tokenizer.encode(prompt)]
     rotary = build_rotary(cfg, len(cfg.stages) - 1, len(ids) + count, device)
     generator = torch.Generator().manual_seed(seed)
-    regions, model.regions = model.regions, REGIONS
+    regions, model.regions = model.regions, REGIONS  # compiling for every length would take longer
     for _ in range(count):
         tokens = torch.tensor(ids, device=device)
         docs = Documents(torch.tensor([0, len(ids)], dtype=torch.int32, device=device), len(ids))
@@ -1389,7 +1436,7 @@ def write_safetensors(path: Path, tensors: dict, meta: dict):
     temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
-                  {k: json.dumps(v) for k, v in meta.items()})  # fmt: skip
+                  {k: json.dumps(v) for k, v in meta.items()})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1407,7 +1454,7 @@ def read_safetensors(path: str, tensors: bool = True) -> tuple[dict, dict]:
             found = {k: file.get_tensor(k) for k in file.keys()} if tensors else {}
         meta["config"] = config_from_json(meta["config"])
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not readable as a checkpoint: {' '.join(str(error).split())[:120]}") from None
+        raise UserError(f"{path}: no checkpoint: {' '.join(str(error).split())[:120]}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a checkpoint of this script: {type(error).__name__} {error}") from None
     return found, meta
@@ -1426,14 +1473,12 @@ def load_weights(model: GPT, tensors: dict, path: str):
             parameter.copy_(found[name])
 
 
-def save_checkpoint(path: Path, model: GPT, optimizer: Optimizer, step: int, position: Position, seconds: float,
-                    world: World):  # fmt: skip
-    """Everything a run needs to go on after `step` steps; collective, rank 0 writes."""
-    state = optimizer.state_dict(step)
+def save_checkpoint(path: Path, model: GPT, optimizer: Optimizer, world: World, progress: dict):
+    """All a run needs to go on; `progress`: step, position, train_seconds. Collective, rank 0 writes."""
+    state = optimizer.state_dict(progress["step"])
     if world.rank == 0:
         weights = {f"model.{name}": p for name, p in model.named_parameters()}
-        meta = {"config": config_to_json(model.cfg), "step": step, "position": position, "train_seconds": seconds}
-        write_safetensors(path, {**weights, **{f"optimizer.{k}": v for k, v in state.items()}}, meta)
+        write_safetensors(path, weights | state, {"config": config_to_json(model.cfg)} | progress)
     world.barrier()
 
 
@@ -1466,10 +1511,13 @@ class Clock:
         self.hardware, self.seconds, self.since = hardware, seconds, None
 
     def resume(self):
-        self.hardware.synchronize()
-        self.since = time.perf_counter()
+        """Run, unless it runs already."""
+        if self.since is None:
+            self.hardware.synchronize()
+            self.since = time.perf_counter()
 
     def pause(self):
+        """Stop, if it runs."""
         self.hardware.synchronize()
         self.seconds, self.since = self.read(), None
 
@@ -1502,9 +1550,10 @@ class Log:
             root.mkdir(parents=True, exist_ok=True)
             self.folder = make_folder(root, name)
             shutil.copy(__file__, self.folder / "train_gpt.py")
-            self.text, self.metrics = open(self.folder / "log.txt", "w"), open(self.folder / "metrics.jsonl", "w")
+            self.text = open(self.folder / "log.txt", "w")
+            self.metrics = open(self.folder / "metrics.jsonl", "w")
         except OSError as error:
-            raise UserError(f"can't write a log folder in {root}: {error.strerror}; give another with --logs=") from None
+            raise UserError(f"can't write logs in {root}: {error.strerror}; give another --logs=") from None
 
     def line(self, text: str, console: bool = True):
         if self.active:
@@ -1529,12 +1578,13 @@ def git_commit() -> str:
         return "none"
 
 
-def log_header(log: Log, cfg: Config, hardware: Hardware, world: World, model: GPT, shards: Shards, val: Validation):
+def log_header(log: Log, hardware: Hardware, world: World, model: GPT, shards: Shards, val: Validation):
     """What a reader needs to judge and repeat the run."""
+    cfg = model.cfg
     log.line(f"source sha256:{source_sha256()} git:{git_commit()}", console=False)
     log.line(f"config {json.dumps(config_to_json(cfg))}", console=False)
     log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
-             f"world_size:{world.size} seed:{cfg.seed}")  # fmt: skip
+             f"world_size:{world.size} seed:{cfg.seed}")
     for name, reason in hardware.reasons.items():
         log.line(f"{name}: {getattr(hardware, name)} ({reason})")
     manifest = shards.paths[0].parent / "manifest.json"
@@ -1542,21 +1592,22 @@ def log_header(log: Log, cfg: Config, hardware: Hardware, world: World, model: G
     log.line(f"data: {shards.paths[0].parent} shards:{len(shards)} manifest_sha256:{digest}")
     log.line(f"validation: tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
     size = sum(p.numel() for p in model.parameters())
-    log.line(f"model: {size:,} parameters, {len(cfg.layers)} layers x {cfg.width}, vocabulary {cfg.padded_vocab}")
-    log.line("timed: training steps and their data. untimed: set-up, compilation, warm-up on synthetic tokens, "
-             "validation, checkpoints, sampling")  # fmt: skip
+    log.line(f"model: {size:,} parameters, {len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}")
+    log.line("timed: training steps with their data")
+    log.line("untimed: set-up, compilation, warm-up on synthetic tokens, validation, checkpoints, sampling")
 
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # dense bf16
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
 
 
 def step_metrics(model: GPT, hardware: Hardware, world: World, tokens: int, seconds: float) -> dict:
-    """Tokens per second and, on a known GPU, the share of its peak that the matrix products use (no attention)."""
+    """Tokens per second and, on a known GPU, the share of its peak that the weights' products use."""
     out = {"tokens_per_s": round(tokens / max(seconds, 1e-9))}
     peak = next((v for k, v in PEAK_TFLOPS.items() if k in hardware.reasons["device"]), None)
     if peak and hardware.dtype == torch.bfloat16:
-        weights = model.attn_bank.numel() + model.mlp_bank.numel() + model.head.numel() * (1 + model.cfg.mtp_heads)
-        out["mfu"] = round(6 * weights * tokens / seconds / world.size / (peak * 1e12), 4)
+        heads = model.head.numel() * (1 + model.cfg.mtp_heads)
+        flops = 6 * (model.attn_bank.numel() + model.mlp_bank.numel() + heads) * tokens
+        out["mfu"] = round(flops / max(seconds, 1e-9) / world.size / (peak * 1e12), 4)
     return out
 
 
@@ -1569,52 +1620,53 @@ def memory_mib(hardware: Hardware) -> int:
 
 
 class StepLog:
-    """Training lines, one step late: the loss of a step is read while the next one runs, so nothing stalls."""
+    """Training lines. On a GPU one step late: a loss is read while the next step runs, so nothing stalls."""
 
-    def __init__(self, log: Log, clock: Clock, model: GPT, hardware: Hardware, world: World, start: int):
+    def __init__(self, log: Log, clock: Clock, model: GPT, hardware: Hardware, world: World):
         self.log, self.clock, self.model, self.hardware, self.world = log, clock, model, hardware, world
-        self.pending, self.before, self.first = None, clock.read(), start
+        self.pending, self.before = None, clock.read()
 
     def add(self, step: int, loss: Tensor, plan: StepPlan):
         """Queue the line of `step` (1, 2, ..) and print the one before it."""
         self.world.all_reduce(loss)
         if not loss.is_cuda:
-            return self.print((step, loss, None, plan))
+            return self.print(step, loss, plan)
         event = torch.cuda.Event()
-        previous, self.pending = self.pending, (step, loss.to("cpu", non_blocking=True), event, plan)
+        previous, self.pending = self.pending, (step, loss.to("cpu", non_blocking=True), plan, event)
         event.record()
-        self.print(previous)
+        if previous:
+            self.print(*previous)
 
     def flush(self):
-        previous, self.pending = self.pending, None
-        self.print(previous)
+        if self.pending:
+            self.print(*self.pending)
+        self.pending = None
 
-    def print(self, entry):
-        if entry is None:
-            return
-        step, loss, event, plan = entry
+    def print(self, step: int, loss: Tensor, plan: StepPlan, event=None):
         if event is not None:
             event.synchronize()
-        now, cfg = self.clock.read(), self.model.cfg
-        speed = step_metrics(self.model, self.hardware, self.world, plan.stage.batch_tokens, now - self.before)
-        self.before = now
+        now, total = self.clock.read(), self.model.cfg.total_steps
+        tokens, self.before, seconds = plan.stage.batch_tokens, now, now - self.before
+        speed = step_metrics(self.model, self.hardware, self.world, tokens, seconds)
         loss = loss.item() / sum(plan.weights)
         if not math.isfinite(loss):
-            raise UserError(f"training loss is {loss} at step {step}: lower the learning rates; nothing was saved")
-        left = (now / step) * (cfg.total_steps - step)
-        self.log.line(f"step:{step}/{cfg.total_steps} train_loss:{loss:.4f} train_time:{now * 1e3:.0f}ms "
-                      f"step_avg:{now * 1e3 / step:.2f}ms", console=False)  # fmt: skip
-        self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5), **speed)
-        if self.log.active and (sys.stdout.isatty() or step % max(cfg.val_every // 5, 1) == 0):
-            end = "\r" if sys.stdout.isatty() else "\n"
-            print(f"step:{step}/{cfg.total_steps} train_loss:{loss:.4f} {speed['tokens_per_s']:,} tokens/s "
-                  f"eta:{left:.0f}s ", end=end, flush=True)  # fmt: skip
+            raise UserError(f"training loss is {loss} at step {step}: lower the learning rates")
+        self.log.line(f"step:{step}/{total} train_loss:{loss:.4f} train_time:{now * 1e3:.0f}ms "
+                      f"step_avg:{now * 1e3 / step:.2f}ms", console=False)
+        self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
+                        **speed)
+        terminal = sys.stdout.isatty()
+        if self.log.active and (terminal or step % max(self.model.cfg.val_every // 5, 1) == 0):
+            left = now / step * (total - step)
+            rate = f"{speed['tokens_per_s']:,} tokens/s eta:{left:.0f}s "
+            end = "\r" if terminal else "\n"
+            print(f"step:{step}/{total} train_loss:{loss:.4f} {rate}", end=end, flush=True)
 
 
-def warm_up(model, optimizer, val: Validation, positions: int, hardware: Hardware, world: World):
-    """Run each kind of step and a validation chunk on synthetic tokens; weights and (zero) state are restored.
+def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardware, world: World):
+    """Run each kind of step and a validation chunk on synthetic tokens: compiles all that training will use.
 
-    As many steps as Adam's cadence needs; compiles everything that training will use.
+    Weights and the optimizer's state, which is zero before training, are restored exactly.
     """
     cfg, saved = model.cfg, [p.detach().clone() for p in model.parameters()]
     generator = np.random.default_rng(0)
@@ -1627,10 +1679,11 @@ def warm_up(model, optimizer, val: Validation, positions: int, hardware: Hardwar
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
         tokens[:: min(512, plan.stage.max_doc)] = cfg.bos
         starts = np.arange(0, T, min(512, plan.stage.max_doc))
-        batch = MicroBatch(torch.from_numpy(tokens), to_documents(starts, T)._replace(longest=plan.stage.max_doc))
-        rotary = build_rotary(cfg, plan.stage_index, positions, hardware.device)
+        docs = to_documents(starts, T)._replace(longest=plan.stage.max_doc)
+        batch = MicroBatch(torch.from_numpy(tokens), docs)
+        rotary = build_rotary(cfg, plan.stage_index, val.positions, hardware.device)
         for step in range(cfg.adam_every):
-            train_step(model, optimizer, [batch], plan, rotary, step, world)
+            train_step(model, optimizer, [batch], plan, rotary, step)
     chunk = min(cfg.val_chunk, val.count)
     Validation(cfg, np.resize(tokens, chunk * world.size + 1)).run(model, final_windows(cfg), rotary, world)
     with torch.no_grad():
@@ -1643,15 +1696,11 @@ def warm_up(model, optimizer, val: Validation, positions: int, hardware: Hardwar
     hardware.synchronize()
 
 
-def rotary_positions(cfg: Config, world: World, val: Validation) -> int:
-    return max(min(cfg.val_chunk, val.count), *(micro_tokens(cfg, world, stage) for stage in cfg.stages))
-
-
 def check_world(cfg: Config, world: World):
     micro = max(cfg.micro_batches, world.size)
     if micro % world.size:
-        raise UserError(f"{world.size} processes don't divide the {micro} micro-batches of a step: start a divisor "
-                        f"of {cfg.micro_batches} or a multiple of it")  # fmt: skip
+        raise UserError(f"{world.size} processes don't divide the {micro} micro-batches of a step: "
+                        f"start a divisor of {micro}")
     for stage in cfg.stages:
         if stage.batch_tokens % micro:
             raise UserError(f"{micro} micro-batches don't divide a batch of {stage.batch_tokens} tokens")
@@ -1669,8 +1718,8 @@ def write_plot(folder: Path) -> Path | None:
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     figure, axes = plt.subplots(figsize=(7, 4))
     for key, style in (("train_loss", "-"), ("val_loss", "o-")):
-        points = [(r["step"], r[key]) for r in rows if key in r and r["step"]]
-        axes.plot(*zip(*points), style, label=key.replace("_", " "), lw=1, ms=4) if points else None
+        points = np.array([(r["step"], r[key]) for r in rows if key in r and r["step"]]).reshape(-1, 2)
+        axes.plot(*points.T, style, label=key.replace("_", " "), lw=1, ms=4)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
     axes.legend()
     axes.grid(alpha=0.3)
@@ -1690,18 +1739,18 @@ def baseline_line(shards: Shards) -> str:
 
 
 def optional_tokenizer(cfg: Config, log_line=print) -> Tokenizer | None:
-    """The tokenizer, or None with a line that says why: training needs none, bits per byte and sampling do."""
+    """The tokenizer, or None with a line that says why: only bits per byte and samples need one."""
     try:
         tokenizer = load_tokenizer(cfg.tokenizer)
     except UserError as error:
         log_line(f"no bits per byte and no sample: {error}")
         return None
     if tokenizer.vocab_size != cfg.vocab_size:
-        raise UserError(f"--tokenizer={cfg.tokenizer} has {tokenizer.vocab_size} tokens, not {cfg.vocab_size}")
+        raise UserError(f"--tokenizer={cfg.tokenizer}: {tokenizer.vocab_size} tokens, not {cfg.vocab_size}")
     return tokenizer
 
 
-def validate(val: Validation, model: GPT, rotary: Rotary, step: int, clock: Clock, log: Log, world: World) -> dict:
+def validate(val: Validation, model: GPT, rotary: Rotary, step: int, clock: Clock, log: Log, world: World):
     """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
     cfg, seconds = model.cfg, clock.read()
     windows = final_windows(cfg) if step == cfg.total_steps else plan_step(cfg, step).windows
@@ -1711,61 +1760,66 @@ def validate(val: Validation, model: GPT, rotary: Rotary, step: int, clock: Cloc
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
     mtp = f" smear_mtp_lambda:{lambdas['smear_mtp_lambda'][0]:+.4f}" if cfg.smear_mtp else ""
     log.line(f"step:{step}/{cfg.total_steps} val_loss:{result['val_loss']:.4f}{bpb} "
-             f"train_time:{seconds * 1e3:.0f}ms step_avg:{average:.2f}ms{mtp}")  # fmt: skip
+             f"train_time:{seconds * 1e3:.0f}ms step_avg:{average:.2f}ms{mtp}")
     log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
-    return result
 
 
-def train(cfg: Config, hardware: Hardware, world: World, launched: float) -> tuple[GPT, Log]:
-    """The whole run: set up, warm up, train with the clock, validate, save. Returns the trained model."""
+def set_up(cfg: Config, hardware: Hardware, world: World):
+    """Everything before the first step: (model, optimizer, shards, validation, log, progress)."""
     check_world(cfg, world)
     shards = Shards(find_shards(cfg, "train"), cfg)
     check_supply(cfg, world, shards)
     tokenizer = optional_tokenizer(cfg, print if world.rank == 0 else lambda text: None)
     val = Validation.load(cfg, tokenizer)
-    start, position, seconds, tensors = 0, Position(), 0.0, None
+    progress = {"step": 0, "position": Position(), "train_seconds": 0.0}
     if cfg.resume:
         tensors, meta = read_safetensors(cfg.resume)
         if "step" not in meta:
-            raise UserError(f"{cfg.resume}: an export, not a checkpoint: it has no optimizer state to resume from")
-        start, position, seconds = meta["step"], Position(*meta["position"]), meta["train_seconds"]
-
+            raise UserError(f"{cfg.resume}: an export, which has no optimizer state: give a checkpoint")
+        progress = {name: meta[name] for name in progress} | {"position": Position(*meta["position"])}
     model = build_model(cfg, hardware)
     optimizer = Optimizer(model, optimizer_table(cfg), world, hardware.dtype, hardware.compile)
     log = Log(cfg, world)
-    log_header(log, cfg, hardware, world, model, shards, val)
-    positions = rotary_positions(cfg, world, val)
+    log_header(log, hardware, world, model, shards, val)
     if hardware.warmup:
-        warm_up(model, optimizer, val, positions, hardware, world)
-    if tensors is not None:
+        warm_up(model, optimizer, val, hardware, world)
+    if cfg.resume:
         load_weights(model, tensors, cfg.resume)
-        prefix = "optimizer."
-        optimizer.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
-    log.line(f"launch to first step: {time.time() - launched:.1f} s")
+        optimizer.load_state_dict(tensors)
+    return model, optimizer, shards, val, log, progress
 
+
+def train(cfg: Config, hardware: Hardware, world: World, launched: float) -> tuple[GPT, Log]:
+    """The whole run: set up, then steps on the clock, with validations and checkpoints off it."""
+    model, optimizer, shards, val, log, progress = set_up(cfg, hardware, world)
+    start, position, seconds = progress.values()
+    log.line(f"launch to first step: {time.time() - launched:.1f} s")
     clock = Clock(hardware, seconds)
     loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
-    steps = StepLog(log, clock, model, hardware, world, start)
+    steps = StepLog(log, clock, model, hardware, world)
     stop = min(cfg.total_steps, cfg.stop_after or cfg.total_steps)
     stage, rotary = None, None
     for step in range(start, stop + 1):
         plan = plan_step(cfg, min(step, cfg.total_steps - 1))
         if plan.stage_index != stage:
-            stage, rotary = plan.stage_index, build_rotary(cfg, plan.stage_index, positions, hardware.device)
-        save = step > start and cfg.save_every >= 0 and (step == stop or cfg.save_every and step % cfg.save_every == 0)
-        if step == stop or step % cfg.val_every == 0 or save or step == start:
+            stage = plan.stage_index
+            rotary = build_rotary(cfg, stage, val.positions, hardware.device)
+        validating = step == stop or step % cfg.val_every == 0
+        saving = step > start and (step == stop and cfg.save_every >= 0
+                                   or cfg.save_every > 0 and step % cfg.save_every == 0)
+        if validating or saving or step == start:
             steps.flush()
-            if clock.since is not None:
-                clock.pause()
-            if save:  # before a validation that might fail
+            clock.pause()
+            if saving:  # before a validation that might fail
                 path = log.folder and log.folder / f"checkpoint_{step:06d}.safetensors"
-                save_checkpoint(path, model, optimizer, step, position, clock.seconds, world)
-            if step == stop or step % cfg.val_every == 0:
+                done = {"step": step, "position": position, "train_seconds": clock.seconds}
+                save_checkpoint(path, model, optimizer, world, done)
+            if validating:
                 validate(val, model, rotary, step, clock, log, world)
-            clock.resume()
         if step < stop:
+            clock.resume()
             batches, position = next(loader)
-            loss = train_step(model, optimizer, batches, plan, rotary, step, world)
+            loss = train_step(model, optimizer, batches, plan, rotary, step)
             steps.add(step + 1, loss, plan)
     log.line(f"peak memory: {memory_mib(hardware)} MiB")
     if baseline_line(shards):

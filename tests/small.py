@@ -1,0 +1,66 @@
+"""A model, a schedule and a corpus small enough to train many times in a test."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_gpt
+from train_gpt import Layer, Stage
+
+SCRIPT = Path(train_gpt.__file__)
+BOS = 256
+LAYERS = (
+    Layer("short", value_embed=0),
+    Layer("long", value_embed=1, key_offset=True),
+    Layer("none", skip_from=0),
+)
+STAGES = (  # 64, 128, 128 tokens in each of 4 micro-batches
+    Stage(0 / 3, 256, 32, 8, 16, 1.0, ((1, 1), (0.5, 0.5), (0.25, 0))),
+    Stage(1 / 3, 512, 48, 16, 32, 1.5, ((1, 1), (0.5, 0))),
+    Stage(2 / 3, 512, 64, 16, 48, 1.2),
+)
+SMALL = replace(
+    train_gpt.TRACKS["tiny"], layers=LAYERS, stages=STAGES, width=32, heads=2, vocab_size=BOS + 1, epochs=1,
+    scheduled_steps=6, micro_batches=4, val_chunk=100, val_every=3, val_window_short=16, val_window_long=64,
+    backout_from=1, loss_chunk=48, multi_target=True, sample="ab", sample_tokens=8,
+)  # fmt: skip
+CPU = train_gpt.Hardware(torch.device("cpu"), torch.float32, False, "reference", False, {"device": "CPU"})
+
+
+def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+    return path
+
+
+def write_split(folder, split, shards):
+    """One file for each array of tokens; returns their paths."""
+    folder.mkdir(exist_ok=True)
+    return [write_shard(folder / f"x_{split}_{i:03}.bin", tokens) for i, tokens in enumerate(shards)]
+
+
+def random_document(rng, shortest=1, longest=80):
+    """BOS and letters, with runs that a model can learn."""
+    letters = rng.integers(97, 105, rng.integers(shortest, longest + 1)).repeat(2)[: longest - 1]
+    return np.append(BOS, letters[: max(rng.integers(shortest, longest + 1) - 1, 0)])
+
+
+def random_tokens(rng, count):
+    """Whole documents, of `count` tokens or a few more."""
+    documents = []
+    while sum(map(len, documents)) < count:
+        documents.append(random_document(rng))
+    return np.concatenate(documents)
+
+
+def write_corpus(folder, train_tokens=8_000, val_tokens=300, seed=0):
+    """Two training shards cut within a document, and a validation shard."""
+    rng = np.random.default_rng(seed)
+    train = random_tokens(rng, train_tokens)
+    middle = len(train) // 2 + int(train[len(train) // 2] == BOS)
+    write_split(folder, "train", [train[:middle], train[middle:]])
+    write_split(folder, "val", [random_tokens(rng, val_tokens)])
+    return folder

@@ -1,0 +1,774 @@
+"""Tests of the model: mechanisms against their formulas, attention, causality, chunked loss, initialisation.
+
+Many parameters start at 0 and would hide what they multiply, so `make_model` draws all of them at random. A
+test marked with `mechanism` also names arguments that make its mechanism inert: forced, they must fail it.
+"""
+
+import dataclasses
+import inspect
+import math
+import random
+import tempfile
+import zlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import train_gpt as t
+from small import BOS, CPU
+
+WIDE = {"short": 1000, "long": 1000}
+LAYERS = (
+    t.Layer("short", value_embed=0),
+    t.Layer("long", value_embed=1, key_offset=True),
+    t.Layer("none", skip_from=0),
+    t.Layer("short"),
+)
+STAGES = (
+    t.Stage(0.0, 64, 32, 4, 8, 1.0, ((1, 1), (0.5, 0.5), (0.25, 0))),
+    t.Stage(0.5, 64, 32, 8, 16, 1.0),
+)
+CFG = t.Config(
+    layers=LAYERS, stages=STAGES, width=32, heads=2, mlp_ratio=2, vocab_size=BOS + 1, scheduled_steps=4,
+    gate_inputs=4, val_window_short=10, val_window_long=20, backout_from=1, value_embeds=True, yarn=True,
+    sliding_window=True, key_offset="table", x0_mix=True, smear=True, skip=True, attn_gate=True, qk_norm=True,
+    smear_mtp=True, multi_target=True,
+)  # fmt: skip
+CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True}
+ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS)
+ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
+
+MECHANISM_TESTS = {}
+INERT = {}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def mechanism(name, **inert):
+    """Registers the test of a mechanism, and by function of the script the arguments that make it inert."""
+
+    def register(test):
+        MECHANISM_TESTS[name], INERT[name] = test, inert
+        return test
+
+    return register
+
+
+def having(**changes):
+    return lambda cfg: replace(cfg, **changes)
+
+
+def force_arguments(monkeypatch, name, arguments):
+    """Replaces a function of the script by one with these arguments: values, or functions of the old ones."""
+    original = getattr(t, name)
+    signature = inspect.signature(original)
+
+    def forced(*args, **keywords):
+        bound = signature.bind(*args, **keywords)
+        for key, value in arguments.items():
+            bound.arguments[key] = value(bound.arguments[key]) if callable(value) else value
+        return original(*bound.args, **bound.kwargs)
+
+    monkeypatch.setattr(t, name, forced)
+    for table in (t.REGIONS, t.ATTENTION):
+        for key in [key for key, function in table.items() if function is original]:
+            monkeypatch.setitem(table, key, forced)
+
+
+def make_model(cfg, std=0.3, dtype=torch.float32, **values):
+    """A model with parameters drawn by name, the same in every configuration, except for `values`."""
+    model = t.GPT(cfg, dtype).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(0, std, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+            if name in values:
+                p.copy_(torch.as_tensor(values[name]))
+    return model
+
+
+def make_silent_model(cfg, **values):
+    """Zero output and down projections: every layer reads the same stream, whatever the earlier ones do."""
+    model = make_model(cfg, **values)
+    with torch.no_grad():
+        model.attn_bank[:, 3] = 0
+        model.mlp_bank[:, 1] = 0
+    return model
+
+
+def packed(*lengths, seed=0):
+    """Documents of random bytes with these lengths, each after its BOS: tokens (T,) and where they are."""
+    tokens = torch.randint(256, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    cu_seqlens = torch.tensor(np.cumsum((0, *lengths)), dtype=torch.int32)
+    tokens[cu_seqlens[:-1].long()] = BOS
+    return tokens, t.Documents(cu_seqlens, max(lengths))
+
+
+def make_batch(*lengths, seed=0):
+    tokens, docs = packed(*lengths, seed=seed)
+    return t.MicroBatch(torch.cat([tokens, tokens[1:2]]), docs)
+
+
+def build_rotary(cfg, positions, stage=0):
+    return t.build_rotary(cfg, stage, positions, CPU.device)
+
+
+def latents(model, tokens, docs, windows=WIDE):
+    return model(tokens, docs, windows, build_rotary(model.cfg, len(tokens)))
+
+
+def changed(token):
+    """Another byte; never BOS."""
+    return (token + 1) % 256
+
+
+def influence(model, tokens, docs, position, windows=WIDE):
+    """Positions whose latents change in any bit when the token at `position` does."""
+    other = tokens.clone()
+    other[position] = changed(tokens[position])
+    with torch.no_grad():
+        difference = latents(model, tokens, docs, windows) != latents(model, other, docs, windows)
+    return difference.any(-1).nonzero().flatten().tolist()
+
+
+class Trace:
+    """One forward pass with what its parts produced: x0, and by layer inputs, outputs, (q, k, v), gates."""
+
+    def __init__(self, model, tokens, docs, windows=WIDE):
+        self.inputs, self.outputs, self.heads, self.gates = [], [], [], []
+        regions = model.regions
+        model.regions = {name: partial(self.call, name, function) for name, function in regions.items()}
+        with torch.no_grad():
+            self.latents = latents(model, tokens, docs, windows)
+        model.regions = regions
+
+    def call(self, name, function, *args):
+        result = function(*args)
+        if name == "embed_region":
+            self.x0 = result
+        if name == "mix_region":
+            self.inputs.append(result)
+        if name == "qkv_region":
+            self.inputs.append(result[0])
+            self.heads.append(result[1:4])
+            self.gates.append(result[4])
+        if name == "output_region":
+            self.outputs.append(result)
+        return result
+
+
+def rms_normed(x):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def cross_entropies(model, head, x_TD, tokens, ahead):
+    """Sum over t of the cross entropy of `head` at t with the token at t + ahead, where there is one."""
+    z = x_TD @ head.T
+    logits = model.cfg.softcap * torch.tanh(z / model.cfg.softcap) if model.cfg.softcap else z
+    pairs = [(row, tokens[i + ahead]) for i, row in enumerate(logits) if i + ahead < len(tokens)]
+    return sum(row.logsumexp(0) - row[token] for row, token in pairs)
+
+
+def micro_backward(model, batch, step=0, weights=None):
+    """Gradients of one micro-batch in the model; returns its loss."""
+    plan = t.plan_step(model.cfg, step)
+    rotary = build_rotary(model.cfg, 100)
+    weights = weights or t.loss_weights(model.cfg, plan, CPU.device)
+    return t.backward_micro_batch(model, batch, plan._replace(windows=WIDE), rotary, weights)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Mechanisms
+
+
+@mechanism("value_embeds", qkv_region={"value_TD": None})
+def test_value_embeds_are_added_to_v_in_the_layers_of_the_table_and_start_inert():
+    tokens, _ = text = packed(9, 12)
+    fresh = make_model(CFG, value_embeds=0)
+    assert not t.GPT(CFG).value_embeds.any()
+    assert torch.equal(latents(fresh, *text), latents(make_model(replace(CFG, value_embeds=False)), *text))
+    latents(fresh, *text).square().sum().backward()
+    assert fresh.value_embeds.grad is not None and fresh.value_embeds.grad[tokens].any()
+    assert not torch.equal(latents(make_model(CFG), *text), latents(fresh, *text))
+
+    model, without = make_silent_model(CFG), make_silent_model(CFG, value_embeds=0)
+    tables = model.value_embeds.detach().view(2, CFG.padded_vocab, CFG.heads, CFG.head_dim)
+    traces = Trace(model, *text).heads, Trace(without, *text).heads
+    for (_, _, v), (_, _, v_without), table in zip(*traces, (0, 1, None), strict=True):
+        assert torch.equal(v, v_without if table is None else v_without + tables[table][tokens])
+
+
+@mechanism("sliding_window", attention_reference={"window": 10**6})
+def test_sliding_window_ends_influence_exactly_at_the_window():
+    text = packed(40)
+    plan, final = t.plan_step(CFG, 0).windows, t.final_windows(CFG)
+    cases = ("short", plan, 4), ("long", plan, 8), ("short", final, 10), ("long", final, 20)
+    for kind, windows, reach in cases:
+        cfg = replace(ATTENTION_ONLY, layers=(t.Layer(kind),), backout_from=-1)
+        assert influence(make_model(cfg), *text, 5, windows) == list(range(5, 5 + reach + 1))
+        lifted = make_model(replace(cfg, sliding_window=False))
+        assert influence(lifted, *text, 5, windows) == list(range(5, 40))
+
+
+@mechanism("yarn", build_rotary={"cfg": having(yarn=False)})
+def test_yarn_stretches_slow_frequencies_and_raises_the_scale_with_each_wider_window():
+    def expected(windows, moving, frequencies):
+        scale = CFG.attn_scale
+        for old, new in zip(windows, windows[1:]):
+            for j in range(moving):
+                keep = min(max((old * frequencies[j] / (2 * math.pi) - 1) / 31, 0), 1)
+                frequencies[j] *= old / new + keep * (1 - old / new)
+            scale *= 1 + 0.2 * math.log(new / old)
+        return frequencies, scale
+
+    for windows in ((100, 300), (384, 896), (384, 384, 896, 1408)):
+        cfg = replace(CFG, stages=tuple(t.Stage(0.0, 64, 32, 4, window, 1.0) for window in windows))
+        frequencies, scale = expected(windows, 4, [1024 ** (-j / 3) for j in range(4)] + [0] * 4)
+        angles = torch.arange(50)[:, None] * torch.tensor(frequencies)
+        last = len(windows) - 1
+        rotary = build_rotary(cfg, 50, last)
+        assert_close(rotary.cos_PJ, angles.cos(), atol=1e-5, rtol=0)
+        assert_close(rotary.sin_PJ, angles.sin(), atol=1e-5, rtol=0)
+        assert_close(rotary.scale.item(), scale)
+        for off in ({"yarn": False}, {"sliding_window": False}):
+            first, later = (build_rotary(replace(cfg, **off), 50, stage) for stage in (0, last))
+            assert all(torch.equal(a, b) for a, b in zip(first, later, strict=True))
+
+
+def traced_keys(cfg):
+    """Keys of each layer with attention, from a stream that doesn't depend on them."""
+    return [k for _, k, _ in Trace(make_silent_model(cfg), *packed(9, 12)).heads]
+
+
+def keys_by_loop(k_THE, dims):
+    """Key offset written position by position."""
+    out = k_THE.clone()
+    for i in range(1, len(k_THE)):
+        for e in dims:
+            out[i, :, e] = k_THE[i - 1, :, e]
+    return out
+
+
+STATIONARY = (4, 5, 6, 7, 12, 13, 14, 15)  # of 16 head dims with half of the pairs rotating
+
+
+@mechanism("key_offset", offset_keys={"dims": torch.zeros_like})
+def test_key_offset_takes_the_stationary_dims_of_the_marked_layers_from_the_previous_key():
+    keys = {mode: traced_keys(replace(CFG, key_offset=mode)) for mode in ("off", "table", "all")}
+    for mode, offset in (("table", (1,)), ("all", (0, 1, 2))):
+        for i, (own, k) in enumerate(zip(keys["off"], keys[mode], strict=True)):
+            assert torch.equal(k, keys_by_loop(own, STATIONARY) if i in offset else own)
+            assert torch.equal(k[0], own[0])
+
+    k, still = keys["off"][0], build_rotary(CFG, 1).still_E
+    before = k.clone()
+    t.offset_keys(k, still, None)
+    assert torch.equal(k, before)
+
+
+@mechanism("key_offset_dims", qkv_region={"cfg": having(key_offset_dims="stationary")})
+def test_key_offset_dims_all_takes_every_dim_from_the_previous_key():
+    every = replace(CFG, key_offset_dims="all")
+    own, k = (traced_keys(replace(every, key_offset=mode))[1] for mode in ("off", "table"))
+    assert torch.equal(k, keys_by_loop(own, range(16)))
+
+
+@mechanism("x0_mix", mix_region={"x0_lambda": None})
+def test_x0_mix_adds_the_embedding_to_every_layer_and_merges_both_factors_in_layer_0():
+    text = packed(9, 12)
+    cfg = replace(CFG, skip=False)
+    model = make_model(cfg)
+    trace, lambdas = Trace(model, *text), model.resid_lambdas.detach()
+    assert torch.equal(trace.inputs[0], lambdas[0].sum() * trace.x0)
+    for i in range(1, len(LAYERS)):
+        assert torch.equal(trace.inputs[i], lambdas[i, 0] * trace.outputs[i - 1] + lambdas[i, 1] * trace.x0)
+    latents(model, *text).square().sum().backward()
+    gradient = model.resid_lambdas.grad
+    assert gradient.all() and gradient[0, 0] == gradient[0, 1] and gradient[1, 0] != gradient[1, 1]
+    off = Trace(make_model(replace(cfg, x0_mix=False)), *text)
+    assert all(torch.equal(x, y) for x, y in zip(off.inputs, (off.x0, *off.outputs)))
+
+
+@mechanism("smear", embed_region={"gate_G": None})
+def test_smear_adds_the_gated_previous_embedding():
+    tokens, _ = text = packed(9, 12)
+    model = make_model(CFG, std=0.5)
+    e, gate = model.embed.detach()[tokens], model.smear_gate.detach()
+    expected = e.clone()
+    for i in range(1, len(e)):
+        expected[i] += model.smear_lambda.item() * torch.sigmoid(e[i, : len(gate)].dot(gate)) * e[i - 1]
+    assert_close(Trace(model, *text).x0, rms_normed(expected))
+    off = Trace(make_model(replace(CFG, smear=False), std=0.5), *text)
+    assert_close(off.x0, rms_normed(e))
+    assert torch.equal(Trace(make_model(CFG, std=0.5, smear_lambda=0), *text).x0, off.x0)
+
+
+@mechanism("skip", mix_region={"skip_TD": None})
+def test_skip_adds_the_source_layers_output_through_a_sigmoid():
+    text = packed(9, 12)
+    cfg = replace(CFG, x0_mix=False)
+    model = make_model(cfg)
+    trace, off = Trace(model, *text), Trace(make_model(replace(cfg, skip=False)), *text)
+    factor = torch.sigmoid(model.skip_lambdas[0])
+    assert torch.equal(trace.inputs[2], trace.outputs[1] + factor * trace.outputs[0])
+    assert torch.equal(trace.inputs[3], trace.outputs[2])
+    assert torch.equal(off.inputs[2], off.outputs[1])
+
+
+@mechanism("backout_from", final_region={"backout_TD": None})
+def test_backout_subtracts_its_layers_output_before_the_last_norm():
+    text = packed(9, 12)
+    for source in (0, 1, 3):
+        model = make_model(replace(CFG, backout_from=source, smear_mtp=False))
+        trace, factor = Trace(model, *text), model.backout_lambda.detach()
+        assert_close(trace.latents, rms_normed(trace.outputs[3] - factor * trace.outputs[source]))
+    off = Trace(make_model(replace(CFG, backout_from=-1, smear_mtp=False)), *text)
+    assert_close(off.latents, rms_normed(off.outputs[3]))
+
+
+@mechanism("attn_gate", qkv_region={"gate_HG": None})
+def test_attention_gates_scale_each_head_and_start_at_one_half():
+    text = packed(9, 12)
+    lambdas = make_model(CFG).attn_lambdas.detach()
+    ungated = make_model(replace(CFG, attn_gate=False), attn_lambdas=lambdas * torch.tensor([1, 0.5]))
+    assert not t.GPT(CFG).attn_gate.any()
+    assert torch.equal(latents(make_model(CFG, attn_gate=0), *text), latents(ungated, *text))
+
+    model = make_model(CFG, std=0.5)
+    trace = Trace(model, *text)
+    for gates, i, weight in zip(trace.gates, (0, 1, 3), model.attn_gate.detach(), strict=True):
+        assert_close(gates, torch.sigmoid(rms_normed(trace.inputs[i])[:, : CFG.gate_inputs] @ weight.T))
+    y, gates, nothing = torch.randn(5, 2, 16), torch.rand(5, 2), torch.zeros(2, 64, 32)
+    out = t.output_region(torch.zeros(5, 32), y, gates, torch.ones(()), torch.eye(32), nothing, 0.0)
+    assert torch.equal(out, torch.cat([y[:, h] * gates[:, h, None] for h in range(2)], dim=1))
+
+
+def first_inputs(count):
+    return lambda gate: gate[..., :count]
+
+
+@mechanism("gate_inputs", qkv_region={"gate_HG": first_inputs(4)}, embed_region={"gate_G": first_inputs(4)})
+def test_gates_read_exactly_the_leading_channels():
+    text = packed(9, 12)
+    few, wide = make_model(CFG), replace(CFG, gate_inputs=8)
+    more = {name: F.pad(getattr(few, name).detach(), (0, 4)) for name in ("attn_gate", "smear_gate")}
+    assert_close(latents(make_model(wide, **more), *text), latents(few, *text))
+    for name in more:
+        used = {**more, name: make_model(wide, std=1.0).get_parameter(name).detach()}
+        used[name][..., :4] = more[name][..., :4]
+        assert not torch.allclose(latents(make_model(wide, **used), *text), latents(few, *text), atol=1e-3)
+
+
+@mechanism("qk_norm", qkv_region={"cfg": having(qk_norm=False)})
+def test_qk_norm_gives_every_head_unit_rms_whatever_the_weights():
+    text = packed(9, 12)
+    for std in (0.1, 1.0):
+        for q, k, _ in Trace(make_model(replace(CFG, key_offset="off"), std), *text).heads:
+            for x, rms in ((q, CFG.attn_scale), (k, 1.0)):
+                assert_close(x.square().mean(-1).sqrt(), torch.full((21, 2), rms), atol=0, rtol=1e-3)
+    off = replace(CFG, qk_norm=False, key_offset="off")
+    model = make_model(off)
+    scaled = make_model(off, attn_bank=2 * model.attn_bank.detach())
+    for before, after in zip(Trace(model, *text).heads[0][:2], Trace(scaled, *text).heads[0][:2]):
+        assert torch.equal(after, 2 * before)
+
+
+@mechanism("rotary_fraction", rotate={"cos_TJ": torch.ones_like, "sin_TJ": torch.zeros_like})
+def test_rotary_turns_its_fraction_of_pairs_by_relative_position_and_no_other_dim():
+    T = 24
+    x, q, k = (torch.randn(n, 2, 16) for n in (T, 1, 1))
+    for fraction, moving in ((0.0, 0), (0.5, 4), (1.0, 8)):
+        cos, sin, _, still = build_rotary(replace(CFG, rotary_fraction=fraction), T)
+        assert still.tolist() == [j >= moving for j in range(8)] * 2
+        turned = t.rotate(x, cos, sin)
+        assert torch.equal(turned[..., still], x[..., still])
+        frequency = torch.tensor([1024 ** (-j / max(moving - 1, 1)) if j < moving else 0.0 for j in range(8)])
+        turn = torch.polar(torch.ones(T, 1, 8), -torch.arange(T)[:, None, None] * frequency)
+        expected = torch.complex(x[..., :8], x[..., 8:]) * turn
+        assert_close(turned, torch.cat([expected.real, expected.imag], dim=-1), atol=1e-5, rtol=0)
+        scores = torch.einsum("ihe,jhe->hij", *(t.rotate(y.expand(T, -1, -1), cos, sin) for y in (q, k)))
+        assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1], atol=1e-4, rtol=0)
+        assert (scores.std(dim=(1, 2)).min() > 0.1) == (moving > 0)
+
+    model, (tokens, docs) = make_model(replace(CFG, key_offset="off")), packed(T)
+    real, unturned = (build_rotary(replace(CFG, rotary_fraction=fraction), T) for fraction in (0.5, 0.0))
+    seen = []
+    model.attention = lambda q, k, v, docs, window: seen.append((q, k)) or v
+    for rotary in (real, unturned):
+        model(tokens, docs, WIDE, rotary)
+    for turned, plain in zip(seen[0], seen[3]):
+        assert_close(turned, t.rotate(plain, real.cos_PJ, real.sin_PJ))
+        assert not torch.allclose(turned, plain, atol=1e-3)
+
+
+@mechanism("softcap", cap={"softcap": 0.0})
+def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
+    model = make_model(replace(CFG, softcap=5.0), std=3.0)
+    x = torch.randn(11, 32)
+    z = x @ model.head.detach().T
+    assert z.abs().max() > 50
+    expected = 5 * torch.tanh(z / 5)
+    assert_close(model.logits(x), expected)
+    assert model.logits(x).abs().max() <= 5
+    targets = torch.arange(11)
+    args = x, model.head, targets[:, None], torch.ones(1)
+    assert_close(t.loss_region(*args, 5.0), F.cross_entropy(expected, targets, reduction="sum"))
+    assert_close(t.loss_region(*args, 0.0), F.cross_entropy(z, targets, reduction="sum"))
+    assert_close(make_model(replace(CFG, softcap=0.0), std=3.0).logits(x), z)
+
+
+@mechanism("smear_mtp", final_region={"mtp_lambda": None})
+def test_smear_mtp_adds_lambda_times_the_previous_latent():
+    text = packed(9, 12)
+    y = latents(make_model(replace(CFG, smear_mtp=False)), *text)
+    model = make_model(CFG, smear_mtp_lambda=0.7)
+    out, lam = latents(model, *text), torch.tensor(0.7)
+    expected = torch.stack([y[i] + lam * y[i - 1] if i else y[0] for i in range(len(y))])
+    assert torch.equal(out, expected)
+    start = make_model(CFG, smear_mtp_lambda=t.GPT(CFG).smear_mtp_lambda)
+    assert torch.equal(latents(start, *text), y)
+    latents(start, *text).square().sum().backward()
+    assert start.smear_mtp_lambda.grad != 0
+
+
+def first_target_only(weights_K):
+    return weights_K * (torch.arange(len(weights_K)) == 0)
+
+
+@mechanism("multi_target", loss_region={"weights_K": first_target_only})
+def test_multi_target_loss_is_the_weighted_sum_of_the_cross_entropies_of_the_next_tokens():
+    batch = make_batch(9, 12)
+    tokens, docs = batch.tokens[:-1], batch.docs
+    for multi, step, weights in ((True, 0, (1, 0.5, 0.25)), (True, 1, (1, 0.5, 0.125)), (False, 0, (1,))):
+        model, plain = (make_model(replace(CFG, multi_target=multi)) for _ in range(2))
+        x = latents(plain, tokens, docs)
+        terms = [cross_entropies(plain, plain.head, x, batch.tokens, 1 + k) for k in range(len(weights))]
+        loss = sum(weight * term for weight, term in zip(weights, terms)) / 64
+        loss.backward()
+        assert_close(micro_backward(model, batch, step), loss.detach())
+        assert_close(model.head.grad, plain.head.grad)
+
+
+@mechanism("mtp_heads", loss_weights={"cfg": having(mtp_weight=0.0)})
+def test_mtp_heads_learn_reach_the_trunk_and_are_left_out_of_the_export():
+    cfg = replace(CFG, mtp_heads=2, adam_every=1, scheduled_steps=12, cooldown=0.0)
+    model, plan = t.GPT(cfg), t.plan_step(cfg, 0)
+    table = t.optimizer_table(cfg)
+    assert [row.algorithm for row in table if row.name == "mtp_heads"] == ["adam"]
+    optimizer = t.Optimizer(model, table, t.World(), torch.float32)
+    pattern = torch.tensor([BOS, 3, 141, 59, 26, 53]).repeat(7)
+    batch = t.MicroBatch(torch.cat([pattern, pattern[:1]]), packed(42)[1])
+
+    def from_heads_alone():
+        own, auxiliary = t.loss_weights(cfg, plan, CPU.device)
+        micro_backward(model, batch, weights=(torch.zeros_like(own), auxiliary))
+        gradient = model.attn_bank.grad.norm(), model.embed.grad.norm(), model.mtp_heads.grad.norm()
+        model.zero_grad(set_to_none=True)
+        return [norm.item() for norm in gradient]
+
+    attn, embed, heads = from_heads_alone()
+    assert attn == embed == 0 and heads > 0
+    for step in range(cfg.scheduled_steps):
+        micro_backward(model, batch)
+        optimizer.step(step, plan.lr, plan.momentum)
+    assert all(norm > 0 for norm in from_heads_alone())
+    with torch.no_grad():
+        x = latents(model, batch.tokens[:-1], batch.docs)
+        for k, head in enumerate(model.mtp_heads):
+            count = 42 - 1 - k
+            assert cross_entropies(model, head, x, batch.tokens, k + 2) / count < math.log(cfg.vocab_size) / 2
+
+    with tempfile.TemporaryDirectory() as folder:
+        t.export_model(Path(folder) / "model.safetensors", model)
+        tensors, meta = t.read_safetensors(str(Path(folder) / "model.safetensors"))
+    assert set(tensors) == {f"model.{name}" for name, _ in model.named_parameters()} - {"model.mtp_heads"}
+    assert meta["config"].mtp_heads == 0
+
+
+@mechanism("mtp_weight", loss_weights={"cfg": having(mtp_weight=0.1)})
+def test_mtp_weight_scales_the_mean_loss_of_the_heads():
+    batch = make_batch(9, 12)
+    for count, weight in ((1, 0.1), (1, 0.3), (2, 0.3)):
+        cfg = replace(CFG, mtp_heads=count, mtp_weight=weight)
+        model, plain = make_model(cfg), make_model(cfg)
+        micro_backward(model, batch)
+        x = latents(plain, batch.tokens[:-1], batch.docs)
+        loss = sum(cross_entropies(plain, plain.mtp_heads[k], x, batch.tokens, 2 + k) for k in range(count))
+        (weight * loss / count / 64).backward()
+        assert_close(model.mtp_heads.grad, plain.mtp_heads.grad)
+
+
+@mechanism("leaky_slope", leaky_relu_squared={"slope": 0.0})
+def test_leaky_slope_gives_squared_leaky_relu_and_its_derivative():
+    x = torch.linspace(-3, 3, 40, dtype=torch.float64, requires_grad=True)
+    text = packed(9, 12)
+    for slope in (0.0, 0.5, 0.75):
+        y = t.leaky_relu_squared(x, slope)
+        assert_close(y, torch.where(x > 0, x, slope * x) ** 2)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert_close(gradient, torch.where(x > 0, 2 * x, 2 * slope**2 * x))
+        assert torch.autograd.gradcheck(partial(t.leaky_relu_squared, slope=slope), x)
+
+        model = make_model(replace(CFG, leaky_slope=slope))
+        trace, (up, down) = Trace(model, *text), model.mlp_bank.detach()[2]
+        hidden = rms_normed(trace.inputs[2]) @ up.T
+        hidden = torch.where(hidden > 0, hidden, slope * hidden) ** 2
+        assert_close(trace.outputs[2] - trace.inputs[2], hidden @ down)
+
+
+def check_cut(flag):
+    """With all three cuts a document's latents ignore the one before it; with `flag` off they don't."""
+    for cfg, leaks in ((replace(CFG, **CUTS), False), (replace(CFG, **{**CUTS, flag: False}), True)):
+        reached = influence(make_model(cfg), *packed(9, 12), position=8)
+        assert (max(reached) >= 9) == leaks
+
+
+@mechanism("cut_smear", embed_region={"cut": False})
+def test_cut_smear_keeps_embeddings_within_documents():
+    check_cut("cut_smear")
+
+
+@mechanism("cut_key_offset", offset_keys={"starts_T": None})
+def test_cut_key_offset_keeps_keys_within_documents():
+    check_cut("cut_key_offset")
+
+
+@mechanism("cut_smear_mtp", final_region={"cut": False})
+def test_cut_smear_mtp_keeps_latents_within_documents():
+    check_cut("cut_smear_mtp")
+
+
+def one_document(docs):
+    return t.Documents(docs.cu_seqlens[[0, -1]], int(docs.cu_seqlens[-1]))
+
+
+@mechanism("documents", attention_reference={"docs": one_document})
+def test_attention_never_leaves_a_document():
+    model, text = make_model(ATTENTION_ONLY), packed(9, 12, 1, 8)
+    for position, end in ((1, 9), (8, 9), (10, 21), (23, 30)):
+        assert influence(model, *text, position) == list(range(position, end))
+
+
+def test_every_mechanism_of_the_config_has_a_test():
+    names = [field.name for field in dataclasses.fields(t.Config)]
+    flags = set(names[names.index("value_embeds") : names.index("muon_lr")])
+    assert set(MECHANISM_TESTS) == flags | {"documents"}
+
+
+@pytest.mark.parametrize("name", MECHANISM_TESTS)
+def test_of_a_mechanism_fails_when_the_mechanism_is_inert(name, monkeypatch):
+    for function, arguments in INERT[name].items():
+        force_arguments(monkeypatch, function, arguments)
+    with pytest.raises(AssertionError):
+        MECHANISM_TESTS[name]()
+
+
+def test_final_windows_are_used_by_the_validation_after_training_and_by_no_other():
+    cfg, seen = replace(CFG, extension_steps=1), []
+    result = {"val_loss": 0.0, "val_bpb": None}
+    val = SimpleNamespace(run=lambda model, windows, *rest: seen.append(windows) or result)
+    log = SimpleNamespace(line=lambda text: None, metric=lambda **values: None)
+    for step in (0, cfg.total_steps - 1, cfg.total_steps):
+        t.validate(val, t.GPT(cfg), None, step, SimpleNamespace(read=lambda: 0.0), log, t.World())
+    assert seen == [{"short": 4, "long": 8}, {"short": 8, "long": 16}, {"short": 10, "long": 20}]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def naive_attention(q, k, v, lengths, window):
+    """Masked softmax, query by query."""
+    document = [i for i, length in enumerate(lengths) for _ in range(length)]
+    rows = []
+    for i in range(len(q)):
+        seen = [j for j in range(max(0, i - window), i + 1) if document[j] == document[i]]
+        weights = torch.einsum("he,jhe->hj", q[i], k[seen]).softmax(-1)
+        rows.append(torch.einsum("hj,jhe->he", weights, v[seen]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_attention_reference_equals_a_masked_softmax(seed):
+    """Blocks that don't divide T, documents of one token and of none, window 0, windows beyond T."""
+    draw = random.Random(seed)
+    lengths = [draw.choice((0, 1, 1, 1, 2, draw.randint(3, 20))) for _ in range(draw.randint(1, 6))] + [1]
+    T, block = sum(lengths), draw.choice((1, 2, 3, 5, 8, 256))
+    window = draw.choice((0, 1, draw.randint(1, T), T, 5 * T))
+    docs = t.Documents(torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), max(lengths))
+    torch.manual_seed(seed)
+    *qkv, out_gradient = torch.randn(4, T, 3, 4, dtype=torch.float64)
+    results = []
+    for attention, where in ((partial(t.attention_reference, block=block), docs), (naive_attention, lengths)):
+        inputs = [x.clone().requires_grad_() for x in qkv]
+        out = attention(*inputs, where, window)
+        results.append((out.detach(), *torch.autograd.grad(out, inputs, out_gradient)))
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, atol=1e-12, rtol=1e-10)
+
+
+def test_a_layer_adds_gated_attention_then_the_mlp_of_the_normed_stream():
+    lengths = 9, 12
+    model = make_model(replace(CFG, value_embeds=False))
+    trace, lambdas = Trace(model, *packed(*lengths)), model.attn_lambdas.detach()
+    for a, i in enumerate(CFG.attention_layers):
+        x, (q, k, v) = trace.inputs[i], trace.heads[a]
+        w, (up, down) = model.attn_bank.detach()[a], model.mlp_bank.detach()[i]
+        assert_close(v, lambdas[a, 0] * (rms_normed(x) @ w[2].T).view(21, 2, 16))
+        y = naive_attention(q, k, v, lengths, 1000) * trace.gates[a][..., None]
+        x = x + lambdas[a, 1] * y.flatten(1) @ w[3].T
+        assert_close(trace.outputs[i], x + t.leaky_relu_squared(rms_normed(x) @ up.T, model.cfg.leaky_slope) @ down, rtol=1e-4, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Causality
+
+
+@pytest.mark.parametrize("cfg", (ALL_ON, CFG), ids=("all on", "default"))
+def test_latents_before_a_changed_token_stay_bit_for_bit(cfg):
+    lengths = (17, 1, 25, 20)
+    tokens, _ = text = packed(*lengths)
+    model, last = make_model(cfg), sum(lengths[:-1])
+    inner = [i for i in range(len(tokens)) if tokens[i] != BOS]
+    for position in random.Random(0).sample(inner, 20):
+        reached = influence(model, *text, position)
+        assert reached[0] == position
+        if cfg.cut_smear and position < last:
+            assert reached[-1] < last
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Loss and compilation
+
+
+def float64_cap(logits, softcap):
+    return softcap * torch.tanh(logits / softcap)
+
+
+@pytest.mark.parametrize("loss_chunk", (1, 7, 16_384))
+def test_gradients_of_chunks_equal_those_of_one_plain_pass(loss_chunk, monkeypatch):
+    monkeypatch.setattr(t, "cap", float64_cap)
+    cfg, batch = replace(ALL_ON, loss_chunk=loss_chunk, mtp_weight=0.25), make_batch(17, 1, 20)
+    model, plain = (make_model(cfg, dtype=torch.float64) for _ in range(2))
+    loss = micro_backward(model, batch)
+
+    x = latents(plain, batch.tokens[:-1], batch.docs)
+    terms = partial(cross_entropies, plain, x_TD=x, tokens=batch.tokens)
+    own = sum(weight * terms(plain.head, ahead=k + 1) for k, weight in enumerate((1, 0.5, 0.25))) / 64
+    auxiliary = sum(0.125 * terms(plain.mtp_heads[k], ahead=k + 2) for k in range(2)) / 64
+    (own + auxiliary).backward()
+    assert_close(loss.item(), own.item(), rtol=1e-6, atol=0)
+    for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-13, msg=name)
+
+
+def test_compiled_regions_give_the_same_results_and_one_graph_serves_every_length(monkeypatch):
+    """With dynamo's own backend, which makes the graphs and their guards but generates no code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    eager, compiled = (t.build_model(ALL_ON, CPU._replace(compile=compile)) for compile in (False, True))
+    compiled.load_state_dict(make_model(ALL_ON).state_dict())
+    eager.load_state_dict(compiled.state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for lengths in ((20, 28), (17, 1, 12), (40, 40)):
+        batch = make_batch(*lengths)
+        assert_close(micro_backward(compiled, batch), micro_backward(eager, batch))
+        for (name, found), expected in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+            assert_close(found.grad, expected.grad, msg=name)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] >= len(t.REGIONS) and graphs == graphs[:1] * 3
+    torch._dynamo.reset()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Initialisation and shapes
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    models = []
+    for seed in (0, 0, 1):
+        torch.rand(7)
+        models.append(t.build_model(replace(ALL_ON, seed=seed), CPU))
+    first, again, other = (model.state_dict() for model in models)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for name in ("embed", "attn_bank", "mlp_bank"):
+        assert not torch.equal(first[name], other[name])
+
+
+def test_initial_values_are_the_documented_ones():
+    model = t.GPT(ALL_ON)
+    bound = math.sqrt(3) * 0.5 / math.sqrt(32)
+    zero = "value_embeds", "head", "mtp_heads", "attn_gate", "smear_gate", "smear_lambda", "smear_mtp_lambda"
+    constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5}
+    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas", "resid_lambdas"}
+    assert {name for name, _ in model.named_parameters()} == set(constant) | rest
+    for name, value in constant.items():
+        assert (model.get_parameter(name) == value).all(), name
+    assert model.attn_lambdas.tolist() == [[0.5, 1.0]] * 3
+    assert (model.resid_lambdas == torch.tensor([1.1, 0.0])).all()
+    assert not model.attn_bank[:, 3].any() and not model.mlp_bank[:, 1].any()
+    for weights in (model.attn_bank[:, :3], model.mlp_bank[:, 0]):
+        assert weights.abs().max() <= bound
+        assert_close(weights.std().item(), 0.5 / math.sqrt(32), rtol=0.02, atol=0)
+    assert_close(model.embed.std().item(), 1.0, rtol=0.02, atol=0)
+
+
+def test_every_parameter_receives_a_gradient_within_three_steps():
+    """Every matrix of a bank, every table and every scalar by itself."""
+    cfg = replace(ALL_ON, adam_every=1)
+    model = t.GPT(cfg)
+    optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World(), torch.float32)
+    shapes = {"attn_bank": (3, 4, -1), "mlp_bank": (4, 2, -1), "attn_gate": (3, 2, -1), "mtp_heads": (2, -1),
+              "value_embeds": (2, -1), "embed": (1, -1), "head": (1, -1), "smear_gate": (1, -1)}  # fmt: skip
+    reached = {name: False for name, _ in model.named_parameters()}
+    for step in range(3):
+        micro_backward(model, make_batch(17, 1, 20, seed=step))
+        for name, p in model.named_parameters():
+            parts = p.grad.reshape(shapes.get(name, (-1, 1))).any(-1)
+            reached[name] = parts | reached[name]
+        optimizer.step(step, 1.0, 0.9)
+    assert {name: parts.all().item() for name, parts in reached.items()} == dict.fromkeys(reached, True)
+
+
+OFF = {
+    "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"}, "x0_mix": {"resid_lambdas"},
+    "smear": {"smear_gate", "smear_lambda"}, "skip": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"},
+    "mtp_heads": {"mtp_heads"}, "backout_from": {"backout_lambda"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", OFF)
+def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follows(flag):
+    cfg = replace(ALL_ON, **{flag: -1 if flag == "backout_from" else 0})
+    with_it, without = ({name for name, _ in t.GPT(c).named_parameters()} for c in (ALL_ON, cfg))
+    assert with_it - without == OFF[flag] and without <= with_it
+    t.Optimizer(t.GPT(cfg), t.optimizer_table(cfg), t.World(), torch.float32)
+
+
+def test_lambdas_are_every_learned_scalar_by_name():
+    sizes = {"attn_lambdas": 6, "resid_lambdas": 8, "smear_lambda": 1, "skip_lambdas": 1, "backout_lambda": 1,
+             "smear_mtp_lambda": 1}  # fmt: skip
+    model = make_model(ALL_ON)
+    found = model.lambdas()
+    assert {name: len(values) for name, values in found.items()} == sizes
+    for name, values in found.items():
+        assert_close(values, model.get_parameter(name).flatten().tolist(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_latents_have_the_activation_dtype_and_logits_are_float32_over_the_padded_vocabulary(dtype):
+    model = t.GPT(ALL_ON, dtype)
+    x = latents(model, *packed(9, 12))
+    assert (x.shape, x.dtype) == ((21, 32), dtype)
+    assert (model.logits(x).shape, model.logits(x).dtype) == ((21, 384), torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
