@@ -12,6 +12,7 @@ Shape suffixes: x_TD is (T, D).   T tokens of one packed micro-batch   D model w
     N matrices of a bank   R, C rows and columns of one matrix   P rotary positions   J = E/2   G gate inputs
 """
 
+import base64
 import dataclasses
 import difflib
 import glob
@@ -25,6 +26,7 @@ import queue
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -313,7 +315,9 @@ def parse_config(argv: list[str]) -> Config:
             raise UserError(f"--{name}: fixed by {saved}, where it is {getattr(base, name)}; leave it out")
     kept = {"data", "seed", "tokenizer"} | ({"sample"} if overrides.get("resume") else set())
     fresh = {name: getattr(Config, name) for name in RUN_FLAGS if name not in kept}
-    return replace(base, **fresh | overrides)
+    if overrides.get("checkpoint") and overrides.get("resume"):
+        raise UserError("--checkpoint is used without training, --resume to train on: give one of them")
+    return resolve_config(replace(base, **fresh | overrides))
 
 
 def parse_overrides(argv: list[str]) -> dict:
@@ -781,6 +785,11 @@ def build_model(cfg: Config, hardware: Hardware) -> GPT:
 # Optimizer
 
 
+# torch 2.13 renamed these two and warns about the old names.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Row(NamedTuple):
     """How one parameter is trained: one row of the optimizer table."""
 
@@ -943,7 +952,7 @@ class Optimizer:
         if state.row.comms == "replicated":
             return grad, dist.all_reduce(grad, async_op=True)
         own = torch.empty_like(self.own_padded(state, grad))
-        return own[: state.hi - state.lo], dist.reduce_scatter_tensor(own, self.padded(grad), async_op=True)
+        return own[: state.hi - state.lo], reduce_scatter(own, self.padded(grad), async_op=True)
 
     def update(self, state: RowState, grad: Tensor, step: int, lr_multiplier: float, momentum: float):
         row, scalar = state.row, partial(torch.tensor, dtype=torch.float32)  # on the CPU: no recompilation
@@ -964,7 +973,7 @@ class Optimizer:
             return lambda: None
         p = self.as_units(state, state.parameter.data)
         full = self.padded(torch.empty_like(p))
-        work = dist.all_gather_into_tensor(full, self.own_padded(state, p).clone(), async_op=True)
+        work = all_gather(full, self.own_padded(state, p).clone(), async_op=True)
 
         def finish():
             work.wait()
@@ -1002,16 +1011,19 @@ class Optimizer:
         own = part.new_zeros(share, *part.shape[1:])
         own[: part.size(0)] = part
         full = part.new_empty(share * self.world.size, *part.shape[1:])
-        dist.all_gather_into_tensor(full, own)
+        all_gather(full, own)
         return full[: state.units].clone()
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict):
+        """Take own parts of a full state. Raises UserError on a missing tensor or a wrong shape."""
         for s in self.states:
-            sharded = s.row.comms == "sharded"
             for name, part in s.buffers.items():
-                full = tensors[f"optimizer.{s.row.name}.{name}"]
-                part.copy_(full[s.lo : s.hi] if sharded else full)
+                key, shape = f"optimizer.{s.row.name}.{name}", (s.units, *part.shape[1:])
+                if key not in tensors or tensors[key].shape != shape:
+                    found = tuple(tensors[key].shape) if key in tensors else "missing"
+                    raise UserError(f"{key} is {found}, not {shape}: damaged, or of another version")
+                part.copy_(tensors[key][s.lo : s.hi])
             grad = tensors.get(f"optimizer.{s.row.name}.grad")
             s.parameter.grad = None
             if grad is not None:  # it is summed over ranks when due, so only one rank may hold it
@@ -1043,14 +1055,14 @@ def load_tokenizer(name: str, ranks_only: bool = False) -> Tokenizer:
         return Tokenizer(50_257, None, None, None)
     try:
         import tiktoken
-        from tiktoken.load import load_tiktoken_bpe
 
         if name == "gpt2":
             encoding = tiktoken.get_encoding("gpt2")
         elif not Path(name).is_file():
             raise UserError(f"--tokenizer={name}: no such file; give bytes, gpt2 or a file of tiktoken ranks")
         else:
-            ranks = load_tiktoken_bpe(name)
+            pairs = (line.split() for line in Path(name).read_bytes().splitlines())
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
             pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
             encoding = tiktoken.Encoding("file", pat_str=pattern, mergeable_ranks=ranks,
                                          special_tokens={"<|endoftext|>": len(ranks)})
@@ -1137,10 +1149,10 @@ class DocumentStream:
             epoch, shard, offset = epoch + 1, 0, int(self.shards[0][1][0])
         if epoch >= self.cfg.epochs:
             raise UserError(f"training data used up after {epoch} epochs: add shards or raise --epochs")
-        parts, taken, inside = [], 0, False
+        parts, taken = [], 0
         while True:
             tokens, starts = self.shards[shard]
-            following = np.searchsorted(starts, offset, side="left" if inside else "right")
+            following = np.searchsorted(starts, offset, side="right")
             end = int(starts[following]) if following < len(starts) else len(tokens)
             take = min(limit - taken, end - offset)
             parts.append(tokens[offset : offset + take])
@@ -1149,7 +1161,7 @@ class DocumentStream:
                 offset = end
             if offset < len(tokens):
                 break
-            shard, offset, inside = shard + 1, 0, True
+            shard, offset = shard + 1, 0
             if shard == len(self.shards) or int(self.shards[shard][1][0]) == 0:
                 break
             if self.cfg.document_rest == "skip" and taken == limit:
@@ -1229,7 +1241,7 @@ def steps_covered(cfg: Config, world: World, lengths: np.ndarray) -> int:
     """Steps of the schedule that documents of these lengths suffice for. Exact: packs as the loader does."""
     ends = {}                    # longest piece -> cumulative length of the pieces that the documents give
     document, used = 0, 0
-    for step in range(cfg.total_steps):
+    for step in range(cfg.total_steps if len(lengths) else 0):
         stage = plan_step(cfg, step).stage
         limit = stage.max_doc if cfg.document_rest == "skip" else int(lengths.max())
         if limit not in ends:
@@ -1241,7 +1253,7 @@ def steps_covered(cfg: Config, world: World, lengths: np.ndarray) -> int:
             document = int(np.searchsorted(ends[limit], used)) + 1
             if document > len(lengths):
                 return step
-    return cfg.total_steps
+    return cfg.total_steps if len(lengths) else 0
 
 
 def check_supply(cfg: Config, world: World, shards: Shards):
@@ -1255,6 +1267,7 @@ def check_supply(cfg: Config, world: World, shards: Shards):
         lengths = np.diff(np.concatenate(starts), append=[total] if last else [])
         steps = steps_covered(cfg, world, np.tile(lengths, cfg.epochs) if last else lengths)
         if steps == cfg.total_steps:
+            shards[min(i + 1, len(shards) - 1)]  # the last document may be read up to the next shard's first
             return
     raise UserError(f"{total:,} training tokens last for {steps} of {cfg.total_steps} steps: "
                     f"add shards, raise --epochs={cfg.epochs} or lower --scheduled_steps")
@@ -1277,7 +1290,7 @@ class StepPlan(NamedTuple):
 
 def plan_step(cfg: Config, step: int) -> StepPlan:
     """Pure function of the step, 0 .. total_steps - 1; total_steps itself means 'after training'."""
-    starts = [math.ceil(stage.start * cfg.scheduled_steps) for stage in cfg.stages] + [cfg.total_steps]
+    starts = [math.ceil(stage.start * cfg.scheduled_steps - 1e-9) for stage in cfg.stages] + [cfg.total_steps]
     index = max(i for i in range(len(cfg.stages)) if starts[i] <= step)
     stage = cfg.stages[index]
     done = (step - starts[index]) / max(starts[index + 1] - starts[index], 1)
@@ -1411,16 +1424,18 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, count: int, seed:
     ids = [cfg.bos, *tokenizer.encode(prompt)]
     rotary = build_rotary(cfg, len(cfg.stages) - 1, len(ids) + count, device)
     generator = torch.Generator().manual_seed(seed)
-    regions, model.regions = model.regions, REGIONS  # compiling for every length would take longer
-    for _ in range(count):
-        tokens = torch.tensor(ids, device=device)
-        docs = Documents(torch.tensor([0, len(ids)], dtype=torch.int32, device=device), len(ids))
-        logits = model.logits(model(tokens, docs, final_windows(cfg), rotary)[-1:])[0, : cfg.vocab_size]
-        logits = logits.cpu() / max(cfg.temperature, 1e-6)
-        ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
-        if ids[-1] == cfg.bos:
-            break
-    model.regions = regions
+    compiled, model.regions = model.regions, REGIONS  # compiling for every length would take longer
+    try:
+        for _ in range(count):
+            tokens = torch.tensor(ids, device=device)
+            docs = Documents(torch.tensor([0, len(ids)], dtype=torch.int32, device=device), len(ids))
+            x_TD = model(tokens, docs, final_windows(cfg), rotary)
+            logits = model.logits(x_TD[-1:])[0, : cfg.vocab_size].cpu() / max(cfg.temperature, 1e-6)
+            ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
+            if ids[-1] == cfg.bos:
+                break
+    finally:
+        model.regions = compiled
     return tokenizer.decode([i for i in ids if i != cfg.bos])
 
 
@@ -1428,11 +1443,28 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, count: int, seed:
 # Checkpoint and export: safetensors files, tensors and JSON only; nothing is ever unpickled
 
 
+def make_parent(path: Path):
+    """Raise UserError unless a file can be written there: asked before the work, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError(13, "is a folder" if path.is_dir() else "folder not writable")
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}: give another name") from None
+
+
+def check_export(path: Path):
+    """Raise UserError unless the weights can be written to `path` and their config beside it."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"--export={path}: must end in .safetensors (the config goes to .json)")
+    make_parent(path)
+
+
 def write_safetensors(path: Path, tensors: dict, meta: dict):
     """Atomic: the final name appears only when everything is on disk."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
@@ -1484,6 +1516,7 @@ def save_checkpoint(path: Path, model: GPT, optimizer: Optimizer, world: World, 
 
 def export_model(path: Path, model: GPT):
     """Weights for inference, without auxiliary heads, and beside them the config as FILE.json."""
+    check_export(path)
     cfg = replace(model.cfg, mtp_heads=0, checkpoint="", resume="", export="")
     weights = {f"model.{name}": p for name, p in model.named_parameters() if name != "mtp_heads"}
     write_safetensors(path, weights, {"config": config_to_json(cfg)})
@@ -1764,6 +1797,10 @@ def validate(val: Validation, model: GPT, rotary: Rotary, step: int, clock: Cloc
     log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
 
 
+def last_step(cfg: Config) -> int:
+    return min(cfg.total_steps, cfg.stop_after or cfg.total_steps)
+
+
 def set_up(cfg: Config, hardware: Hardware, world: World):
     """Everything before the first step: (model, optimizer, shards, validation, log, progress)."""
     check_world(cfg, world)
@@ -1777,15 +1814,22 @@ def set_up(cfg: Config, hardware: Hardware, world: World):
         if "step" not in meta:
             raise UserError(f"{cfg.resume}: an export, which has no optimizer state: give a checkpoint")
         progress = {name: meta[name] for name in progress} | {"position": Position(*meta["position"])}
+        if progress["step"] >= last_step(cfg):
+            raise UserError(f"{cfg.resume}: is at step {progress['step']} of {last_step(cfg)}: nothing left")
     model = build_model(cfg, hardware)
     optimizer = Optimizer(model, optimizer_table(cfg), world, hardware.dtype, hardware.compile)
+
+    def restore():
+        if cfg.resume:
+            load_weights(model, tensors, cfg.resume)
+            optimizer.load_state_dict(tensors)
+
+    restore()  # refuses what doesn't fit before anything is written
     log = Log(cfg, world)
     log_header(log, hardware, world, model, shards, val)
     if hardware.warmup:
         warm_up(model, optimizer, val, hardware, world)
-    if cfg.resume:
-        load_weights(model, tensors, cfg.resume)
-        optimizer.load_state_dict(tensors)
+        restore()
     return model, optimizer, shards, val, log, progress
 
 
@@ -1797,7 +1841,7 @@ def train(cfg: Config, hardware: Hardware, world: World, launched: float) -> tup
     clock = Clock(hardware, seconds)
     loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
     steps = StepLog(log, clock, model, hardware, world)
-    stop = min(cfg.total_steps, cfg.stop_after or cfg.total_steps)
+    stop = last_step(cfg)
     stage, rotary = None, None
     for step in range(start, stop + 1):
         plan = plan_step(cfg, min(step, cfg.total_steps - 1))
@@ -1833,8 +1877,8 @@ def finish(cfg: Config, model: GPT, log: Log, world: World):
         return
     tokenizer = optional_tokenizer(cfg)
     if tokenizer:
-        prompt = cfg.sample or "The"
-        log.line(f"sample: {sample_text(model, tokenizer, prompt, cfg.sample_tokens, cfg.seed)!r}")
+        text = sample_text(model, tokenizer, cfg.sample or "The", cfg.sample_tokens, cfg.seed)
+        log.line("sample:\n" + textwrap.indent(text, "    "))
     if cfg.export:
         export_model(Path(cfg.export), model)
         log.line(f"export: {cfg.export}")
@@ -1845,6 +1889,8 @@ def finish(cfg: Config, model: GPT, log: Log, world: World):
 
 def use_checkpoint(cfg: Config, hardware: Hardware):
     """--checkpoint=FILE with --sample and/or --export: no training."""
+    if not cfg.sample and not cfg.export:
+        raise UserError("--checkpoint: say what to do with it: --sample=TEXT, --export=FILE or both")
     model = load_model(cfg.checkpoint, cfg, hardware)
     if cfg.sample:
         tokenizer = load_tokenizer(model.cfg.tokenizer)
@@ -1854,12 +1900,24 @@ def use_checkpoint(cfg: Config, hardware: Hardware):
         print(f"export: {cfg.export}")
 
 
+def help_text() -> str:
+    """The docstring and the flags with tiny's defaults; what they mean stands beside them in Config."""
+    flags = {f.name: getattr(TRACKS["tiny"], f.name) for f in dataclasses.fields(Config)}
+    listed = " ".join(f"--{k}={v}" for k, v in flags.items() if not isinstance(v, tuple))
+    return f"{__doc__}\nFlags, with the tiny track's values (see Config here):\n{textwrap.fill(listed, 110)}"
+
+
 def run(argv: list[str]):
     launched = time.time()
+    if {"-h", "--help"} & set(argv):
+        print(help_text())
+        return
     cfg = parse_config(argv)
     env = os.environ
     world = World(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
     hardware = choose_hardware(cfg, world)
+    if cfg.export:
+        check_export(Path(cfg.export))
     if cfg.check:
         check_world(cfg, world)
         check_supply(cfg, world, Shards(find_shards(cfg, "train"), cfg))
@@ -1886,7 +1944,7 @@ def main():
     try:
         run(sys.argv[1:])
     except UserError as error:
-        print(f"train_gpt.py: {error}", file=sys.stderr)
+        print("train_gpt.py:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever was quoted
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,10 +2,10 @@
 
     python benchmarks/ablation.py --data=FOLDER [--tokenizer=FILE] [--seeds=3] [--only=name,name] [--out=FILE]
 
-Runs the sprint once per variant and GPU in parallel (one process per visible GPU; on a CPU one at a time, which
-only makes sense with --track=tiny). Finished variants are kept in --out (JSON) and not run again, so a sweep
-can be spread over several sessions. Prints a Markdown table: a difference below 2 sd of the default's seeds is
-'not resolved'. Other flags go to train_gpt.py.
+Runs the sprint once per variant, one run per visible GPU at a time (on a CPU only --track=tiny makes sense).
+Finished variants are kept in --out (JSON) and not run again, so a sweep can be spread over several occasions.
+Prints a Markdown table: a difference below 2 sd of the default's seeds is 'not resolved'. Other flags go to
+train_gpt.py.
 """
 
 import argparse
@@ -77,7 +77,8 @@ def run_all(jobs: dict, flags: list, out: Path, results: dict):
             del running[name]
             free.append(gpu)
             if process.returncode:
-                print(f"{name}: exit {process.returncode}: {Path(output).read_text()[-300:]}", file=sys.stderr)
+                end = Path(output).read_text()[-300:]
+                print(f"{name}: exit {process.returncode}: {end}", file=sys.stderr)
                 continue
             results[name] = read_log(next(logs.iterdir())) | {"flags": flags + jobs[name]}
             out.write_text(json.dumps(results, indent=1))
@@ -90,9 +91,9 @@ def table(results: dict) -> str:
     final = {name: list(result["val_loss"].values())[-1] for name, result in results.items()}
     seeds = [loss for name, loss in final.items() if name.startswith("default")]
     mean, sd = statistics.mean(seeds), statistics.stdev(seeds) if len(seeds) > 1 else float("nan")
+    seconds = statistics.mean(r["train_seconds"] for n, r in results.items() if n.startswith("default"))
     rows = ["| variant | final loss | difference | verdict | train s |", "|---|--:|--:|---|--:|",
-            f"| default, n = {len(seeds)} | {mean:.4f}, sd {sd:.4f} | | | "
-            f"{statistics.mean(r['train_seconds'] for n, r in results.items() if n.startswith('default')):.1f} |"]
+            f"| default, n = {len(seeds)} | {mean:.4f}, sd {sd:.4f} | | | {seconds:.1f} |"]
     for name in sorted((n for n in final if not n.startswith("default")), key=final.get):
         gap = final[name] - mean
         verdict = "not resolved" if not abs(gap) > 2 * sd else "worse" if gap > 0 else "better"
@@ -102,7 +103,8 @@ def table(results: dict) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--seeds", type=int, default=3, help="runs of the default (3)")
     parser.add_argument("--only", default="", help="comma-separated names of variants; default: all")
     parser.add_argument("--out", type=Path, default=Path("ablation.json"), help="results (ablation.json)")

@@ -626,7 +626,8 @@ def test_a_layer_adds_gated_attention_then_the_mlp_of_the_normed_stream():
         assert_close(v, lambdas[a, 0] * (rms_normed(x) @ w[2].T).view(21, 2, 16))
         y = naive_attention(q, k, v, lengths, 1000) * trace.gates[a][..., None]
         x = x + lambdas[a, 1] * y.flatten(1) @ w[3].T
-        assert_close(trace.outputs[i], x + t.leaky_relu_squared(rms_normed(x) @ up.T, model.cfg.leaky_slope) @ down, rtol=1e-4, atol=1e-4)
+        mlp = t.leaky_relu_squared(rms_normed(x) @ up.T, model.cfg.leaky_slope) @ down
+        assert_close(trace.outputs[i], x + mlp, rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -332,7 +332,7 @@ def ranks(tmp_path_factory):
     jobs = [(size, free_port(), folders[size], data) for size in (4, 1, 2)]
     jobs.append((2, free_port(), folders["resumed"], [partial(resume_flag, folders[1], 2)]))
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=train_as_rank, args=(rank, jobs)) for rank in range(4)]
+    processes = [spawn.Process(target=train_as_rank, args=(rank, jobs), daemon=True) for rank in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -371,7 +371,7 @@ def test_all_ranks_hold_the_same_weights_bit_for_bit(ranks, size):
         assert_equal(load_file(ranks[size] / f"rank{rank}"), load_file(ranks[size] / "rank0"))
 
 
-@pytest.mark.parametrize("size, step", [(2, 1), (2, 3), (4, 3), (4, 4), ("resumed", 3), ("resumed", 4)])
+@pytest.mark.parametrize("size, step", [(2, 1), (2, 3), (4, 3), (4, 4), ("resumed", 4)])
 def test_sharded_state_is_gathered_to_the_unsharded_state(ranks, size, step):
     expected, found = (load_file(checkpoint_of(ranks[s], step)) for s in (1, size))
     assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
@@ -701,8 +701,9 @@ def test_error_in_the_loaders_thread_reaches_the_consumer(tmp_path):
     cfg = data_config()
     tokens = random_tokens(np.random.default_rng(5), 900)
     first, second = write_split(tmp_path, "train", [tokens, tokens])
-    loader = iter(Loader(cfg, World(), Shards([first, second], cfg), torch.device("cpu")))
     second.write_bytes(b"")
+    loader = Loader(cfg, World(), Shards([first, second], cfg), torch.device("cpu"))
+    loader.queue.get = partial(loader.queue.get, timeout=20)  # rather than to wait for ever
     got = 0
     with pytest.raises(UserError, match=second.name):
         for _ in loader:
