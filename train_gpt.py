@@ -254,10 +254,10 @@ SHORT = Config(
 
 TRACKS = {
     "tiny": Config(
-        layers=TINY_LAYERS, stages=TINY_STAGES, width=128, heads=2, scheduled_steps=300, extension_steps=0,
-        micro_batches=4, document_rest="keep", epochs=4, val_chunk=16_384, val_every=50,
-        val_window_short=128, val_window_long=512, backout_from=2, attn_scale=0.15, loss_chunk=4096,
-        momentum_warmup=100, momentum_cooldown=25, sample="The module ", save_every=0,
+        layers=TINY_LAYERS, stages=TINY_STAGES, width=128, heads=2, scheduled_steps=250, backout_from=2,
+        micro_batches=4, document_rest="keep", epochs=4, loss_chunk=4096, val_chunk=16_384, val_every=50,
+        val_window_short=128, val_window_long=512, attn_scale=0.15, adam_lr=0.016, momentum_warmup=100,
+        momentum_cooldown=25, sample="The module ",
     ),
     "sprint": replace(
         SHORT, track="sprint", scheduled_steps=200, extension_steps=10, val_tokens=2_097_152, val_every=50
@@ -479,7 +479,7 @@ def offset_keys(k_THE: Tensor, dims: Tensor, starts_T: Tensor | None) -> Tensor:
 
 
 class LeakyReLUSquared(torch.autograd.Function):
-    """LeakyReLU(slope)(x)^2, slope 0 being ReLU^2; keeps r = LeakyReLU(x), whose sign is that of x."""
+    """LeakyReLU(slope)(x)^2; slope 0 is ReLU^2. Keeps r = LeakyReLU(x): the derivative is 2 LeakyReLU(r)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, slope: float) -> Tensor:
@@ -491,14 +491,14 @@ class LeakyReLUSquared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (r,) = ctx.saved_tensors
-        return 2 * grad * (r if not ctx.slope else torch.where(r > 0, r, ctx.slope * r)), None
+        return F.leaky_relu(r, ctx.slope).mul_(grad).mul_(2), None
 
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
     return LeakyReLUSquared.apply(x, slope)
 
 
-def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block: int = 256) -> Tensor:
+def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block: int = 128) -> Tensor:
     """Causal attention within documents and within `window` tokens back, scores q.k unscaled.
 
     Plain torch on any device; works block by block, so memory is linear in T. Returns (T, H, E).

@@ -2,9 +2,10 @@
 
     python data/sample.py            # writes data/sample/: seconds, about 2 MB
 
-Documents are the help topics of `pydoc_data` and the docstrings of the standard library, one document a
-module. Tokens are the bytes of the UTF-8 text, 0 to 255, with 256 (BOS) before each document. The same Python
-version gives the same files. No document is in both splits, nor is any paragraph of 80 characters or more.
+Documents are the help topics of `pydoc_data` and the docstrings of the standard library's modules, for
+training cut at paragraph ends into pieces of about 1,000 bytes and shuffled. Tokens are the bytes of the
+UTF-8 text, 0 to 255, with 256 (BOS) before each document. The same Python version gives the same files. No
+document is in both splits, nor is any paragraph of 80 characters or more.
 """
 
 import ast
@@ -28,6 +29,7 @@ MIN_DOCUMENT_BYTES = 200
 MIN_PARAGRAPH = 80  # characters; a longer paragraph appears once in the whole data set
 MIN_FRESH = 0.5  # a document that has less than this share of new text is dropped whole
 VAL_BYTES = 150_000
+PIECE_BYTES = 1_000  # training documents are cut at paragraph ends and shuffled, so that a batch mixes many
 MAX_VAL_DOCUMENT = 25_000  # bytes; so that no single module is most of the validation split
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -110,14 +112,32 @@ def fresh_documents(documents):
             yield text
 
 
+def pieces(document):
+    """Cuts a document (bytes) at paragraph ends into pieces of about PIECE_BYTES, none of a few words only."""
+    kept = [b""]
+    for paragraph in document.split(b"\n\n"):
+        if len(kept[-1]) < MIN_DOCUMENT_BYTES or len(kept[-1]) + 2 + len(paragraph) <= PIECE_BYTES:
+            kept[-1] = (kept[-1] + b"\n\n" + paragraph).lstrip(b"\n")
+        else:
+            kept.append(paragraph)
+    if len(kept) > 1 and len(kept[-1]) < MIN_DOCUMENT_BYTES:
+        kept[-2:] = [kept[-2] + b"\n\n" + kept[-1]]
+    return kept
+
+
+def shuffled(texts):
+    """Returns texts (bytes) in an order that depends on their content alone, without repetitions."""
+    return sorted(set(texts), key=lambda text: hashlib.sha256(text).digest())
+
+
 def split_documents(documents):
-    """Shuffles documents (str) by a hash of their content; returns (training, validation), lists of bytes.
+    """Shuffles documents (str); returns (pieces to train on, whole documents to validate on), lists of bytes.
 
     Validation takes documents in that order until it has VAL_BYTES; very long ones stay in training.
     """
-    texts = {document.encode("utf-8", "replace") for document in documents}
+    texts = shuffled(document.encode("utf-8", "replace") for document in documents)
     train, val, val_bytes = [], [], 0
-    for text in sorted(texts, key=lambda text: hashlib.sha256(text).digest()):
+    for text in texts:
         if val_bytes < VAL_BYTES and len(text) <= MAX_VAL_DOCUMENT:
             val.append(text)
             val_bytes += len(text)
@@ -127,7 +147,7 @@ def split_documents(documents):
         root = sysconfig.get_path("stdlib")
         raise ValueError(f"{root}: too little documentation in this Python installation "
                          f"({sum(map(len, texts)):,} bytes); use one that has the standard library's source")
-    return train, val
+    return shuffled(piece for text in train for piece in pieces(text)), val
 
 
 # ------------------------------------------------------------------ baselines
