@@ -255,9 +255,9 @@ SHORT = Config(
 TRACKS = {
     "tiny": Config(
         layers=TINY_LAYERS, stages=TINY_STAGES, width=128, heads=2, scheduled_steps=250, backout_from=2,
-        micro_batches=4, document_rest="keep", epochs=4, loss_chunk=4096, val_chunk=16_384, val_every=50,
-        val_window_short=128, val_window_long=512, attn_scale=0.15, adam_lr=0.016, momentum_warmup=100,
-        momentum_cooldown=25, sample="The module ",
+        micro_batches=2, document_rest="keep", epochs=4, loss_chunk=4096, val_chunk=16_384, val_every=50,
+        val_window_short=128, val_window_long=512, attn_scale=0.15, adam_lr=0.016, attn_lr_ratio=1.0,
+        momentum_warmup=100, momentum_cooldown=25, sample="The module ",
     ),
     "sprint": replace(
         SHORT, track="sprint", scheduled_steps=200, extension_steps=10, val_tokens=2_097_152, val_every=50
