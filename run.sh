@@ -331,6 +331,10 @@ launch() {
     else
         # bad flags or data: one line from one process, not a traceback from each
         run_step "$PY" "$HERE/train_gpt.py" --check "--track=$track" "$@" || return
+        # torchrun would choose one thread and say so in five lines
+        local cores
+        cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > PROCESSES ? cores / PROCESSES : 1))}"
         # as a module: the torchrun executable need not be on PATH
         run_child "$PY" -m torch.distributed.run --standalone "--nproc_per_node=$PROCESSES" \
             "$HERE/train_gpt.py" "--track=$track" "$@"

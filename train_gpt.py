@@ -84,7 +84,7 @@ class Config:
     save_every: int = 0          # steps between checkpoints; 0: only at the end; -1: never
     stop_after: int = 0          # stop after this many steps of the unchanged schedule; 0: run to its end
     seed: int = 0
-    logs: str = ""               # folder; "": logs/ beside this file
+    log_folder: str = ""         # "": logs/ beside this file
     # hardware: "auto" is decided once at the start and logged with its reason
     device: str = "auto"         # auto, cuda, cpu
     dtype: str = "auto"          # auto, bfloat16, float32: activations; parameters are always float32
@@ -278,8 +278,8 @@ CHOICES = {
 }
 # Flags that change neither the model nor its training: what goes with --checkpoint and --resume.
 RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temperature", "seed", "export",
-             "save_every", "stop_after", "logs", "device", "dtype", "compile", "attention", "warmup", "data",
-             "tokenizer")
+             "save_every", "stop_after", "log_folder", "device", "dtype", "compile", "attention", "warmup",
+             "data", "tokenizer")
 MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
     ("epochs", "micro_batches", "val_chunk", "val_every", "scheduled_steps", "width", "heads", "mlp_ratio",
      "loss_chunk", "adam_every", "sample_tokens", "gate_inputs"), 1)  # every other number: 0
@@ -846,10 +846,13 @@ POLAR_EXPRESS = (
 )
 
 
+def frobenius(x_NRC: Tensor) -> Tensor:
+    return x_NRC.norm(dim=(-2, -1), keepdim=True)
+
+
 def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
     """Nearly orthogonal factor of each matrix, singular values about 1: (N, R, C) float32 -> `dtype`."""
-    x = g_NRC / (g_NRC.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-12)
-    x = x.to(dtype)
+    x = (g_NRC / (1.02 * frobenius(g_NRC) + 1e-12)).to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     for a, b, c in POLAR_EXPRESS:
@@ -861,15 +864,15 @@ def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
 def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, beta2: float, dtype):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
-    Nesterov momentum, orthogonalisation, division of each row by its running RMS with the norm kept, and
-    decoupled decay only where it does not oppose the update. mu, decay: () float32; lr_N11: one per matrix.
+    Nesterov momentum, orthogonalisation, division of each row by its running RMS with the matrix's norm kept,
+    and decoupled decay only where it does not oppose the update. A row is an output of Q, K, V, O and up, and
+    an input of down, which is stored transposed. mu, decay: () float32; lr_N11: one per matrix.
     """
     momentum_NRC.add_((1 - mu) * (g_NRC - momentum_NRC))
     x = polar_express(g_NRC + mu * (momentum_NRC - g_NRC), dtype).float()
     second_NR1.lerp_(x.square().mean(-1, keepdim=True), 1 - beta2)
     scaled = x * second_NR1.clamp_min(1e-10).rsqrt()
-    norms = (t.norm(dim=(-2, -1), keepdim=True) for t in (x, scaled))
-    x = scaled * (next(norms) / next(norms).clamp_min(1e-10))
+    x = scaled * (frobenius(x) / frobenius(scaled).clamp_min(1e-10))
     p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
 
 
@@ -1577,7 +1580,7 @@ class Log:
         self.active, self.folder = world.rank == 0, None
         if not self.active:
             return
-        root = Path(cfg.logs) if cfg.logs else Path(__file__).resolve().parent / "logs"
+        root = Path(cfg.log_folder) if cfg.log_folder else Path(__file__).resolve().parent / "logs"
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -1586,7 +1589,7 @@ class Log:
             self.text = open(self.folder / "log.txt", "w")
             self.metrics = open(self.folder / "metrics.jsonl", "w")
         except OSError as error:
-            raise UserError(f"can't write logs in {root}: {error.strerror}; give another --logs=") from None
+            raise UserError(f"can't write logs in {root}: {error.strerror}; give --log_folder=") from None
 
     def line(self, text: str, console: bool = True):
         if self.active:

@@ -67,7 +67,7 @@ def run_all(jobs: dict, flags: list, out: Path, results: dict):
         while todo and free:
             name, gpu = todo.pop(0), free.pop(0)
             logs = scratch / re.sub(r"\W+", "_", name)
-            command = [sys.executable, SCRIPT, *flags, *jobs[name], f"--logs={logs}", "--save_every=-1"]
+            command = [sys.executable, SCRIPT, *flags, *jobs[name], f"--log_folder={logs}", "--save_every=-1"]
             log = open(scratch / f"{logs.name}.txt", "w")
             env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
             running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=env), gpu, logs, log.name

@@ -1,5 +1,6 @@
 """Tests of the command line: import, what mistakes print, a run from end to end and what it leaves."""
 
+import dataclasses
 import json
 import os
 import re
@@ -156,7 +157,7 @@ def test_mistake_is_one_line_and_leaves_no_log(cli, small, data, broken, monkeyp
     argv, *words = ([text.replace("{tmp}", str(broken)) for text in part] if isinstance(part, list)
                     else part.replace("{tmp}", str(broken)) for part in MISTAKES[mistake])  # fmt: skip
     saved = any(arg.startswith(("--checkpoint", "--resume", "--data")) for arg in argv)
-    result = cli(f"--logs={broken / 'logs'}", *([] if saved else [f"--data={data}"]), *argv)
+    result = cli(f"--log_folder={broken / 'logs'}", *([] if saved else [f"--data={data}"]), *argv)
     assert_refused(result, *words)
     assert not (broken / "logs").exists()
 
@@ -180,18 +181,19 @@ def test_mistake_in_a_process_of_its_own_has_no_traceback():
 
 def test_log_folder_that_cannot_be_made_is_one_line(cli, small, data, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_refused(cli(f"--data={data}", f"--logs={tmp_path / 'file' / 'logs'}"), "--logs=")
+    assert_refused(cli(f"--data={data}", f"--log_folder={tmp_path / 'file' / 'logs'}"), "--log_folder=")
 
 
 def test_diverged_training_is_one_line_and_saves_no_checkpoint(cli, small, data, tmp_path):
-    result = cli(f"--data={data}", f"--logs={tmp_path}", "--adam_lr=1e11", "--softcap=0", "--muon_lr=1e11")
+    flags = "--adam_lr=1e11", "--softcap=0", "--muon_lr=1e11"
+    result = cli(f"--data={data}", f"--log_folder={tmp_path}", *flags)
     assert_refused(result, "training loss is", "step")
     assert not list(tmp_path.glob("*/*.safetensors"))
 
 
 def test_check_passes_on_good_data_and_writes_nothing(cli, small, data, tmp_path):
     before = sorted(os.listdir(data))
-    code, out, error = cli("--check", f"--data={data}", f"--logs={tmp_path / 'logs'}")
+    code, out, error = cli("--check", f"--data={data}", f"--log_folder={tmp_path / 'logs'}")
     assert (code, out, error) == (0, "configuration and data are fine\n", "")
     assert not (tmp_path / "logs").exists() and sorted(os.listdir(data)) == before
 
@@ -211,7 +213,7 @@ def trained(tmp_path_factory):
     """The script itself, six steps of a narrow tiny track in a process of its own: (log folder, stdout)."""
     root = tmp_path_factory.mktemp("trained")
     data = write_corpus(root / "data", train_tokens=40_000, val_tokens=1500)
-    argv = [*NARROW, f"--data={data}", f"--logs={root / 'logs'}", "--device=cpu"]
+    argv = [*NARROW, f"--data={data}", f"--log_folder={root / 'logs'}", "--device=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, SCRIPT, *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -303,7 +305,7 @@ def test_checkpoint_and_its_export_give_the_same_sample(cli, checkpoint, tmp_pat
 def test_export_is_refused_by_resume(cli, checkpoint, tmp_path):
     export = tmp_path / "model.safetensors"
     assert cli(f"--checkpoint={checkpoint}", f"--export={export}")[0] == 0
-    assert_refused(cli(f"--resume={export}", f"--logs={tmp_path / 'logs'}"), str(export), "export")
+    assert_refused(cli(f"--resume={export}", f"--log_folder={tmp_path / 'logs'}"), str(export), "export")
     assert not (tmp_path / "logs").exists()
 
 
@@ -312,7 +314,7 @@ def test_export_is_refused_by_resume(cli, checkpoint, tmp_path):
                                        ("--softcap=30", "15.0"), ("--scheduled_steps=7", "6"),
                                        ("--track=short", "tiny")])  # fmt: skip
 def test_flag_that_would_change_the_model_is_refused(cli, checkpoint, tmp_path, saved, flag, had):
-    result = cli(f"--{saved}={checkpoint}", "--sample=a", f"--logs={tmp_path / 'logs'}", flag)
+    result = cli(f"--{saved}={checkpoint}", "--sample=a", f"--log_folder={tmp_path / 'logs'}", flag)
     assert_refused(result, flag.partition("=")[0], had, str(checkpoint))
     assert not (tmp_path / "logs").exists()
 
@@ -331,7 +333,7 @@ def test_flag_with_the_checkpoints_own_value_is_accepted(cli, checkpoint):
 
 def test_resumed_run_ends_with_the_same_log_lines(cli, trained, tmp_path):
     saved = trained[0] / "checkpoint_000004.safetensors"
-    code, _, error = cli(f"--resume={saved}", f"--logs={tmp_path}", "--sample=ab", "--sample_tokens=1")
+    code, _, error = cli(f"--resume={saved}", f"--log_folder={tmp_path}", "--sample=ab", "--sample_tokens=1")
     assert (code, error) == (0, "")
     (log,) = tmp_path.glob("*/log.txt")
     for pattern in (TRAIN_LINE, VAL_LINE):
@@ -341,7 +343,7 @@ def test_resumed_run_ends_with_the_same_log_lines(cli, trained, tmp_path):
 
 def losses(root, cli, *argv):
     """Every loss of a run, as logged."""
-    code, out, error = cli(f"--logs={root}", *argv)
+    code, out, error = cli(f"--log_folder={root}", *argv)
     assert code == 0, error
     (path,) = root.glob("*/metrics.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -360,5 +362,14 @@ def test_losses_depend_on_the_seed_alone(cli, small, data, tmp_path):
 def test_runs_of_the_same_second_have_folders_of_their_own(cli, small, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt.time, "strftime", lambda form: "now")
     for _ in range(2):
-        assert cli(f"--data={data}", f"--logs={tmp_path}", "--stop_after=1")[0] == 0
+        assert cli(f"--data={data}", f"--log_folder={tmp_path}", "--stop_after=1")[0] == 0
     assert sorted(os.listdir(tmp_path)) == ["now-tiny-seed0", "now-tiny-seed0-1"]
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(train_gpt.Config)])
+def test_torchrun_hands_every_flag_on(name):
+    """Its parser refuses a flag of ours that abbreviates two of its own, as --logs did."""
+    from torch.distributed.run import get_args_parser
+
+    argv = ["--standalone", "--nproc_per_node=2", "train_gpt.py", f"--{name}=1"]
+    assert get_args_parser().parse_args(argv).training_script_args == [f"--{name}=1"]

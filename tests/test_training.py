@@ -313,7 +313,7 @@ def train_as_rank(rank, jobs):
             train_gpt.finish = lambda cfg, model, *rest: save_file(weights_of(model), logs / f"rank{rank}")
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-            train_gpt.run([f"--logs={logs}", *(arg() if callable(arg) else arg for arg in argv)])
+            train_gpt.run([f"--log_folder={logs}", *(arg() if callable(arg) else arg for arg in argv)])
 
 
 # 4 steps, of which Adam acts at the third: the other checkpoints hold gradients that wait.
@@ -867,7 +867,7 @@ class Runs:
         self.losses, self.validations = [], []
         self.logs = self.folder / f"logs{self.count}"
         data = [] if any("resume" in flag for flag in flags) else [f"--data={self.corpus}"]
-        train_gpt.run([*data, f"--logs={self.logs}", *flags])
+        train_gpt.run([*data, f"--log_folder={self.logs}", *flags])
         return types.SimpleNamespace(losses=self.losses, validations=self.validations, model=self.model,
                                      folder=self.log, checkpoint=partial(checkpoint_of, self.logs),
                                      metrics=partial(metrics_of, self.logs))  # fmt: skip
@@ -1081,7 +1081,7 @@ def test_checkpoint_that_does_not_fit_the_model_is_refused_by_name(tmp_path, cor
     path, _ = small_checkpoint(tmp_path / "file", replace(SMALL, data=str(corpus)))
     change_checkpoint(path, change)
     with pytest.raises(UserError, match=words) as caught:
-        train_gpt.run([f"--{flag}={path}", "--sample=a", f"--logs={tmp_path / 'logs'}"])
+        train_gpt.run([f"--{flag}={path}", "--sample=a", f"--log_folder={tmp_path / 'logs'}"])
     assert str(path) in str(caught.value) and not (tmp_path / "logs").exists()
 
 
@@ -1093,7 +1093,7 @@ def test_checkpoint_with_wrong_optimizer_state_is_refused_by_name(tmp_path, corp
     path, _ = small_checkpoint(tmp_path / "file", replace(SMALL, data=str(corpus)))
     change_checkpoint(path, change)
     with pytest.raises(UserError, match=words):
-        train_gpt.run([f"--resume={path}", f"--logs={tmp_path / 'logs'}"])
+        train_gpt.run([f"--resume={path}", f"--log_folder={tmp_path / 'logs'}"])
 
 
 # ---------------------------------------------------------------------- clock
