@@ -113,7 +113,7 @@ def fresh_documents(documents):
 
 
 def pieces(document):
-    """Cuts a document (bytes) at paragraph ends into pieces of about PIECE_BYTES, none of a few words only."""
+    """Cuts a document (bytes) at paragraph ends into pieces of about PIECE_BYTES, none of them tiny."""
     kept = [b""]
     for paragraph in document.split(b"\n\n"):
         if len(kept[-1]) < MIN_DOCUMENT_BYTES or len(kept[-1]) + 2 + len(paragraph) <= PIECE_BYTES:

@@ -132,7 +132,8 @@ class Sandbox:
     def start(self, *args, **env):
         return subprocess.Popen(
             ["bash", str(self.repo / "run.sh"), *args], cwd=self.here, text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**self.base_env, **self.env, **env})
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**self.base_env, **self.env, **env},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
 
     def run(self, *args, **env):
         """Returns the finished process; its journal is that of this call alone."""
