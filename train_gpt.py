@@ -1197,8 +1197,13 @@ def to_documents(starts: np.ndarray, tokens: int) -> Documents:
     return Documents(torch.from_numpy(cu_seqlens), int(np.diff(cu_seqlens).max()))
 
 
+def micro_count(cfg: Config, world: World) -> int:
+    """Micro-batches of one optimizer step over all ranks: at least one a rank."""
+    return max(cfg.micro_batches, world.size)
+
+
 def micro_tokens(cfg: Config, world: World, stage: Stage) -> int:
-    return stage.batch_tokens // max(cfg.micro_batches, world.size)
+    return stage.batch_tokens // micro_count(cfg, world)
 
 
 class Loader:
@@ -1223,7 +1228,7 @@ class Loader:
 
     def batch(self, stage: Stage):
         T, own = micro_tokens(self.cfg, self.world, stage), []
-        for i in range(max(self.cfg.micro_batches, self.world.size)):
+        for i in range(micro_count(self.cfg, self.world)):
             tokens, starts = pack(self.stream, T, stage.max_doc)
             if i % self.world.size == self.world.rank:
                 docs = to_documents(starts, T)._replace(longest=stage.max_doc)
@@ -1246,19 +1251,21 @@ def steps_covered(cfg: Config, world: World, lengths: np.ndarray) -> int:
     """Steps of the schedule that documents of these lengths suffice for. Exact: packs as the loader does."""
     ends = {}                    # longest piece -> cumulative length of the pieces that the documents give
     document, used = 0, 0
-    for step in range(cfg.total_steps if len(lengths) else 0):
+    if not len(lengths):
+        return 0
+    for step in range(cfg.total_steps):
         stage = plan_step(cfg, step).stage
         limit = stage.max_doc if cfg.document_rest == "skip" else int(lengths.max())
         if limit not in ends:
             ends[limit] = np.cumsum(np.minimum(lengths, limit))
-        for _ in range(max(cfg.micro_batches, world.size)):
+        for _ in range(micro_count(cfg, world)):
             if cfg.document_rest == "skip":
                 used = ends[limit][document - 1] if document else 0
             used += micro_tokens(cfg, world, stage) + 1
             document = int(np.searchsorted(ends[limit], used)) + 1
             if document > len(lengths):
                 return step
-    return cfg.total_steps if len(lengths) else 0
+    return cfg.total_steps
 
 
 def check_supply(cfg: Config, world: World, shards: Shards):
@@ -1735,7 +1742,7 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
 
 
 def check_world(cfg: Config, world: World):
-    micro = max(cfg.micro_batches, world.size)
+    micro = micro_count(cfg, world)
     if micro % world.size:
         raise UserError(f"{world.size} processes don't divide the {micro} micro-batches of a step: "
                         f"start a divisor of {micro}")

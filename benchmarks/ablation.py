@@ -31,7 +31,6 @@ VARIANTS = {
     "weighted targets t+1..t+3 on": ["--multi_target=on"],
     "2 MTP heads, weight 0.1": ["--mtp_heads=2"],
     "LeakyReLU slope 0": ["--leaky_slope=0"],
-    "LeakyReLU slope 0.5": ["--leaky_slope=0.5"],
     "LeakyReLU slope 0.75": ["--leaky_slope=0.75"],
     "cut at document starts": ["--cut_smear", "--cut_key_offset", "--cut_smear_mtp"],
     "token smear off": ["--smear=off"],
