@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import glob
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -29,6 +30,10 @@ import sys
 import textwrap
 import threading
 import time
+
+STARTED = time.time()  # before torch is imported: that is part of the launch
+# ruff: noqa: E402
+
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +44,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # torch's CPU builds come without it
+    triton = None
 
 
 class UserError(Exception):
@@ -83,6 +95,7 @@ class Config:
     export: str = ""             # file for the trained weights, without auxiliary heads
     save_every: int = 0          # steps between checkpoints; 0: only at the end; -1: never
     stop_after: int = 0          # stop after this many steps of the unchanged schedule; 0: run to its end
+    profile: int = 0             # steps to profile, from the third on
     seed: int = 0
     log_folder: str = ""         # "": logs/ beside this file
     # hardware: "auto" is decided once at the start and logged with its reason
@@ -90,6 +103,9 @@ class Config:
     dtype: str = "auto"          # auto, bfloat16, float32: activations; parameters are always float32
     compile: str = "auto"        # auto, on, off
     attention: str = "auto"      # auto, varlen, reference
+    kernels: str = "auto"        # auto, tma, pointer, reference: Triton with Hopper's copies, without, no Triton
+    fp8: str = "auto"            # auto, on, off: the head's products in float8
+    graphs: str = "auto"         # auto, on, off: a micro-batch is launched as one CUDA graph
     warmup: str = "auto"         # auto, on, off: untimed steps on synthetic tokens, state restored after
     # data
     data: str = ""               # folder with *_train_*.bin and *_val_*.bin; "": data/<dataset>
@@ -136,6 +152,7 @@ class Config:
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
     softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
     smear_mtp: bool = True
+    fp8_mlp: bool = False        # forward products of the MLP in float8, in training
     multi_target: bool = False   # use the stages' target weights; off: next token only
     mtp_heads: int = 0           # auxiliary heads for t+2, t+3, ..: trained, not exported
     mtp_weight: float = 0.1      # of the mean auxiliary loss
@@ -273,13 +290,15 @@ TRACKS = {
 CHOICES = {
     "track": tuple(TRACKS), "device": ("auto", "cuda", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
     "compile": ("auto", "on", "off"), "attention": ("auto", "varlen", "reference"),
+    "kernels": ("auto", "tma", "pointer", "reference"), "fp8": ("auto", "on", "off"),
+    "graphs": ("auto", "on", "off"),
     "warmup": ("auto", "on", "off"), "document_rest": ("skip", "keep"), "key_offset": ("table", "all", "off"),
     "key_offset_dims": ("stationary", "all"),
 }
 # Flags that change neither the model nor its training: what goes with --checkpoint and --resume.
 RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temperature", "seed", "export",
-             "save_every", "stop_after", "log_folder", "device", "dtype", "compile", "attention", "warmup",
-             "data", "tokenizer")
+             "save_every", "stop_after", "profile", "log_folder", "device", "dtype", "compile", "attention", "kernels",
+             "fp8", "graphs", "warmup", "data", "tokenizer")
 MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
     ("epochs", "micro_batches", "val_chunk", "val_every", "scheduled_steps", "width", "heads", "mlp_ratio",
      "loss_chunk", "adam_every", "sample_tokens", "gate_inputs"), 1)  # every other number: 0
@@ -392,6 +411,9 @@ class Hardware(NamedTuple):
     dtype: torch.dtype           # of activations
     compile: bool
     attention: str               # "varlen" (FlashAttention inside torch) or "reference"
+    kernels: str                 # "tma" (Hopper), "pointer" (any GPU with Triton) or "reference" (plain torch)
+    fp8: bool                    # head in float8
+    graphs: bool                 # training micro-batches as CUDA graphs
     warmup: bool
     reasons: dict                # decision -> why, for the log
 
@@ -407,24 +429,58 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
         found = torch.cuda.device_count()
         raise UserError(f"process {world.local_rank + 1} has no GPU, {found} found: one process per GPU")
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
-    modern = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-    bfloat16 = modern if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
-    compile = cuda if cfg.compile == "auto" else cfg.compile == "on"
-    varlen = modern and bfloat16 and has_varlen_window()
-    attention = ("varlen" if varlen else "reference") if cfg.attention == "auto" else cfg.attention
-    if attention == "varlen" and not varlen:
-        raise UserError("--attention=varlen: needs compute capability 8.0, bfloat16 and torch 2.11 or newer")
-    warmup = compile if cfg.warmup == "auto" else cfg.warmup == "on"
-    reasons = {
-        "device": torch.cuda.get_device_name(device) if cuda else "no GPU found",
-        "dtype": "tensor cores with bfloat16" if modern else "no fast bfloat16",
-        "compile": "GPU" if cuda else "costs more than it saves on a CPU",
-        "attention": "FlashAttention in torch" if varlen else "no FlashAttention here",
-        "warmup": "compiled code" if compile else "nothing to compile",
+    capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
+    bfloat16 = capability >= (8, 0) if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
+    modern = capability >= (8, 0) and bfloat16
+    varlen, multiples = modern and has_varlen_window(), all_multiples_of_16(cfg, world)
+    options = {  # the best comes first: (option, whether it can be had, what it needs)
+        "compile": [("on", cuda or cfg.compile == "on", "a GPU"), ("off", True, "")],
+        "attention": [("varlen", varlen, "compute capability 8.0, bfloat16 and torch 2.11 or newer"),
+                      ("reference", True, "")],
+        "kernels": [("tma", modern and triton and capability >= (9, 0), "Triton, bfloat16, a Hopper GPU"),
+                    ("pointer", modern and triton, "Triton, bfloat16, compute capability 8.0"),
+                    ("reference", True, "")],
+        "fp8": [("on", modern and multiples and capability >= (8, 9),
+                 "bfloat16, compute capability 8.9 and widths and micro-batches that are multiples of 16"),
+                ("off", True, "")],
+        "graphs": [("on", cuda and varlen and cfg.attention != "reference", "a GPU and --attention=varlen"),
+                   ("off", True, "")],
     }
-    forced = {name: "forced" for name in reasons if getattr(cfg, name) != "auto" and name != "device"}
+    chosen, reasons = {}, {"device": torch.cuda.get_device_name(device) if cuda else "no GPU found",
+                           "dtype": "tensor cores with bfloat16" if modern else "no fast bfloat16"}
+    for name, ranked in options.items():
+        wanted = getattr(cfg, name)
+        needs = [f"--{name}={option}: needs {need}" for option, can, need in ranked if option == wanted and not can]
+        if needs:
+            raise UserError(needs[0])
+        best = next(option for option, can, need in ranked if can)
+        chosen[name] = best if wanted == "auto" else wanted
+        lacking = [need for option, can, need in ranked if not can]
+        reasons[name] = "forced" if wanted != "auto" else f"else needs {lacking[0]}" if lacking else "the fastest"
+    if chosen["attention"] == "varlen":
+        reasons["attention"] = newest_flash_attention(capability)
+    warmup = chosen["compile"] if cfg.warmup == "auto" else cfg.warmup
+    if cfg.fp8_mlp and chosen["fp8"] == "off":
+        raise UserError("--fp8_mlp: needs --fp8=on or a GPU where that is the default")
+    reasons["warmup"] = "compiled code" if chosen["compile"] == "on" else "nothing to compile"
+    on = {name: chosen[name] == "on" for name in ("compile", "fp8", "graphs")}
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    return Hardware(device, dtype, compile, attention, warmup, reasons | forced)
+    return Hardware(device, dtype, on["compile"], chosen["attention"], chosen["kernels"], on["fp8"], on["graphs"],
+                    warmup == "on", reasons)
+
+
+def all_multiples_of_16(cfg: Config, world: World) -> bool:
+    """Whether every dimension of the head's products is, as float8 needs."""
+    tokens = [micro_tokens(cfg, world, stage) for stage in cfg.stages]
+    return not any(n % 16 for n in (cfg.width, cfg.loss_chunk, *tokens))
+
+
+def newest_flash_attention(capability: tuple) -> str:
+    """Switch torch's variable-length attention to FlashAttention 3 if that is installed; says what is used."""
+    if capability[0] == 9 and importlib.util.find_spec("flash_attn_interface"):
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+        return "FlashAttention 3"
+    return "FlashAttention 2 in torch"
 
 
 def has_varlen_window() -> bool:
@@ -433,6 +489,267 @@ def has_varlen_window() -> bool:
     except ImportError:
         return False
     return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Kernels. Each wrapper takes a mode: "tma" moves tiles with Hopper's copy engine, "pointer" uses ordinary loads
+# and runs on any GPU that Triton serves, "reference" is the same in plain torch.
+
+
+jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda function: function, None)
+
+
+@jit
+def load_tile(x, row, column, rows, columns, ROWS: constexpr, COLUMNS: constexpr,
+              TMA: constexpr):
+    """Tile of a row-major matrix, zero outside of it. x: its tensor descriptor (TMA) or pointer."""
+    if TMA:
+        tile = x.load([row, column])
+    else:
+        r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None]
+        tile = tl.load(x + r.to(tl.int64) * columns + c, (r < rows) & (c < columns), other=0.0)
+    return tile
+
+
+@jit
+def store_tile(x, tile, row, column, rows, columns, ROWS: constexpr, COLUMNS: constexpr,
+               TMA: constexpr):
+    if TMA:
+        x.store([row, column], tile)
+    else:
+        r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None]
+        tl.store(x + r.to(tl.int64) * columns + c, tile, (r < rows) & (c < columns))
+
+
+@jit
+def mlp_kernel(a, b, aux, out, square, scale, M, N, K, SLOPE: constexpr, BACKWARD: constexpr,
+               DTYPE: constexpr, FLOAT8: constexpr, TMA: constexpr, M_TILE: constexpr, N_TILE: constexpr,
+               K_TILE: constexpr, PROGRAMS: constexpr):
+    """u = a b^T, tile by tile. Forward: r = LeakyReLU(u). Backward: r from aux, out = u * 2 LeakyReLU(r).
+
+    FLOAT8: a and b are, their product is multiplied by `scale`, and the square is float8, too.
+    """
+    HALF: constexpr = N_TILE // 2
+    n_tiles = tl.cdiv(N, N_TILE)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, M_TILE) * n_tiles, PROGRAMS, flatten=True):
+        m, n = tile // n_tiles * M_TILE, tile % n_tiles * N_TILE
+        acc = tl.zeros((M_TILE, N_TILE), tl.float32)
+        for k in range(tl.cdiv(K, K_TILE)):
+            x = load_tile(a, m, k * K_TILE, M, K, M_TILE, K_TILE, TMA)
+            y = load_tile(b, n, k * K_TILE, N, K, N_TILE, K_TILE, TMA)
+            acc = tl.dot(x, y.T, acc, input_precision="ieee")
+        left, right = acc.reshape(M_TILE, 2, HALF).permute(0, 2, 1).split()  # halves need half the registers
+        for half in tl.static_range(2):
+            u = left if half == 0 else right
+            if BACKWARD:
+                r = load_tile(aux, m, n + half * HALF, M, N, M_TILE, HALF, TMA).to(tl.float32)
+                u = 2 * u * tl.where(r > 0, r, SLOPE * r)
+            else:
+                if FLOAT8:
+                    u *= tl.load(scale)
+                u = tl.where(u > 0, u, SLOPE * u)
+                r = u.to(DTYPE).to(tl.float32)
+            store_tile(out, u.to(DTYPE), m, n + half * HALF, M, N, M_TILE, HALF, TMA)
+            if FLOAT8:
+                post = tl.minimum(r * r, 448.0).to(tl.float8e4nv)
+            else:
+                post = (r * r).to(DTYPE)
+            store_tile(square, post, m, n + half * HALF, M, N, M_TILE, HALF, TMA)
+
+
+class Tiles(NamedTuple):
+    """A frozen configuration of mlp_kernel; benchmarks/kernels.py --tune looks for better ones."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+MLP_TILES = {("tma", False): Tiles(128, 256, 64, 8, 4), ("tma", True): Tiles(128, 256, 64, 8, 3),
+             ("pointer", False): Tiles(128, 128, 32, 8, 4), ("pointer", True): Tiles(128, 128, 32, 8, 4)}
+
+
+def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles | None = None, scale=None):
+    (M, K), N, float8, backward = a_MK.shape, b_NK.size(0), scale is not None, aux_MN is not None
+    dtype = torch.bfloat16 if float8 else a_MK.dtype
+    out = torch.empty(M, N, dtype=dtype, device=a_MK.device)
+    square = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
+    a_MK, b_NK = a_MK.contiguous(), b_NK.contiguous()
+    if mode == "tma" and (K * a_MK.element_size() % 16 or N * a_MK.element_size() % 16):
+        mode = "pointer"  # the copy engine wants rows of whole 16 bytes
+    tiles = tiles or MLP_TILES[mode, backward]
+    k_tile = 2 * tiles.k if float8 else tiles.k  # the same bytes
+    operands = a_MK, b_NK, aux_MN if backward else out, out, square
+    if mode == "tma":
+        blocks = (tiles.m, k_tile), (tiles.n, k_tile), *[(tiles.m, tiles.n // 2)] * 3
+        operands = [TensorDescriptor.from_tensor(x, list(block)) for x, block in zip(operands, blocks)]
+    count = triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n)
+    cuda = a_MK.is_cuda
+    programs = min(count, torch.cuda.get_device_properties(a_MK.device).multi_processor_count if cuda else 4)
+    mlp_kernel[programs,](*operands, scale, M, N, K, slope, backward, getattr(tl, str(dtype)[6:]), float8,
+                          mode == "tma", tiles.m, tiles.n, k_tile, programs, num_warps=tiles.warps,
+                          num_stages=tiles.stages - float8)
+    return out, square
+
+
+def mlp_forward(h_TD, up_FD, slope: float, mode: str = "reference", scale: Tensor | None = None):
+    """r = LeakyReLU(h up^T) and r^2, both (T, F) in the dtype of h. r alone serves backward at any slope.
+
+    With a scale, (), h and up are float8_e4m3fn, their product is multiplied by it, r is bfloat16 and r^2, cut off
+    at 448, float8_e4m3fn.
+    """
+    if mode != "reference":
+        return launch_mlp_kernel(h_TD, up_FD, None, slope, mode, scale=scale)
+    if scale is not None:
+        r_TF = F.leaky_relu(h_TD.float() @ up_FD.float().T * scale, slope).bfloat16()
+        return r_TF, r_TF.float().square().clamp_max(448).to(h_TD.dtype)
+    r_TF = F.leaky_relu(h_TD @ up_FD.T, slope)
+    return r_TF, r_TF * r_TF
+
+
+def mlp_backward(grad_TD, down_FD, r_TF, slope: float, mode: str = "reference") -> tuple[Tensor, Tensor]:
+    """Gradient of the activation's input, grad down^T * 2 LeakyReLU(r), and r^2 again: both (T, F)."""
+    if mode != "reference":
+        return launch_mlp_kernel(grad_TD, down_FD, r_TF, slope, mode)
+    return grad_TD @ down_FD.T * F.leaky_relu(r_TF, slope).mul_(2), r_TF * r_TF
+
+
+@jit
+def soft_tanh(x, APPROXIMATE: constexpr):
+    """tanh in one instruction, to 2^-11, finer than bfloat16; or exactly, for checks."""
+    if APPROXIMATE:
+        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        y = 1 - 2 / (1 + tl.exp(2 * x))
+    return y
+
+
+@jit
+def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: constexpr, SOFTCAP: constexpr,
+                         APPROXIMATE: constexpr, BLOCK: constexpr):
+    """One row: loss, and the gradient divided by `scale`, written in grad's own dtype."""
+    LOG2E: constexpr = 1.4426950408889634
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    top, total = -float("inf"), 0.0
+    for first in range(0, V, BLOCK):
+        inside = first + columns < V
+        q = tl.load(logits + row * V + first + columns, inside, other=-float("inf")).to(tl.float32)
+        if SOFTCAP > 0:  # bounded, so its maximum needn't be known
+            top = SOFTCAP
+            t = soft_tanh(q * (1 / SOFTCAP), APPROXIMATE)
+            total += tl.sum(tl.where(inside, tl.exp2((t - 1) * (SOFTCAP * LOG2E)), 0.0))
+        else:
+            higher = tl.maximum(top, tl.max(q))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(q - higher))
+            top = higher
+    lse = tl.log(total) + top
+    weight_sum, value = 0.0, 0.0
+    for k in tl.static_range(K):
+        target = tl.load(targets + row * K + k)
+        weight = tl.where(target >= 0, tl.load(weights + k), 0.0)
+        picked = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
+        if SOFTCAP > 0:
+            picked = SOFTCAP * soft_tanh(picked * (1 / SOFTCAP), APPROXIMATE)
+        value += weight * (lse - picked)
+        weight_sum += weight
+    tl.store(loss + row, value)
+    inverse = 1 / tl.load(scale)
+    shift = (tl.log(weight_sum * inverse) - lse) * LOG2E  # weights and scale go into the exponent
+    for first in range(0, V, BLOCK):
+        inside = first + columns < V
+        z = tl.load(logits + row * V + first + columns, inside, other=0.0).to(tl.float32)
+        if SOFTCAP > 0:
+            t = soft_tanh(z * (1 / SOFTCAP), APPROXIMATE)
+            g = tl.exp2(t * (SOFTCAP * LOG2E) + shift)
+        else:
+            g = tl.exp2(z * LOG2E + shift)
+        for k in tl.static_range(K):
+            at = tl.load(targets + row * K + k) - first
+            if (at >= 0) & (at < BLOCK):
+                g -= tl.where(columns == at, tl.load(weights + k) * inverse, 0.0)
+        if SOFTCAP > 0:
+            g *= 1 - t * t
+        tl.store(grad + row * V + first + columns, g.to(grad.dtype.element_ty), inside)
+
+
+def cross_entropy(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype=None, mode: str = "reference"):
+    """Soft-capped cross entropy, sum over k of weights[k] * loss with target k (none where it is -1).
+
+    Returns the loss of each row (T,) float32 and its gradient by the logits (T, V), divided by `scale`, (), in
+    `dtype` (None: the logits'). Float32 logits never exist in memory.
+    """
+    dtype = dtype or logits_TV.dtype
+    if mode == "reference":
+        z = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        t = torch.tanh(z / softcap) if softcap else None
+        q = softcap * t if softcap else z
+        lse, at = q.logsumexp(1, keepdim=True), targets_TK.clamp_min(0)
+        weights_TK = weights_K * (targets_TK >= 0)
+        grad = weights_TK.sum(1, keepdim=True) * (q - lse).exp()
+        grad.scatter_add_(1, at, -weights_TK.to(grad.dtype))
+        grad = grad * (1 - t * t) if softcap else grad
+        return (weights_TK * (lse - q.gather(1, at))).sum(1), (grad / scale).to(dtype)
+    (T, V), K = logits_TV.shape, targets_TK.size(1)
+    loss_T = torch.empty(T, device=logits_TV.device)
+    grad_TV = torch.empty(T, V, dtype=dtype, device=logits_TV.device)
+    cross_entropy_kernel[T,](logits_TV, targets_TK.contiguous(), weights_K, scale, loss_T, grad_TV, V, K,
+                             float(softcap), logits_TV.is_cuda, 2048, num_warps=4)
+    return loss_T, grad_TV
+
+
+@jit
+def transpose_kernel(x, out, R, C, ROWS: constexpr, COLUMNS: constexpr):
+    r, c = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * COLUMNS
+    tile = load_tile(x, r, c, R, C, ROWS, COLUMNS, False)
+    store_tile(out, tile.T, c, r, C, R, COLUMNS, ROWS, False)
+
+
+def transpose(x_RC: Tensor, mode: str = "reference") -> Tensor:
+    """Contiguous (C, R) of 8-bit elements, several times as fast as torch's copy."""
+    if mode == "reference":
+        return x_RC.T.contiguous()
+    (R, C), out = x_RC.shape, x_RC.new_empty(x_RC.T.shape)
+    grid = triton.cdiv(R, 128), triton.cdiv(C, 128)
+    transpose_kernel[grid](x_RC.view(torch.uint8), out.view(torch.uint8), R, C, 128, 128, num_warps=8)
+    return out
+
+
+@jit
+def polynomial_kernel(x, out, a, b, c, R: constexpr, TILE: constexpr, K_TILE: constexpr):
+    """Tile (i, j), i <= j, of a I + b X + c X X for a symmetric X, stored with its mirror image."""
+    i, j = tl.program_id(0), 0
+    while i > j:  # column j of the triangle has j + 1 tiles
+        j += 1
+        i -= j
+    matrix = tl.program_id(1).to(tl.int64) * R * R
+    x, out = x + matrix, out + matrix
+    acc = tl.zeros((TILE, TILE), tl.float32)
+    for k in range(0, R, K_TILE):
+        left = load_tile(x, i * TILE, k, R, R, TILE, K_TILE, False)
+        right = load_tile(x, j * TILE, k, R, R, TILE, K_TILE, False)
+        acc = tl.dot(left, right.T, acc, input_precision="ieee")
+    rows, columns = i * TILE + tl.arange(0, TILE)[:, None], j * TILE + tl.arange(0, TILE)[None]
+    acc = c * acc + b * load_tile(x, i * TILE, j * TILE, R, R, TILE, TILE, False).to(tl.float32)
+    y = (acc + tl.where(rows == columns, a, 0.0)).to(out.dtype.element_ty)
+    store_tile(out, y, i * TILE, j * TILE, R, R, TILE, TILE, False)
+    if i < j:
+        store_tile(out, y.T, j * TILE, i * TILE, R, R, TILE, TILE, False)
+
+
+def polynomial(x_NRR: Tensor, a: float, b: float, c: float, mode: str = "reference") -> Tensor:
+    """a I + b X + c X X of each symmetric matrix: dense (N, R, R) in the dtype of x."""
+    if mode == "reference":
+        out_NRR = torch.baddbmm(x_NRR, x_NRR, x_NRR, beta=b, alpha=c)
+        out_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
+        return out_NRR
+    (N, R, _), out_NRR = x_NRR.shape, torch.empty_like(x_NRR, memory_format=torch.contiguous_format)
+    tiles = triton.cdiv(R, 128)
+    polynomial_kernel[tiles * (tiles + 1) // 2, N](x_NRR.contiguous(), out_NRR, a, b, c, R, 128,
+                                                   128 // x_NRR.element_size(), num_warps=4, num_stages=3)
+    return out_NRR
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -446,9 +763,12 @@ class Documents(NamedTuple):
     longest: int                 # tokens
 
 
+EPS = 1e-6
+
+
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, without a weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
 def shift(x: Tensor, starts_T: Tensor | None = None) -> Tensor:
@@ -478,26 +798,122 @@ def offset_keys(k_THE: Tensor, dims: Tensor, starts_T: Tensor | None) -> Tensor:
     return torch.where(take, shift(k_THE), k_THE)
 
 
-class LeakyReLUSquared(torch.autograd.Function):
-    """LeakyReLU(slope)(x)^2; slope 0 is ReLU^2. Keeps r = LeakyReLU(x): the derivative is 2 LeakyReLU(r)."""
+def gradient(p: nn.Parameter) -> Tensor:
+    """The parameter's gradient, float32, which products and look-ups add to in place."""
+    if p.grad is None:
+        p.grad = torch.zeros_like(p)
+    return p.grad
+
+
+def add_product(grad_RC: Tensor, a_TR: Tensor, b_TC: Tensor):
+    """grad += a^T b, summed in the precision of grad."""
+    if a_TR.is_cuda and a_TR.dtype != grad_RC.dtype:
+        torch.ops.aten.addmm.dtype_out(grad_RC, a_TR.T, b_TC, grad_RC.dtype, out=grad_RC)
+    else:
+        grad_RC.addmm_(a_TR.T.to(grad_RC.dtype), b_TC.to(grad_RC.dtype))
+
+
+@jit
+def add_rows_kernel(total, tokens, rows, D, BLOCK: constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(rows + row * D + columns, columns < D, other=0.0)
+    tl.atomic_add(total + tl.load(tokens + row) * D + columns, x.to(total.dtype.element_ty), columns < D,
+                  sem="relaxed")
+
+
+def add_rows(total_VD: Tensor, tokens_N: Tensor, rows_ND: Tensor, mode: str = "reference"):
+    """total[tokens[i]] += rows[i] for every i, in the precision of total and, on a GPU, in any order."""
+    if mode == "reference":
+        total_VD.index_add_(0, tokens_N, rows_ND.to(total_VD.dtype))
+    else:
+        N, D = rows_ND.shape
+        add_rows_kernel[N,](total_VD, tokens_N, rows_ND.contiguous(), D, triton.next_power_of_2(D), num_warps=4)
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a table in `dtype`: (..., D). Their gradients are added to the table's, which stays dense."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, slope: float) -> Tensor:
-        r = F.leaky_relu(x, slope)
-        ctx.save_for_backward(r)
-        ctx.slope = slope
-        return r * r
+    def forward(ctx, tokens: Tensor, table_VD: nn.Parameter, dtype: torch.dtype, kernels: str) -> Tensor:
+        ctx.table, ctx.kernels = table_VD, kernels
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, table_VD).to(dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (r,) = ctx.saved_tensors
-        return F.leaky_relu(r, ctx.slope).mul_(grad).mul_(2), None
+        (tokens,) = ctx.saved_tensors
+        add_rows(gradient(ctx.table), tokens.flatten(), grad.flatten(0, -2), ctx.kernels)
+        return None, None, None, None
 
 
-def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
-    if torch.compiler.is_compiling():  # the compiler fuses the plain form by itself
-        return F.leaky_relu(x, slope).square()
-    return LeakyReLUSquared.apply(x, slope)
+class Linear(torch.autograd.Function):
+    """x_TC @ weight_RC.T, plus residual_TR if there is one.
+
+    The weight's gradient is added to grad_RC, float32, by the product that computes it.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TC, weight_RC, grad_RC: Tensor | None, residual_TR: Tensor | None) -> Tensor:
+        ctx.grad_RC = grad_RC
+        ctx.save_for_backward(x_TC, weight_RC)
+        return x_TC @ weight_RC.T if residual_TR is None else torch.addmm(residual_TR, x_TC, weight_RC.T)
+
+    @staticmethod
+    def backward(ctx, grad_TR: Tensor):
+        x_TC, weight_RC = ctx.saved_tensors
+        add_product(ctx.grad_RC, grad_TR, x_TC)
+        return grad_TR @ weight_RC, None, None, grad_TR if ctx.needs_input_grad[3] else None
+
+
+class Branch(torch.autograd.Function):
+    """x itself and x normed, with one kernel for the sum of both gradients."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, regions: dict):
+        ctx.regions = regions
+        ctx.save_for_backward(x_TD)
+        return x_TD.view_as(x_TD), regions["norm_region"](x_TD)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor, h_grad_TD: Tensor):
+        return ctx.regions["norm_backward_region"](*ctx.saved_tensors, grad_TD, h_grad_TD), None
+
+
+class Float8MLP(NamedTuple):
+    """What the forward products of one MLP read in float8, each with its scale, ()."""
+
+    up_FD: Tensor
+    up_scale: Tensor
+    down_DF: Tensor
+    down_scale: Tensor
+    h_TD: Tensor | None = None
+    h_scale: Tensor | None = None
+
+
+class MLP(torch.autograd.Function):
+    """x + LeakyReLU(slope)(h @ up.T)^2 @ down: (T, D). Between forward and backward only h and r are kept."""
+
+    @staticmethod
+    def forward(ctx, x_TD, h_TD, weight_2FD, grad_2FD, eight: Float8MLP | None, slope: float, kernels: str):
+        ctx.grad_2FD, ctx.slope, ctx.kernels = grad_2FD, slope, kernels
+        if eight is None:
+            r_TF, hidden_TF = mlp_forward(h_TD, weight_2FD[0], slope, kernels)
+            out_TD = torch.addmm(x_TD, hidden_TF, weight_2FD[1])
+        else:
+            scale = eight.h_scale * eight.up_scale
+            r_TF, hidden_TF = mlp_forward(eight.h_TD, eight.up_FD, slope, kernels, scale)
+            down = hidden_TF, eight.down_DF.T, torch.ones_like(scale), eight.down_scale
+            out_TD = x_TD + float8_product(*down, x_TD.dtype)
+        ctx.save_for_backward(h_TD, weight_2FD, r_TF)
+        return out_TD
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        h_TD, (up_FD, down_FD), r_TF = ctx.saved_tensors
+        before_TF, hidden_TF = mlp_backward(grad_TD, down_FD, r_TF, ctx.slope, ctx.kernels)
+        add_product(ctx.grad_2FD[1], hidden_TF, grad_TD)
+        add_product(ctx.grad_2FD[0], before_TF, h_TD)
+        return grad_TD, before_TF @ up_FD, None, None, None, None, None
 
 
 def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block: int = 128) -> Tensor:
@@ -525,7 +941,8 @@ def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tenso
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest = docs
-    return varlen_attn(q_THE, k_THE, v_THE, cu, cu, longest, longest, scale=1.0, window_size=(window, 0))
+    unsplit = {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn(q_THE, k_THE, v_THE, cu, cu, longest, longest, scale=1.0, window_size=(window, 0), **unsplit)
 
 
 ATTENTION = {"varlen": attention_varlen, "reference": attention_reference}
@@ -563,8 +980,9 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
     return Rotary(*(table.to(device) for table in tables))
 
 
-# The forward pass is cut into regions between the attention calls. Each is a plain function of tensors and
-# compiles by itself, with T dynamic: layers of a kind share code and no stage needs a compilation of its own.
+# What lies between the matrix products is cut into regions: plain functions of tensors, each compiled by itself
+# with T dynamic, so layers of a kind share code and no stage needs a compilation of its own. A learned factor is
+# expanded to (T, 1): its gradient is then summed row by row, in the kernel that has the row at hand.
 
 
 def embed_region(embed_TD, gate_G, smear_lambda, starts_T, cut: bool) -> Tensor:
@@ -575,25 +993,28 @@ def embed_region(embed_TD, gate_G, smear_lambda, starts_T, cut: bool) -> Tensor:
     return norm(embed_TD)
 
 
-def mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda) -> Tensor:
+def mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, gate_inputs: int):
     """Residual stream as a layer sees it: plus the skip connection, mixed with the embedding x0.
 
     Layer 0, whose stream is x0 itself, gets x0_TD = None and has its two factors merged into one.
+    Returns the stream, the stream normed, both (T, D), and the leading channels of the latter.
     """
+    dtype, rows = x_TD.dtype, (x_TD.size(0), 1)
     if skip_TD is not None:
-        x_TD = x_TD + torch.sigmoid(skip_lambda) * skip_TD
-    if x0_lambda is None:
-        return x_TD
-    return (x_lambda + x0_lambda) * x_TD if x0_TD is None else x_lambda * x_TD + x0_lambda * x0_TD
-
-
-def qkv_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, w_4DD, v_lambda, value_TD, gate_HG,
-               cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config, offset: bool):
-    """From the residual stream to what attention needs: x (T, D), q, k, v (T, H, E), gate (T, H) or None."""
-    x_TD = mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda)
-    T, D = x_TD.shape
+        x_TD = x_TD + torch.sigmoid(skip_lambda).expand(rows) * skip_TD
+    if x0_lambda is not None and x0_TD is None:
+        x_TD = (x_lambda + x0_lambda).expand(rows) * x_TD
+    elif x0_lambda is not None:
+        x_TD = x_lambda.expand(rows) * x_TD + x0_lambda.expand(rows) * x0_TD
+    x_TD = x_TD.to(dtype)
     h_TD = norm(x_TD)
-    q_THE, k_THE, v_THE = (h_TD @ w_4DD[:3].reshape(3 * D, D).T).view(T, 3, cfg.heads, cfg.head_dim).unbind(1)
+    return x_TD, h_TD, h_TD[:, :gate_inputs].contiguous()
+
+
+def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config, offset: bool):
+    """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D)."""
+    T = qkv_TC.size(0)
+    q_THE, k_THE, v_THE = qkv_TC.view(T, 3, cfg.heads, cfg.head_dim).unbind(1)
     if cfg.qk_norm:
         q_THE, k_THE = norm(q_THE), norm(k_THE)
     q_THE = rotate(q_THE * scale, cos_PJ[:T], sin_PJ[:T])
@@ -601,30 +1022,40 @@ def qkv_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, w_4DD, v_
     if offset:
         dims_E = still_E if cfg.key_offset_dims == "stationary" else torch.ones_like(still_E)
         k_THE = offset_keys(k_THE, dims_E, starts_T if cfg.cut_key_offset else None)
-    v_THE = v_lambda * v_THE
+    v_THE = (v_lambda.expand(T, 1, 1) * v_THE).type_as(qkv_TC)
     if value_TD is not None:
         v_THE = v_THE + value_TD.view_as(v_THE)
-    gate_TH = None
+    return q_THE, k_THE, v_THE.contiguous()
+
+
+def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
+    """Attention output with each head's gate, computed from leading channels, and a learned factor: (T, D)."""
+    factor_TH = out_lambda.expand(y_THE.size(0), 1)
     if gate_HG is not None:
-        gate_TH = torch.sigmoid(h_TD[:, : gate_HG.size(1)] @ gate_HG.to(h_TD.dtype).T)
-    return x_TD, q_THE, k_THE, v_THE.contiguous(), gate_TH
+        factor_TH = factor_TH * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)
+    return (y_THE * factor_TH[..., None]).type_as(y_THE).flatten(1)
 
 
-def output_region(x_TD, y_THE, gate_TH, out_lambda, w_DD, mlp_2FD, slope: float) -> Tensor:
-    """Attention output (None: a layer without attention) and MLP added to the residual stream: (T, D)."""
-    if y_THE is not None:
-        y_THE = y_THE if gate_TH is None else y_THE * gate_TH[..., None]
-        x_TD = x_TD + out_lambda * (y_THE.reshape_as(x_TD) @ w_DD.T)
-    hidden_TF = leaky_relu_squared(norm(x_TD) @ mlp_2FD[0].T, slope)
-    return x_TD + hidden_TF @ mlp_2FD[1]
+def norm_region(x_TD) -> Tensor:
+    return norm(x_TD)
+
+
+def norm_backward_region(x_TD, grad_TD, h_grad_TD) -> Tensor:
+    """Gradient of x, itself with gradient grad_TD, where h = norm(x) has h_grad_TD."""
+    x, g = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_TD, h_grad_TD))
+    scale = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    return (grad_TD + scale * (g - x * scale.square() * (g * x).mean(-1, keepdim=True))).type_as(x_TD)
 
 
 def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bool) -> Tensor:
     """Latents that the head reads: backout, norm, and smear-MTP y'[t] = y[t] + lambda y[t-1] (PR 151)."""
     if backout_TD is not None:
-        x_TD = x_TD - backout_lambda * backout_TD
+        x_TD = (x_TD - backout_lambda.expand(x_TD.size(0), 1) * backout_TD).type_as(x_TD)
     x_TD = norm(x_TD)
-    return x_TD if mtp_lambda is None else x_TD + mtp_lambda * shift(x_TD, starts_T if cut else None)
+    if mtp_lambda is None:
+        return x_TD
+    shifted_TD = shift(x_TD, starts_T if cut else None)
+    return (x_TD + mtp_lambda.expand(x_TD.size(0), 1) * shifted_TD).type_as(x_TD)
 
 
 def loss_region(x_TD, head_VD, targets_TK, weights_K, softcap: float) -> Tensor:
@@ -634,13 +1065,59 @@ def loss_region(x_TD, head_VD, targets_TK, weights_K, softcap: float) -> Tensor:
                for k in range(targets_TK.size(1)))
 
 
+def float8_region(x_TD, scale) -> Tensor:
+    """x / scale as float8 of four exponent bits, largest value 448."""
+    return (x_TD.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+class Head(NamedTuple):
+    """An output head as its products read it."""
+
+    weight_VD: Tensor            # in the activations' dtype, or float8: weight / scale
+    weight_DV: Tensor | None = None  # the transpose, which float8 products need
+    scale: Tensor | None = None  # ()
+
+
+def head_step(model, x_TD: Tensor, k: int, targets_TK: Tensor, weights_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of head k on latents, (), and their gradient, (T, D); the head's own gradient is added in place.
+
+    The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20) it
+    is scaled to use the range.
+    """
+    head, softcap, mode = model.weights["heads"][k], model.cfg.softcap, model.kernels
+    grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
+    if head.scale is None:
+        logits_TV, one = x_TD @ head.weight_VD.T, torch.ones((), device=x_TD.device)
+        loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, softcap, one, mode=mode)
+        add_product(grad_VD, grad_TV, x_TD)
+        return loss_T.sum(), grad_TV @ head.weight_VD
+    x_scale, grad_scale = model.latent_scale, weights_K.sum() * 2.0**-14
+    x8_TD = model.regions["float8_region"](x_TD, x_scale)
+    logits_TV = float8_product(x8_TD, head.weight_VD.T, x_scale, head.scale, x_TD.dtype, fast=True)
+    loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, softcap, grad_scale, torch.float8_e5m2,
+                                    mode)
+    del logits_TV
+    x_grad_TD = float8_product(grad_TV, head.weight_DV.T, grad_scale, head.scale, x_TD.dtype)
+    x8_DT, grad_VT = transpose(x8_TD, mode), transpose(grad_TV, mode)
+    grad_VD += float8_product(grad_VT, x8_DT.T, grad_scale, x_scale, torch.float32)
+    return loss_T.sum(), x_grad_TD
+
+
+def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype, fast: bool = False) -> Tensor:
+    """a_scale a @ b_scale b in `dtype`; a row-major, b column-major. fast: lower precision of long sums."""
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    whole = ScalingType.TensorWise
+    return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
+
+
 def cap(logits: Tensor, softcap: float) -> Tensor:
     logits = logits.float()
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, output_region, final_region,
-                                   loss_region)}
+REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, gate_region, norm_region,
+                                   norm_backward_region, final_region, loss_region, float8_region)}
 
 
 def compile_region(function):
@@ -677,10 +1154,13 @@ class GPT(nn.Module):
     | smear_mtp_lambda          | ()                | 0                                                   |
     """
 
-    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attention: str = "reference"):
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attention: str = "reference",
+                 kernels: str = "reference", fp8: bool = False):
         super().__init__()
         self.cfg, self.dtype, self.attention = cfg, dtype, ATTENTION[attention]
-        self.regions = REGIONS
+        self.regions, self.kernels, self.fp8 = REGIONS, kernels, fp8
+        self.weights, self.graphs = {}, None
+        self.latent_scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # bounds y + lambda * shift(y)
         self.tap_layers = {layer.skip_from for layer in cfg.layers} | {cfg.backout_from}
         self.skips = [i for i, layer in enumerate(cfg.layers) if layer.skip_from >= 0 and cfg.skip]
         L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
@@ -718,42 +1198,91 @@ class GPT(nn.Module):
         windows: tokens that the "short" and the "long" layers look back.
         """
         cfg = self.cfg
+        weights = self.weights or self.refresh()
+        training = torch.is_grad_enabled()
+        attn_grad = gradient(self.attn_bank) if training else [None] * len(self.attn_bank)
+        mlp_grad = gradient(self.mlp_bank) if training else [None] * len(self.mlp_bank)
         starts_T = tokens_T == cfg.bos
-        embed_TD = F.embedding(tokens_T, self.embed).to(self.dtype)
+        embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype, self.kernels)
         gate, smear_lambda = (self.smear_gate, self.smear_lambda) if cfg.smear else (None, None)
         x_TD = x0_TD = self.regions["embed_region"](embed_TD, gate, smear_lambda, starts_T, cfg.cut_smear)
         values = self.value_rows(tokens_T)
-        attn_w = dict(zip(cfg.attention_layers, self.attn_bank.to(self.dtype).unbind(0)))
-        attn_lambdas = dict(zip(cfg.attention_layers, self.attn_lambdas.unbind(0)))
-        mlp_w = self.mlp_bank.to(self.dtype).unbind(0)
         outputs = {}
         for i, layer in enumerate(cfg.layers):
-            mixing = (x_TD, *self.skip_input(i, outputs), x0_TD if i else None, *self.mixing_factors(i))
-            if layer.window == "none":
-                x_TD, attended = self.regions["mix_region"](*mixing), (None, None, None, None)
-            else:
-                v_lambda, out_lambda = attn_lambdas[i].unbind()
+            mixing = *self.skip_input(i, outputs), x0_TD if i else None, *self.mixing_factors(i)
+            x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, cfg.gate_inputs)
+            if layer.window != "none":
+                a = cfg.attention_layers.index(i)
+                w_4DD, grad_4DD = weights["attn_bank"][a], attn_grad[a]
                 value_TD = values[layer.value_embed] if cfg.value_embeds and layer.value_embed >= 0 else None
-                gate_HG = self.attn_gate[cfg.attention_layers.index(i)] if cfg.attn_gate else None
-                x_TD, q_THE, k_THE, v_THE, gate_TH = self.regions["qkv_region"](
-                    *mixing, attn_w[i], v_lambda, value_TD, gate_HG, *rotary, starts_T, cfg,
-                    cfg.offsets_keys(layer))
+                v_lambda, out_lambda = self.attn_lambdas[a].unbind()
+                qkv_TC = Linear.apply(h_TD, w_4DD[:3].flatten(0, 1), training and grad_4DD[:3].flatten(0, 1),
+                                      None)
+                q_THE, k_THE, v_THE = self.regions["qkv_region"](
+                    qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
-                attended = y_THE, gate_TH, out_lambda, attn_w[i][3]
-            x_TD = self.regions["output_region"](x_TD, *attended, mlp_w[i], cfg.leaky_slope)
+                gate_HG = self.attn_gate[a] if cfg.attn_gate else None
+                y_TD = self.regions["gate_region"](y_THE, lead_TG, gate_HG, out_lambda)
+                x_TD = Linear.apply(y_TD, w_4DD[3], training and grad_4DD[3], x_TD)
+                x_TD, h_TD = Branch.apply(x_TD, self.regions)
+            x_TD = MLP.apply(x_TD, h_TD, weights["mlp_bank"][i], mlp_grad[i], self.float8_mlp(i, h_TD),
+                             cfg.leaky_slope, self.kernels)
             if i in self.tap_layers:
                 outputs[i] = x_TD
         backout = (outputs[cfg.backout_from], self.backout_lambda) if cfg.backout_from >= 0 else (None, None)
         mtp_lambda = self.smear_mtp_lambda if cfg.smear_mtp else None
         return self.regions["final_region"](x_TD, *backout, mtp_lambda, starts_T, cfg.cut_smear_mtp)
 
+    @torch.no_grad()
+    def refresh(self) -> dict:
+        """Update the weights as the products read them, which stay at their addresses. Due after a change."""
+        for name in ("attn_bank", "mlp_bank"):
+            bank = getattr(self, name)
+            if bank.dtype == self.dtype:
+                self.weights[name] = bank.detach()
+            else:
+                self.weights.setdefault(name, torch.empty_like(bank, dtype=self.dtype)).copy_(bank)
+        heads = [self.head, *(self.mtp_heads if self.cfg.mtp_heads else ())]
+        self.replace_weights("heads", [self.head_as_read(head_VD) for head_VD in heads])
+        if self.cfg.fp8_mlp:
+            self.replace_weights("mlp8", [self.mlp_as_read(*weight_2FD) for weight_2FD in self.mlp_bank])
+        return self.weights
+
+    def replace_weights(self, name: str, new: list):
+        for kept, item in zip(self.weights.setdefault(name, new), new):
+            for old, value in zip(kept, item):
+                if old is not value:
+                    old.copy_(value)
+
+    def as_float8(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight over its scale, whose largest value float8 can just hold, and the scale, ()."""
+        scale = (torch.linalg.vector_norm(weight, math.inf) / 448).clamp_min(1e-12)
+        return self.regions["float8_region"](weight, scale), scale
+
+    def head_as_read(self, head_VD: Tensor) -> Head:
+        if not self.fp8:
+            return Head(head_VD.detach().to(self.dtype))
+        weight_VD, scale = self.as_float8(head_VD)
+        return Head(weight_VD, transpose(weight_VD, self.kernels), scale)
+
+    def mlp_as_read(self, up_FD: Tensor, down_FD: Tensor) -> Float8MLP:
+        down8_FD, down_scale = self.as_float8(down_FD)
+        return Float8MLP(*self.as_float8(up_FD), transpose(down8_FD, self.kernels), down_scale)
+
+    def float8_mlp(self, i: int, h_TD: Tensor) -> Float8MLP | None:
+        """Layer i's float8 operands in training; None where its products are done in `dtype`."""
+        if not (self.cfg.fp8_mlp and torch.is_grad_enabled()):
+            return None
+        h8_TD = self.regions["float8_region"](h_TD.detach(), self.latent_scale)
+        return self.weights["mlp8"][i]._replace(h_TD=h8_TD, h_scale=self.latent_scale)
+
     def value_rows(self, tokens_T: Tensor) -> tuple:
         """Rows of every value-embedding table, one look-up for all: tables of (T, D)."""
         if not self.cfg.value_tables:
             return ()
         first = torch.arange(self.cfg.value_tables, device=tokens_T.device)[:, None] * self.cfg.padded_vocab
-        return F.embedding(tokens_T + first, self.value_embeds).to(self.dtype).unbind(0)
+        return Lookup.apply(tokens_T + first, self.value_embeds, self.dtype, self.kernels).unbind(0)
 
     def skip_input(self, i: int, outputs: dict) -> tuple:
         if i not in self.skips:
@@ -776,7 +1305,9 @@ class GPT(nn.Module):
 def build_model(cfg: Config, hardware: Hardware) -> GPT:
     """A GPT with initial weights that depend on the seed alone: drawn on the CPU, equal on every rank."""
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, hardware.dtype, hardware.attention).to(hardware.device)
+    model = GPT(cfg, hardware.dtype, hardware.attention, hardware.kernels, hardware.fp8).to(hardware.device)
+    model.latent_scale = model.latent_scale.to(hardware.device)
+    model.graphs = Graphs() if hardware.graphs else None
     if hardware.compile:
         torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
         model.regions = {name: compile_region(function) for name, function in REGIONS.items()}
@@ -852,30 +1383,42 @@ def frobenius(x_NRC: Tensor) -> Tensor:
     return x_NRC.norm(dim=(-2, -1), keepdim=True)
 
 
-def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearly orthogonal factor of each matrix, singular values about 1: (N, R, C) float32 -> `dtype`."""
-    x = (g_NRC / (1.02 * frobenius(g_NRC) + 1e-12)).to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+def nesterov(g_NRC, momentum_NRC, mu, dtype: torch.dtype) -> Tensor:
+    """Update the momentum in place; the direction to orthogonalise, of Frobenius norm below 1, in `dtype`."""
+    momentum_NRC.add_((1 - mu) * (g_NRC - momentum_NRC))
+    x_NRC = g_NRC + mu * (momentum_NRC - g_NRC)
+    return (x_NRC / (1.02 * frobenius(x_NRC) + 1e-12)).to(dtype)
+
+
+def polar_express(x_NRC: Tensor, kernels: str = "reference") -> Tensor:
+    """Nearly orthogonal factor, singular values about 1, of each matrix; its Frobenius norm must be below 1."""
+    tall = x_NRC.size(-2) > x_NRC.size(-1)
+    x = x_NRC.mT if tall else x_NRC
     for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+        x = polynomial(x @ x.mT, a, b, c, kernels) @ x
     return x.mT if tall else x
 
 
-def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, beta2: float, dtype):
+def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2: float):
+    """Divide each row of x by its running RMS, keep each matrix's norm, and step with cautious decay."""
+    x = x_NRC.to(p_NRC.dtype)
+    second_NR1.lerp_(x.square().mean(-1, keepdim=True), 1 - beta2)
+    scaled = x * second_NR1.clamp_min(1e-10).rsqrt()
+    x = scaled * (frobenius(x) / frobenius(scaled).clamp_min(1e-10))
+    p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
+
+
+def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, beta2: float, dtype,
+                   kernels: str = "reference", parts=(nesterov, apply_update)):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
     Nesterov momentum, orthogonalisation, division of each row by its running RMS with the matrix's norm kept,
     and decoupled decay only where it does not oppose the update. A row is an output of Q, K, V, O and up, and
     an input of down, which is stored transposed. mu, decay: () float32; lr_N11: one per matrix.
+    parts: the steps before and after the orthogonalisation, compiled or not.
     """
-    momentum_NRC.add_((1 - mu) * (g_NRC - momentum_NRC))
-    x = polar_express(g_NRC + mu * (momentum_NRC - g_NRC), dtype).float()
-    second_NR1.lerp_(x.square().mean(-1, keepdim=True), 1 - beta2)
-    scaled = x * second_NR1.clamp_min(1e-10).rsqrt()
-    x = scaled * (frobenius(x) / frobenius(scaled).clamp_min(1e-10))
-    p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
+    x_NRC = polar_express(parts[0](g_NRC, momentum_NRC, mu, dtype), kernels)
+    parts[1](p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2)
 
 
 def adam_update(p, g, first, second, lr, bias1, bias2, beta1: float, beta2: float):
@@ -904,15 +1447,16 @@ class Optimizer:
     Raises ValueError unless every parameter of the model is in exactly one row.
     """
 
-    def __init__(self, model: GPT, table: list[Row], world: World, dtype: torch.dtype, compile: bool = False):
+    def __init__(self, model: GPT, table: list[Row], world: World, compile: bool = False):
         parameters = dict(model.named_parameters())
         names = [row.name for row in table]
         if sorted(names) != sorted(parameters):
             missing, twice = set(parameters) - set(names), {n for n in names if names.count(n) > 1}
             unknown = set(names) - set(parameters)
             raise ValueError(f"optimizer table: missing {missing}, twice {twice}, not in the model {unknown}")
-        self.world, self.dtype = world, dtype
-        self.normuon = torch.compile(normuon_update, dynamic=False) if compile else normuon_update
+        self.world, self.dtype, self.kernels = world, model.dtype, model.kernels
+        parts = nesterov, apply_update
+        self.normuon_parts = [torch.compile(part, dynamic=False) for part in parts] if compile else parts
         self.adam = {"replicated": adam_update,
                      "sharded": torch.compile(adam_update, dynamic=True) if compile else adam_update}
         self.states = [self.make_state(row, parameters[row.name]) for row in table]
@@ -943,7 +1487,7 @@ class Optimizer:
                 work.wait()
             self.update(state, grad, step, lr_multiplier, momentum)
             gathers.append(self.gather(state))
-            state.parameter.grad = None
+            state.parameter.grad.zero_()  # in place: graphs know its address
         for finish in gathers:
             finish()
 
@@ -965,7 +1509,8 @@ class Optimizer:
         if row.algorithm == "normuon":
             decay = scalar(row.weight_decay * lr_multiplier)
             numbers = state.lr * lr_multiplier, decay, scalar(momentum), row.betas[1]
-            self.normuon(p, grad, *state.buffers.values(), *numbers, self.dtype)
+            normuon_update(p, grad, *state.buffers.values(), *numbers, self.dtype, self.kernels,
+                           self.normuon_parts)
         else:
             updates = (step + 1) // row.every
             bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
@@ -1030,9 +1575,9 @@ class Optimizer:
                     raise UserError(f"{key} is {found}, not {shape}: damaged, or of another version")
                 part.copy_(tensors[key][s.lo : s.hi])
             grad = tensors.get(f"optimizer.{s.row.name}.grad")
-            s.parameter.grad = None
-            if grad is not None:  # it is summed over ranks when due, so only one rank may hold it
-                s.parameter.grad = grad.to(s.parameter.device) * (self.world.rank == 0)
+            gradient(s.parameter).zero_()
+            if grad is not None and self.world.rank == 0:  # it is summed over ranks when due
+                s.parameter.grad.copy_(grad)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1346,19 +1891,79 @@ def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: 
     """
     cfg, tokens = model.cfg, batch.tokens
     x_TD = model(tokens[:-1], batch.docs, plan.windows, rotary)
-    latent_TD = x_TD.detach().requires_grad_()
-    total = torch.zeros((), device=tokens.device)
-    targets_TK = multi_targets(tokens[1:], max(len(plan.weights), cfg.mtp_heads + 1))
-    heads = [(model.head, targets_TK[:, : len(plan.weights)], weights[0])]
-    for k in range(cfg.mtp_heads):
-        heads.append((model.mtp_heads[k], targets_TK[:, k + 1 : k + 2], weights[1]))
-    for i, (head_VD, own_TK, weights_K) in enumerate(heads):
-        for x, targets in zip(latent_TD.split(cfg.loss_chunk), own_TK.split(cfg.loss_chunk)):
-            loss = model.regions["loss_region"](x, head_VD, targets, weights_K, cfg.softcap)
-            loss.backward()
-            total += loss.detach() if i == 0 else 0
-    x_TD.backward(latent_TD.grad)
+    latent_TD, count = x_TD.detach(), len(plan.weights)
+    targets_TK = multi_targets(tokens[1:], max(count, cfg.mtp_heads + 1))
+    total, grads = torch.zeros((), device=tokens.device), []
+    for lo in range(0, latent_TD.size(0), cfg.loss_chunk):
+        x, targets = latent_TD[lo : lo + cfg.loss_chunk], targets_TK[lo : lo + cfg.loss_chunk]
+        loss, grad = head_step(model, x, 0, targets[:, :count], weights[0])
+        for k in range(1, cfg.mtp_heads + 1):
+            grad = grad + head_step(model, x, k, targets[:, k : k + 1], weights[1])[1]
+        total += loss
+        grads.append(grad)
+    x_TD.backward(torch.cat(grads))
     return total
+
+
+class Graphs:
+    """CUDA graphs of a model's micro-batches, one per kind of step: launching the kernels one by one takes the
+    host longer than running them takes a fast GPU. They share their memory, as one runs at a time.
+    """
+
+    def __init__(self):
+        self.recipes, self.captured = {}, {}
+
+    def add(self, key, function, inputs: list):
+        """Have function(*inputs), which must have run before, replayed from now on. Nothing is computed here."""
+        self.recipes[key] = function, [x.to("cuda", copy=True) for x in inputs]
+
+    def capture(self):
+        """Record what was added. The function's arguments stay alive in it, as the graph knows their addresses."""
+        pool = torch.cuda.graph_pool_handle()
+        for key, (function, inputs) in self.recipes.items():  # the largest comes first: the others fit into it
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                output = function(*inputs)
+            self.captured[key] = graph, output
+
+    def release(self):
+        """Give the memory back until the next capture()."""
+        self.captured.clear()
+        torch.cuda.empty_cache()
+
+    def replay(self, key, inputs: list) -> Tensor:
+        """The output for these inputs, valid until the next replay."""
+        graph, output = self.captured[key]
+        for static, given in zip(self.recipes[key][1], inputs):
+            static.copy_(given, non_blocking=True)
+        graph.replay()
+        return output
+
+
+def graph_inputs(batch: MicroBatch, weights) -> list | None:
+    """What changes from one micro-batch to the next, in fixed shapes; None if it has too many documents."""
+    tokens, starts = len(batch.tokens) - 1, batch.docs.cu_seqlens
+    room = max(64, tokens // 256)
+    if len(starts) > room:
+        return None
+    return [batch.tokens, F.pad(starts, (0, room - len(starts)), value=tokens), *weights]  # padded: empty ones
+
+
+def add_graph(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights):
+    def run(tokens, cu_seqlens, *weights):
+        packed = MicroBatch(tokens, Documents(cu_seqlens, batch.docs.longest))
+        return backward_micro_batch(model, packed, plan, rotary, weights)
+
+    model.graphs.add((plan.stage_index, len(plan.weights)), run, graph_inputs(batch, weights))
+
+
+def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
+    """backward_micro_batch, as a graph where there is one."""
+    key = plan.stage_index, len(plan.weights)
+    inputs = graph_inputs(batch, weights) if model.graphs and key in model.graphs.captured else None
+    if inputs is None:
+        return backward_micro_batch(model, to_device(batch, model.embed.device), plan, rotary, weights)
+    return model.graphs.replay(key, [inputs[0], inputs[1].pin_memory(), *inputs[2:]])
 
 
 def to_device(batch: MicroBatch, device) -> MicroBatch:
@@ -1374,8 +1979,9 @@ def train_step(model: GPT, optimizer, batches: list, plan: StepPlan, rotary: Rot
     """
     device = model.embed.device
     weights, loss = loss_weights(model.cfg, plan, device), torch.zeros((), device=device)
+    model.refresh()
     for batch in batches:
-        loss += backward_micro_batch(model, to_device(batch, device), plan, rotary, weights)
+        loss += run_micro_batch(model, batch, plan, rotary, weights)
     optimizer.step(step, plan.lr, plan.momentum)
     return loss
 
@@ -1415,6 +2021,7 @@ class Validation:
         """{"val_loss": nats per token, "val_bpb": bits per byte of text, or None without a tokenizer}."""
         total = torch.zeros((), dtype=torch.float64, device=model.embed.device)
         one = torch.ones(1, device=total.device)
+        model.refresh()
         for batch in self.chunks(world):
             tokens, docs = to_device(batch, total.device)
             x_TD, targets_TK = model(tokens[:-1], docs, windows, rotary), tokens[1:, None]
@@ -1437,6 +2044,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, count: int, seed:
     rotary = build_rotary(cfg, len(cfg.stages) - 1, len(ids) + count, device)
     generator = torch.Generator().manual_seed(seed)
     compiled, model.regions = model.regions, REGIONS  # compiling for every length would take longer
+    model.refresh()
     try:
         for _ in range(count):
             tokens = torch.tensor(ids, device=device)
@@ -1708,18 +2316,75 @@ class StepLog:
             print(f"step:{step}/{total} train_loss:{loss:.4f} {rate}", end=end, flush=True)
 
 
+class Launch:
+    """Seconds from the start of the process to the first step, by phase."""
+
+    def __init__(self):
+        self.phases, self.last = {}, STARTED
+
+    def mark(self, phase: str):
+        """The time since the last mark was spent on `phase`."""
+        self.phases[phase], self.last = time.time() - self.last, time.time()
+
+    def __str__(self):
+        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.phases.items())
+        return f"launch to first step: {sum(self.phases.values()):.1f} s ({phases})"
+
+
+def compilations() -> int:
+    """Graphs that torch.compile has made so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class Profiler:
+    """--profile=K: a trace of K steps, from the third of this run on, and the kernels that take the time."""
+
+    def __init__(self, steps: int, log: Log, hardware: Hardware):
+        self.steps, self.log, self.hardware, self.seen, self.running = steps, log, hardware, 0, None
+
+    def step(self, last: bool):
+        """Called after each step."""
+        self.seen += 1
+        if self.steps and self.seen == 2 and not last:
+            kinds = torch.profiler.ProfilerActivity
+            on = {kinds.CPU} | ({kinds.CUDA} if self.hardware.device.type == "cuda" else set())
+            self.hardware.synchronize()
+            self.running = torch.profiler.profile(activities=on)
+            self.running.start()
+        elif self.running and (last or self.seen == 2 + self.steps):
+            self.hardware.synchronize()
+            self.running.stop()
+            if self.log.active:
+                self.running.export_chrome_trace(str(self.log.folder / "trace.json"))
+                self.log.line(kernel_table(self.running, self.seen - 2))
+                self.log.line(f"trace: {self.log.folder / 'trace.json'} (open in ui.perfetto.dev)")
+            self.running = None
+
+
+def kernel_table(profile, steps: int, rows: int = 20) -> str:
+    """The kernels (on a CPU the operators) that took longest, in milliseconds and calls per step."""
+    events = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    def spent(e):
+        return e.self_device_time_total if events else e.self_cpu_time_total
+
+    ranked = sorted(events or profile.key_averages(), key=lambda e: -spent(e))
+    lines = [f"profile of {steps} steps: {sum(map(spent, ranked)) / 1e3 / steps:.2f} ms a step"]
+    return "\n".join(lines + [f"{spent(e) / 1e3 / steps:9.3f} ms {e.count / steps:7.1f} x  {e.key[:80]}"
+                              for e in ranked[:rows]])
+
+
 def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardware, world: World):
     """Run each kind of step and a validation chunk on synthetic tokens: compiles all that training will use.
 
     Weights and the optimizer's state, which is zero before training, are restored exactly.
     """
-    cfg, saved = model.cfg, [p.detach().clone() for p in model.parameters()]
+    cfg, saved = model.cfg, [p.detach().cpu().clone() for p in model.parameters()]
     generator = np.random.default_rng(0)
     shapes = {}
     for step in range(cfg.total_steps):
         plan = plan_step(cfg, step)
-        shapes.setdefault((plan.stage.batch_tokens, len(plan.weights)), plan)
-    for plan in shapes.values():
+        shapes.setdefault((plan.stage_index, len(plan.weights)), plan)
+    for plan in sorted(shapes.values(), key=lambda plan: -plan.stage.batch_tokens):  # most memory first
         T = micro_tokens(cfg, world, plan.stage)
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
         tokens[:: min(512, plan.stage.max_doc)] = cfg.bos
@@ -1729,16 +2394,21 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
         rotary = build_rotary(cfg, plan.stage_index, val.positions, hardware.device)
         for step in range(cfg.adam_every):
             train_step(model, optimizer, [batch], plan, rotary, step)
+        if model.graphs:
+            add_graph(model, batch, plan, rotary, loss_weights(cfg, plan, hardware.device))
     chunk = min(cfg.val_chunk, val.count)
     Validation(cfg, np.resize(tokens, chunk * world.size + 1)).run(model, final_windows(cfg), rotary, world)
     with torch.no_grad():
         for parameter, kept in zip(model.parameters(), saved):
             parameter.copy_(kept)
-            parameter.grad = None
+            parameter.grad.zero_()
     for state in optimizer.states:
         for buffer in state.buffers.values():
             buffer.zero_()
     hardware.synchronize()
+    if model.graphs:
+        model.graphs.release()
+        model.graphs.capture()
 
 
 def check_world(cfg: Config, world: World):
@@ -1813,7 +2483,7 @@ def last_step(cfg: Config) -> int:
     return min(cfg.total_steps, cfg.stop_after or cfg.total_steps)
 
 
-def set_up(cfg: Config, hardware: Hardware, world: World):
+def set_up(cfg: Config, hardware: Hardware, world: World, launch: Launch):
     """Everything before the first step: (model, optimizer, shards, validation, log, progress)."""
     check_world(cfg, world)
     shards = Shards(find_shards(cfg, "train"), cfg)
@@ -1828,8 +2498,9 @@ def set_up(cfg: Config, hardware: Hardware, world: World):
         progress = {name: meta[name] for name in progress} | {"position": Position(*meta["position"])}
         if progress["step"] >= last_step(cfg):
             raise UserError(f"{cfg.resume}: is at step {progress['step']} of {last_step(cfg)}: nothing left")
+    launch.mark("data")
     model = build_model(cfg, hardware)
-    optimizer = Optimizer(model, optimizer_table(cfg), world, hardware.dtype, hardware.compile)
+    optimizer = Optimizer(model, optimizer_table(cfg), world, hardware.compile)
 
     def restore():
         if cfg.resume:
@@ -1839,17 +2510,20 @@ def set_up(cfg: Config, hardware: Hardware, world: World):
     restore()  # refuses what doesn't fit before anything is written
     log = Log(cfg, world)
     log_header(log, hardware, world, model, shards, val)
+    launch.mark("model")
     if hardware.warmup:
         warm_up(model, optimizer, val, hardware, world)
         restore()
+        launch.mark("warm-up")
     return model, optimizer, shards, val, log, progress
 
 
-def train(cfg: Config, hardware: Hardware, world: World, launched: float) -> tuple[GPT, Log]:
+def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tuple[GPT, Log]:
     """The whole run: set up, then steps on the clock, with validations and checkpoints off it."""
-    model, optimizer, shards, val, log, progress = set_up(cfg, hardware, world)
+    model, optimizer, shards, val, log, progress = set_up(cfg, hardware, world, launch)
     start, position, seconds = progress.values()
-    log.line(f"launch to first step: {time.time() - launched:.1f} s")
+    log.line(str(launch))
+    compiled, profiler = compilations(), Profiler(cfg.profile, log, hardware)
     clock = Clock(hardware, seconds)
     loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
     steps = StepLog(log, clock, model, hardware, world)
@@ -1866,17 +2540,23 @@ def train(cfg: Config, hardware: Hardware, world: World, launched: float) -> tup
         if validating or saving or step == start:
             steps.flush()
             clock.pause()
+            if model.graphs and validating:
+                model.graphs.release()  # validation needs the memory
             if saving:  # before a validation that might fail
                 path = log.folder and log.folder / f"checkpoint_{step:06d}.safetensors"
                 done = {"step": step, "position": position, "train_seconds": clock.seconds}
                 save_checkpoint(path, model, optimizer, world, done)
             if validating:
                 validate(val, model, rotary, step, clock, log, world)
+            if model.graphs and step < stop:
+                model.graphs.capture()
         if step < stop:
             clock.resume()
             batches, position = next(loader)
             loss = train_step(model, optimizer, batches, plan, rotary, step)
             steps.add(step + 1, loss, plan)
+            profiler.step(last=step == stop - 1)
+    log.line(f"compilations after the first step: {compilations() - compiled}")
     log.line(f"peak memory: {memory_mib(hardware)} MiB")
     if baseline_line(shards):
         log.line(f"for comparison, bits per byte on the same text: {baseline_line(shards)}")
@@ -1920,10 +2600,11 @@ def help_text() -> str:
 
 
 def run(argv: list[str]):
-    launched = time.time()
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return
+    launch = Launch()
+    launch.mark("import")
     cfg = parse_config(argv)
     env = os.environ
     world = World(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
@@ -1945,7 +2626,8 @@ def run(argv: list[str]):
         if hardware.device.type == "cuda":
             torch.cuda.set_device(hardware.device)
         dist.init_process_group("nccl" if hardware.device.type == "cuda" else "gloo")
-    model, log = train(cfg, hardware, world, launched)
+    launch.mark("process group")
+    model, log = train(cfg, hardware, world, launch)
     finish(cfg, model, log, world)
     world.barrier()
     if world.size > 1:

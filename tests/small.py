@@ -26,7 +26,10 @@ SMALL = replace(
     scheduled_steps=6, micro_batches=4, val_chunk=100, val_every=3, val_window_short=16, val_window_long=64,
     backout_from=1, loss_chunk=48, multi_target=True, sample="ab", sample_tokens=8,
 )  # fmt: skip
-CPU = train_gpt.Hardware(torch.device("cpu"), torch.float32, False, "reference", False, {"device": "CPU"})
+CPU = train_gpt.Hardware(
+    torch.device("cpu"), torch.float32, compile=False, attention="reference", kernels="reference", fp8=False,
+    graphs=False, warmup=False, reasons={"device": "CPU"},
+)  # fmt: skip
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):

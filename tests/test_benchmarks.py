@@ -1,6 +1,9 @@
 """The benchmarks run at toy size, so that they can't rot."""
 
 import json
+import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ablation  # noqa: E402
+import kernels  # noqa: E402
 
 from small import write_corpus  # noqa: E402
 
@@ -48,3 +52,46 @@ def test_a_toy_sweep_runs_and_goes_on_where_it_stopped(tmp_path, finished):
     assert run.returncode == 0, run.stderr
     assert "| default, n = 2 |" in run.stdout and "| backout off |" in run.stdout
     assert set(json.loads(out.read_text())) == {"default seed 0", "default seed 1", "backout off"}
+
+
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+def test_every_kernel_is_timed_and_checked(tmp_path, interpreted):
+    if interpreted == "1":
+        pytest.importorskip("triton")
+    out = tmp_path / "out.json"
+    run = subprocess.run([sys.executable, ROOT / "benchmarks" / "kernels.py", "--stages=1", f"--out={out}"],
+                         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": interpreted},
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    mode = "pointer" if interpreted == "1" else "reference"
+    assert run.stdout.startswith("toy size") and f"{mode} kernels" in run.stdout
+    lines = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert {len(line) for line in lines} == {8}
+    names = [line[0].removeprefix("| ") for line in lines[1:]]
+    twice = {"polynomial", "attention"}  # two banks, two windows
+    assert names == [name for name in kernels.KERNELS for _ in range(2 if name in twice else 1)]
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["kernel"] for row in rows] == names
+    assert all(row[column] > 0 for row in rows for column in ("ours_us", "torch_us", "floor_us"))
+
+
+@pytest.mark.parametrize("factor", [1.5, math.nan])
+@pytest.mark.parametrize("name", list(kernels.KERNELS))
+def test_a_wrong_kernel_fails_the_benchmark(name, factor, monkeypatch, capsys):
+    key = name.removesuffix("_float8").removesuffix("_bfloat16")
+    owner, key = (kernels.tg.ATTENTION, "reference") if name == "attention" else (vars(kernels.tg), key)
+    right = owner[key]
+
+    def broken(*args, **kwargs):
+        results = right(*args, **kwargs)
+        last = results[-1] if isinstance(results, tuple) else args[0] if results is None else results
+        last.copy_(last.float() * factor)
+        return results
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setitem(owner, key, broken)
+    with pytest.raises(SystemExit) as stop:
+        kernels.main([f"--only={name}", "--stages=1"])
+    assert re.fullmatch(rf"({name} [^;]+: error (nan|\d\S+) exceeds \d[^;\s]*(; |$))+", stop.value.code)
+    assert f"| {name} |" in capsys.readouterr().out

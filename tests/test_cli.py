@@ -53,7 +53,7 @@ import numpy, torch, torch.distributed
 modules, environment, threads = set(sys.modules), dict(os.environ), threading.active_count()
 import train_gpt
 new = set(sys.modules) - modules
-assert not new & {"triton", "safetensors", "tiktoken", "matplotlib", "huggingface_hub"}, new
+assert not new & {"safetensors", "tiktoken", "matplotlib", "huggingface_hub"}, new
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 assert dict(os.environ) == environment and threading.active_count() == threads
 """
@@ -131,6 +131,11 @@ MISTAKES = {
     "val_tokens_too_large": (["--val_tokens=100000"], "--val_tokens=100000"),
     "no_gpu": (["--device=cuda"], "GPU"),
     "varlen_on_cpu": (["--device=cpu", "--attention=varlen"], "--attention=varlen"),
+    "tma_on_cpu": (["--device=cpu", "--kernels=tma"], "--kernels=tma", "Hopper"),
+    "pointer_on_cpu": (["--device=cpu", "--kernels=pointer"], "--kernels=pointer", "Triton"),
+    "fp8_on_cpu": (["--device=cpu", "--fp8=on"], "--fp8=on", "compute capability"),
+    "fp8_mlp_on_cpu": (["--device=cpu", "--fp8_mlp"], "--fp8_mlp", "--fp8=on"),
+    "graphs_on_cpu": (["--device=cpu", "--graphs=on"], "--graphs=on", "a GPU"),
     "batch_not_divisible": (["--micro_batches=3"], "3 micro-batches", "256"),
 }
 
@@ -203,6 +208,72 @@ def test_flags_are_read_as_their_fields_say():
     cfg = train_gpt.parse_config([*argv, "--width=96", "--sample=a=b --c"])
     assert (cfg.width, cfg.scheduled_steps, cfg.temperature, cfg.sample) == (96, 1000, 0.1, "a=b --c")
     assert cfg.smear is False and cfg.cut_smear is True
+
+
+# ------------------------------------------------------------------- hardware
+
+
+CHOSEN = [  # compute capability, what else is so, (attention, kernels, fp8, graphs)
+    (None, {}, ("reference", "reference", False, False)),
+    (None, {"dtype": "bfloat16"}, ("reference", "reference", False, False)),
+    ((7, 5), {}, ("reference", "reference", False, False)),
+    ((8, 0), {}, ("varlen", "pointer", False, True)),
+    ((8, 9), {}, ("varlen", "pointer", True, True)),
+    ((9, 0), {}, ("varlen", "tma", True, True)),
+    ((9, 0), {"dtype": "float32"}, ("reference", "reference", False, False)),
+    ((9, 0), {"width": 40}, ("varlen", "tma", False, True)),
+    ((9, 0), {"attention": "reference"}, ("reference", "tma", True, False)),
+    ((9, 0), {"kernels": "pointer", "fp8": "off", "graphs": "off"}, ("varlen", "pointer", False, False)),
+]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends a GPU of a compute capability, or none, with Triton."""
+
+    def pretend(capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(capability is not None))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+        monkeypatch.setattr(train_gpt, "triton", True)
+        monkeypatch.setattr(train_gpt, "newest_flash_attention", lambda capability: "FlashAttention 2")
+
+    return pretend
+
+
+@pytest.mark.parametrize("capability, flags, expected", CHOSEN)
+def test_hardware_gets_the_best_that_it_can_run(gpu, capability, flags, expected):
+    gpu(capability)
+    cfg = replace(SMALL, **flags)
+    hardware = train_gpt.choose_hardware(cfg, train_gpt.World())
+    assert (hardware.attention, hardware.kernels, hardware.fp8, hardware.graphs) == expected
+    assert hardware.compile == hardware.warmup == (capability is not None)
+    assert set(hardware.reasons) == {*hardware._fields} - {"reasons"}
+    for name, choice in zip(("attention", "kernels", "fp8", "graphs"), expected):
+        best = "FlashAttention 2" if choice == "varlen" else "the fastest"
+        reason = "else needs " if choice in (False, "reference", "pointer") else best
+        assert hardware.reasons[name].startswith("forced" if name in flags else reason)
+
+
+REFUSED = "attention=varlen", "kernels=tma", "kernels=pointer", "fp8=on", "graphs=on"
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+@pytest.mark.parametrize("capability", [None, (7, 5)])
+def test_hardware_that_cannot_run_what_is_forced_is_refused(gpu, capability, flag):
+    gpu(capability)
+    name, value = flag.split("=")
+    with pytest.raises(train_gpt.UserError, match=f"^--{flag}: needs .+$"):
+        train_gpt.choose_hardware(replace(SMALL, **{name: value}), train_gpt.World())
+
+
+def test_without_triton_there_are_no_kernels(gpu, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setattr(train_gpt, "triton", None)
+    assert train_gpt.choose_hardware(SMALL, train_gpt.World()).kernels == "reference"
+    with pytest.raises(train_gpt.UserError, match="^--kernels=tma: needs Triton"):
+        train_gpt.choose_hardware(replace(SMALL, kernels="tma"), train_gpt.World())
 
 
 # ---------------------------------------------------- a run from end to end

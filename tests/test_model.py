@@ -1,7 +1,8 @@
 """Tests of the model: mechanisms against their formulas, attention, causality, chunked loss, initialisation.
 
 Many parameters start at 0 and would hide what they multiply, so `make_model` draws all of them at random. A
-test marked with `mechanism` also names arguments that make its mechanism inert: forced, they must fail it.
+test marked with `mechanism` also names arguments that make its mechanism inert: forced on any one of the
+functions, they must fail it.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -141,13 +143,15 @@ def influence(model, tokens, docs, position, windows=WIDE):
 
 
 class Trace:
-    """One forward pass with what its parts produced: x0, and by layer inputs, outputs, (q, k, v), gates."""
+    """One forward pass with what its parts produced: x0, by layer inputs, the MLP's inputs and outputs, and
+    by layer with attention (q, k, v) and the attention's output before and after its gates."""
 
-    def __init__(self, model, tokens, docs, windows=WIDE):
-        self.inputs, self.outputs, self.heads, self.gates = [], [], [], []
+    def __init__(self, model, tokens, docs, windows=WIDE, training=False):
+        self.inputs, self.mlp_inputs, self.outputs, self.heads, self.gated = [], [], [], [], []
         regions = model.regions
         model.regions = {name: partial(self.call, name, function) for name, function in regions.items()}
-        with torch.no_grad():
+        mlp = mock.patch.object(t.MLP, "apply", partial(self.call, "mlp", t.MLP.apply))
+        with torch.set_grad_enabled(training), mlp:
             self.latents = latents(model, tokens, docs, windows)
         model.regions = regions
 
@@ -156,12 +160,13 @@ class Trace:
         if name == "embed_region":
             self.x0 = result
         if name == "mix_region":
-            self.inputs.append(result)
-        if name == "qkv_region":
             self.inputs.append(result[0])
-            self.heads.append(result[1:4])
-            self.gates.append(result[4])
-        if name == "output_region":
+        if name == "qkv_region":
+            self.heads.append(result)
+        if name == "gate_region":
+            self.gated.append((args[0], result.view_as(args[0])))
+        if name == "mlp":
+            self.mlp_inputs.append(args[:2])
             self.outputs.append(result)
         return result
 
@@ -335,7 +340,7 @@ def test_backout_subtracts_its_layers_output_before_the_last_norm():
     assert_close(off.latents, rms_normed(off.outputs[3]))
 
 
-@mechanism("attn_gate", qkv_region={"gate_HG": None})
+@mechanism("attn_gate", gate_region={"gate_HG": None})
 def test_attention_gates_scale_each_head_and_start_at_one_half():
     text = packed(9, 12)
     lambdas = make_model(CFG).attn_lambdas.detach()
@@ -344,19 +349,19 @@ def test_attention_gates_scale_each_head_and_start_at_one_half():
     assert torch.equal(latents(make_model(CFG, attn_gate=0), *text), latents(ungated, *text))
 
     model = make_model(CFG, std=0.5)
-    trace = Trace(model, *text)
-    for gates, i, weight in zip(trace.gates, (0, 1, 3), model.attn_gate.detach(), strict=True):
-        assert_close(gates, torch.sigmoid(rms_normed(trace.inputs[i])[:, : CFG.gate_inputs] @ weight.T))
-    y, gates, nothing = torch.randn(5, 2, 16), torch.rand(5, 2), torch.zeros(2, 64, 32)
-    out = t.output_region(torch.zeros(5, 32), y, gates, torch.ones(()), torch.eye(32), nothing, 0.0)
-    assert torch.equal(out, torch.cat([y[:, h] * gates[:, h, None] for h in range(2)], dim=1))
+    trace, (_, factors) = Trace(model, *text), model.attn_lambdas.detach().unbind(1)
+    layers = zip(trace.gated, (0, 1, 3), model.attn_gate.detach(), factors, strict=True)
+    for (y, out), i, weight, factor in layers:
+        gates = torch.sigmoid(rms_normed(trace.inputs[i])[:, : CFG.gate_inputs] @ weight.T)
+        assert_close(out, torch.stack([factor * gates[:, h, None] * y[:, h] for h in range(2)], dim=1))
 
 
 def first_inputs(count):
     return lambda gate: gate[..., :count]
 
 
-@mechanism("gate_inputs", qkv_region={"gate_HG": first_inputs(4)}, embed_region={"gate_G": first_inputs(4)})
+@mechanism("gate_inputs", gate_region={"gate_HG": first_inputs(4), "lead_TG": first_inputs(4)},
+           embed_region={"gate_G": first_inputs(4)})  # fmt: skip
 def test_gates_read_exactly_the_leading_channels():
     text = packed(9, 12)
     few, wide = make_model(CFG), replace(CFG, gate_inputs=8)
@@ -410,7 +415,7 @@ def test_rotary_turns_its_fraction_of_pairs_by_relative_position_and_no_other_di
         assert not torch.allclose(turned, plain, atol=1e-3)
 
 
-@mechanism("softcap", cap={"softcap": 0.0})
+@mechanism("softcap", cap={"softcap": 0.0}, cross_entropy={"softcap": 0.0})
 def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
     model = make_model(replace(CFG, softcap=5.0), std=3.0)
     x = torch.randn(11, 32)
@@ -419,11 +424,14 @@ def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
     expected = 5 * torch.tanh(z / 5)
     assert_close(model.logits(x), expected)
     assert model.logits(x).abs().max() <= 5
-    targets = torch.arange(11)
-    args = x, model.head, targets[:, None], torch.ones(1)
-    assert_close(t.loss_region(*args, 5.0), F.cross_entropy(expected, targets, reduction="sum"))
-    assert_close(t.loss_region(*args, 0.0), F.cross_entropy(z, targets, reduction="sum"))
-    assert_close(make_model(replace(CFG, softcap=0.0), std=3.0).logits(x), z)
+    targets, one = torch.arange(11)[:, None], torch.ones(1)
+    for logits, softcap in ((expected, 5.0), (z, 0.0)):
+        model = make_model(replace(CFG, softcap=softcap), std=3.0)
+        loss = F.cross_entropy(logits, targets[:, 0], reduction="sum")
+        model.refresh()
+        assert_close(model.logits(x), logits)
+        assert_close(t.loss_region(x, model.head, targets, one, softcap), loss)
+        assert_close(t.head_step(model, x, 0, targets, one)[0], loss)
 
 
 @mechanism("smear_mtp", final_region={"mtp_lambda": None})
@@ -444,7 +452,7 @@ def first_target_only(weights_K):
     return weights_K * (torch.arange(len(weights_K)) == 0)
 
 
-@mechanism("multi_target", loss_region={"weights_K": first_target_only})
+@mechanism("multi_target", cross_entropy={"weights_K": first_target_only})
 def test_multi_target_loss_is_the_weighted_sum_of_the_cross_entropies_of_the_next_tokens():
     batch = make_batch(9, 12)
     tokens, docs = batch.tokens[:-1], batch.docs
@@ -464,7 +472,7 @@ def test_mtp_heads_learn_reach_the_trunk_and_are_left_out_of_the_export():
     model, plan = t.GPT(cfg), t.plan_step(cfg, 0)
     table = t.optimizer_table(cfg)
     assert [row.algorithm for row in table if row.name == "mtp_heads"] == ["adam"]
-    optimizer = t.Optimizer(model, table, t.World(), torch.float32)
+    optimizer = t.Optimizer(model, table, t.World())
     pattern = torch.tensor([BOS, 3, 141, 59, 26, 53]).repeat(7)
     batch = t.MicroBatch(torch.cat([pattern, pattern[:1]]), packed(42)[1])
 
@@ -507,22 +515,56 @@ def test_mtp_weight_scales_the_mean_loss_of_the_heads():
         assert_close(model.mtp_heads.grad, plain.mtp_heads.grad)
 
 
-@mechanism("leaky_slope", leaky_relu_squared={"slope": 0.0})
+@mechanism("leaky_slope", mlp_forward={"slope": 0.0}, mlp_backward={"slope": 0.0})
 def test_leaky_slope_gives_squared_leaky_relu_and_its_derivative():
-    x = torch.linspace(-3, 3, 40, dtype=torch.float64, requires_grad=True)
-    text = packed(9, 12)
+    x = torch.linspace(-3, 3, 40, dtype=torch.float64)[:, None].requires_grad_()
+    one, text = torch.ones_like(x[:1]), packed(9, 12)
     for slope in (0.0, 0.5, 0.75):
-        y = t.leaky_relu_squared(x, slope)
-        assert_close(y, torch.where(x > 0, x, slope * x) ** 2)
-        (gradient,) = torch.autograd.grad(y.sum(), x)
-        assert_close(gradient, torch.where(x > 0, 2 * x, 2 * slope**2 * x))
-        assert torch.autograd.gradcheck(partial(t.leaky_relu_squared, slope=slope), x)
+        r, y = t.mlp_forward(x.detach(), one, slope)
+        assert_close(y, torch.where(x > 0, x, slope * x).detach() ** 2)
+        gradient, again = t.mlp_backward(torch.ones_like(r), one, r, slope)
+        assert_close(gradient, torch.where(x > 0, 2 * x, 2 * slope**2 * x).detach())
+        assert torch.equal(again, y)
+        rest = torch.stack([one, one]), torch.zeros(2, 1, 1).double(), None, slope, "reference"
+        inputs = torch.zeros_like(x, requires_grad=True), x, *rest
+        assert torch.autograd.gradcheck(t.MLP.apply, inputs, raise_exception=False)
 
         model = make_model(replace(CFG, leaky_slope=slope))
         trace, (up, down) = Trace(model, *text), model.mlp_bank.detach()[2]
         hidden = rms_normed(trace.inputs[2]) @ up.T
         hidden = torch.where(hidden > 0, hidden, slope * hidden) ** 2
         assert_close(trace.outputs[2] - trace.inputs[2], hidden @ down)
+
+
+def rounded(x, scale):
+    """What float8 keeps of x / scale, times scale."""
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@mechanism("fp8_mlp", GPT={"cfg": having(fp8_mlp=False)})
+def test_fp8_mlp_rounds_the_operands_of_the_forward_products_in_training_alone():
+    text, slope = packed(9, 12), CFG.leaky_slope
+    model, plain = make_model(replace(CFG, fp8_mlp=True)), make_model(CFG)
+    assert torch.equal(Trace(model, *text).latents, Trace(plain, *text).latents)
+    trace, grads = Trace(model, *text, training=True), t.gradient(model.mlp_bank)
+    layers = zip(trace.mlp_inputs, trace.outputs, model.mlp_bank.detach(), grads, strict=True)
+    for (x, h), out, (up, down), (up_grad, down_grad) in layers:
+        up8, down8 = (rounded(weight, weight.abs().max() / 448) for weight in (up, down))
+        r = F.leaky_relu(rounded(h, 2 * math.sqrt(CFG.width) / 448) @ up8.T, slope).bfloat16().float()
+        unrounded = F.leaky_relu(h @ up.T, slope) ** 2 @ down
+        assert relative_error(out - x, rounded(r**2, 1) @ down8) < 1e-3
+        assert 0.01 < relative_error(out - x, unrounded) < 0.1
+
+        direction = torch.randn_like(out)
+        before = direction @ down.T * 2 * F.leaky_relu(r, slope)
+        (h_grad,) = torch.autograd.grad(out, h, direction)
+        assert relative_error(h_grad, before @ up) < 0.01
+        assert relative_error(up_grad, before.T @ h) < 0.01
+        assert relative_error(down_grad, (r**2).T @ direction) < 0.01
 
 
 def check_cut(flag):
@@ -564,10 +606,9 @@ def test_every_mechanism_of_the_config_has_a_test():
     assert set(MECHANISM_TESTS) == flags | {"documents"}
 
 
-@pytest.mark.parametrize("name", MECHANISM_TESTS)
-def test_of_a_mechanism_fails_when_the_mechanism_is_inert(name, monkeypatch):
-    for function, arguments in INERT[name].items():
-        force_arguments(monkeypatch, function, arguments)
+@pytest.mark.parametrize("name, function", [(name, function) for name in INERT for function in INERT[name]])
+def test_of_a_mechanism_fails_when_the_mechanism_is_inert_in_any_one_place(name, function, monkeypatch):
+    force_arguments(monkeypatch, function, INERT[name][function])
     with pytest.raises(AssertionError):
         MECHANISM_TESTS[name]()
 
@@ -624,9 +665,10 @@ def test_a_layer_adds_gated_attention_then_the_mlp_of_the_normed_stream():
         x, (q, k, v) = trace.inputs[i], trace.heads[a]
         w, (up, down) = model.attn_bank.detach()[a], model.mlp_bank.detach()[i]
         assert_close(v, lambdas[a, 0] * (rms_normed(x) @ w[2].T).view(21, 2, 16))
-        y = naive_attention(q, k, v, lengths, 1000) * trace.gates[a][..., None]
+        gates = torch.sigmoid(rms_normed(x)[:, : CFG.gate_inputs] @ model.attn_gate.detach()[a].T)
+        y = naive_attention(q, k, v, lengths, 1000) * gates[..., None]
         x = x + lambdas[a, 1] * y.flatten(1) @ w[3].T
-        mlp = t.leaky_relu_squared(rms_normed(x) @ up.T, model.cfg.leaky_slope) @ down
+        mlp = F.leaky_relu(rms_normed(x) @ up.T, model.cfg.leaky_slope) ** 2 @ down
         assert_close(trace.outputs[i], x + mlp, rtol=1e-4, atol=1e-4)
 
 
@@ -648,45 +690,188 @@ def test_latents_before_a_changed_token_stay_bit_for_bit(cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Loss and compilation
+# Loss, gradients and compilation
 
 
-def float64_cap(logits, softcap):
-    return softcap * torch.tanh(logits / softcap)
+def plain_mlp(x, h, weight, grad, eight, slope, kernels):
+    u = h @ weight[0].T
+    return x + torch.where(u > 0, u, slope * u) ** 2 @ weight[1]
 
 
-@pytest.mark.parametrize("loss_chunk", (1, 7, 16_384))
-def test_gradients_of_chunks_equal_those_of_one_plain_pass(loss_chunk, monkeypatch):
-    monkeypatch.setattr(t, "cap", float64_cap)
-    cfg, batch = replace(ALL_ON, loss_chunk=loss_chunk, mtp_weight=0.25), make_batch(17, 1, 20)
+PLAIN = {
+    "Lookup": lambda tokens, table, dtype, kernels: table[tokens].to(dtype),
+    "Linear": lambda x, weight, grad, residual: x @ weight.T + (0 if residual is None else residual),
+    "Branch": lambda x, regions: (x, rms_normed(x)),
+    "MLP": plain_mlp,
+}
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """What the script casts to float32 becomes float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+BARE = replace(CFG, value_embeds=False, key_offset="off", x0_mix=False, smear=False, skip=False,
+               attn_gate=False, smear_mtp=False, backout_from=-1)  # fmt: skip
+CHUNKED = {
+    "chunks of 1": replace(ALL_ON, loss_chunk=1, leaky_slope=0.0),
+    "chunks of 7": replace(ALL_ON, loss_chunk=7),
+    "one chunk": replace(ALL_ON, leaky_slope=0.75),
+    "bare": replace(BARE, loss_chunk=7),
+}
+
+
+@pytest.mark.parametrize("cfg", CHUNKED.values(), ids=CHUNKED)
+def test_gradients_of_chunks_are_added_and_equal_those_of_one_plain_pass(cfg, exact, monkeypatch):
+    cfg, batch = replace(cfg, mtp_weight=0.25), make_batch(17, 1, 20)
     model, plain = (make_model(cfg, dtype=torch.float64) for _ in range(2))
+    before = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.grad = before[name].clone()
     loss = micro_backward(model, batch)
 
+    for name, function in PLAIN.items():
+        monkeypatch.setattr(t, name, SimpleNamespace(apply=function))
+    plain.weights = {name: plain.get_parameter(name) for name in ("attn_bank", "mlp_bank")}
     x = latents(plain, batch.tokens[:-1], batch.docs)
     terms = partial(cross_entropies, plain, x_TD=x, tokens=batch.tokens)
     own = sum(weight * terms(plain.head, ahead=k + 1) for k, weight in enumerate((1, 0.5, 0.25))) / 64
-    auxiliary = sum(0.125 * terms(plain.mtp_heads[k], ahead=k + 2) for k in range(2)) / 64
+    auxiliary = sum(0.125 * terms(plain.mtp_heads[k], ahead=k + 2) for k in range(cfg.mtp_heads)) / 64
     (own + auxiliary).backward()
     assert_close(loss.item(), own.item(), rtol=1e-6, atol=0)
     for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-13, msg=name)
+        assert_close(found.grad - before[name], expected.grad, rtol=1e-9, atol=1e-13, msg=name)
+
+
+def test_gradients_are_finite_differences_of_the_loss(exact):
+    model, batch = make_model(replace(ALL_ON, mtp_weight=0.25), dtype=torch.float64), make_batch(17, 1, 20)
+
+    def loss():
+        x = latents(model, batch.tokens[:-1], batch.docs)
+        heads = [(1, model.head, 1), (0.5, model.head, 2), (0.25, model.head, 3),
+                 *((0.125, model.mtp_heads[k], k + 2) for k in range(2))]  # fmt: skip
+        return sum(share * cross_entropies(model, head, x, batch.tokens, k) for share, head, k in heads) / 64
+
+    micro_backward(model, batch)
+    for name, p in model.named_parameters():
+        start, step, losses = p.detach().clone(), 1e-5 * torch.randn_like(p), []
+        with torch.no_grad():
+            for value in (start + step, start - step, start):
+                p.copy_(value)
+                losses.append(loss())
+        assert_close(losses[0] - losses[1], 2 * (p.grad * step).sum(), rtol=1e-5, atol=0, msg=name)
+
+
+REPEATED = torch.tensor([[3, 1, 3], [3, 0, 1]])
+FUNCTIONS = {  # of a Function or its plain form, a weight, its gradient and inputs; shapes of the tensors
+    "Lookup": (lambda apply, w, grad: apply(REPEATED, w, w.dtype, "reference"), (5, 4)),
+    "Linear": (lambda apply, w, grad, x: apply(x, w, grad, None), (3, 4), (7, 4)),
+    "Linear with a residual": (lambda apply, w, grad, x, y: apply(x, w, grad, y), (3, 4), (7, 4), (7, 3)),
+    "Branch": (lambda apply, w, grad, x: torch.cat(apply(w * x, t.REGIONS)), (7, 4), (7, 4)),
+}
+
+
+def apply_mlp(apply, w, grad, x, h, slope):
+    return apply(x, h, w, grad, None, slope, "reference")
+
+
+FUNCTIONS |= {f"MLP of slope {slope}": (partial(apply_mlp, slope=slope), (2, 6, 4), (7, 4), (7, 4))
+              for slope in (0.0, 0.5, 0.75)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_adds_the_gradients_of_its_plain_form_in_place(name):
+    (form, *shapes), kind = FUNCTIONS[name], name.split()[0]
+    weight, *inputs = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    weight.grad = grad = torch.randn_like(weight)
+    before = grad.clone()
+    out, expected = (form(apply, weight, grad, *inputs) for apply in (getattr(t, kind).apply, PLAIN[kind]))
+    assert_close(out, expected)
+    direction = torch.randn_like(out)
+    wanted = torch.autograd.grad(expected, (weight, *inputs), direction)
+    out.backward(direction)
+    assert weight.grad is grad
+    assert_close((grad - before, *(x.grad for x in inputs)), wanted)
+
+
+def test_gradients_of_bfloat16_products_and_rows_are_summed_in_float32():
+    weight, table = (torch.nn.Parameter(torch.randn(3, 4)) for _ in range(2))
+    x, direction = torch.rand(1000, 4).bfloat16().requires_grad_(), torch.rand(1000, 3).bfloat16()
+    t.Linear.apply(x, weight.detach().bfloat16(), t.gradient(weight), None).backward(direction)
+    assert_close(weight.grad, direction.float().T @ x.detach().float())
+    tokens = torch.arange(1000) % 2
+    rows = t.Lookup.apply(tokens, table, torch.bfloat16, "reference")
+    rows.backward(x.detach())
+    assert rows.dtype == torch.bfloat16
+    assert_close(table.grad, torch.stack([x.detach()[tokens == i].float().sum(0) for i in range(3)]))
+
+
+def test_a_head_in_float8_has_nearly_the_loss_and_gradients_of_one_in_float32():
+    batch, cfg = make_batch(17, 1, 20), replace(ALL_ON, loss_chunk=16, mtp_weight=0.25)
+    exact, rounded = make_model(cfg), t.GPT(cfg, fp8=True)
+    rounded.load_state_dict(exact.state_dict())
+    for _ in range(2):  # the second adds to the gradients of the first
+        loss, expected = micro_backward(rounded, batch), micro_backward(exact, batch)
+        assert 0 < abs(loss / expected - 1) < 0.01
+        for name in ("head", "mtp_heads", "embed", "attn_bank", "mlp_bank"):
+            gradients = (model.get_parameter(name).grad for model in (rounded, exact))
+            assert 0 < relative_error(*gradients) < 0.1, name
+
+
+def products_of(model):
+    """The tensors that products read."""
+    parts = [*model.weights["heads"], *model.weights.get("mlp8", ())]
+    tensors = [x for part in parts for x in part if x is not None]
+    return [model.weights["attn_bank"], model.weights["mlp_bank"], *tensors]
+
+
+@pytest.mark.parametrize("fp8", (False, True), ids=("bfloat16", "float8"))
+def test_refresh_shows_changed_weights_to_the_products_at_the_same_addresses(fp8):
+    text, (first, second) = packed(9, 12), (make_model(ALL_ON, std).state_dict() for std in (0.3, 0.2))
+    model, fresh = (t.GPT(replace(ALL_ON, fp8_mlp=fp8), torch.bfloat16, fp8=fp8) for _ in range(2))
+    model.load_state_dict(first)
+    fresh.load_state_dict(second)
+    latents(model, *text)
+    addresses, expected = [x.data_ptr() for x in products_of(model)], latents(fresh, *text)
+    model.load_state_dict(second)
+    assert not torch.equal(latents(model, *text), expected)
+    model.refresh()
+    assert torch.equal(latents(model, *text), expected)
+    assert [x.data_ptr() for x in products_of(model)] == addresses
+    for found, wanted in zip(products_of(model), products_of(fresh), strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found.float(), wanted.float())
+    assert len(addresses) == (2 + 3 * 3 + 4 * 4 if fp8 else 2 + 3)
+
+
+def test_products_of_a_float32_model_read_the_parameters_themselves():
+    model = make_model(ALL_ON)
+    model.refresh()
+    parameters = model.attn_bank, model.mlp_bank, model.head, *model.mtp_heads
+    assert [x.data_ptr() for x in products_of(model)] == [p.data_ptr() for p in parameters]
 
 
 def test_compiled_regions_give_the_same_results_and_one_graph_serves_every_length(monkeypatch):
     """With dynamo's own backend, which makes the graphs and their guards but generates no code."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    eager, compiled = (t.build_model(ALL_ON, CPU._replace(compile=compile)) for compile in (False, True))
-    compiled.load_state_dict(make_model(ALL_ON).state_dict())
+    cfg, hardware = replace(ALL_ON, fp8_mlp=True), CPU._replace(fp8=True)
+    eager, compiled = (t.build_model(cfg, hardware._replace(compile=compile)) for compile in (False, True))
+    compiled.load_state_dict(make_model(cfg).state_dict())
     eager.load_state_dict(compiled.state_dict())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    graphs = []
+    graphs, used = [], set()
+    compiled.regions = {name: lambda *args, name=name, region=region: used.add(name) or region(*args)
+                        for name, region in compiled.regions.items()}  # fmt: skip
     for lengths in ((20, 28), (17, 1, 12), (40, 40)):
         batch = make_batch(*lengths)
         assert_close(micro_backward(compiled, batch), micro_backward(eager, batch))
         for (name, found), expected in zip(compiled.named_parameters(), eager.parameters(), strict=True):
             assert_close(found.grad, expected.grad, msg=name)
+        val, rotary = t.Validation(cfg, batch.tokens.numpy()), build_rotary(cfg, 100)
+        assert_close(*(val.run(model, WIDE, rotary, t.World())["val_loss"] for model in (compiled, eager)))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert used == set(t.REGIONS)
     assert graphs[0] >= len(t.REGIONS) and graphs == graphs[:1] * 3
     torch._dynamo.reset()
 
@@ -728,7 +913,7 @@ def test_every_parameter_receives_a_gradient_within_three_steps():
     """Every matrix of a bank, every table and every scalar by itself."""
     cfg = replace(ALL_ON, adam_every=1)
     model = t.GPT(cfg)
-    optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World(), torch.float32)
+    optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
     shapes = {"attn_bank": (3, 4, -1), "mlp_bank": (4, 2, -1), "attn_gate": (3, 2, -1), "mtp_heads": (2, -1),
               "value_embeds": (2, -1), "embed": (1, -1), "head": (1, -1), "smear_gate": (1, -1)}  # fmt: skip
     reached = {name: False for name, _ in model.named_parameters()}
@@ -753,7 +938,7 @@ def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follo
     cfg = replace(ALL_ON, **{flag: -1 if flag == "backout_from" else 0})
     with_it, without = ({name for name, _ in t.GPT(c).named_parameters()} for c in (ALL_ON, cfg))
     assert with_it - without == OFF[flag] and without <= with_it
-    t.Optimizer(t.GPT(cfg), t.optimizer_table(cfg), t.World(), torch.float32)
+    t.Optimizer(t.GPT(cfg), t.optimizer_table(cfg), t.World())
 
 
 def test_lambdas_are_every_learned_scalar_by_name():

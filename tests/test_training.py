@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from small import BOS, CPU, SMALL, random_tokens, train_gpt, write_corpus, write_shard, write_split
 from train_gpt import (
     POLAR_EXPRESS, TRACKS, DocumentStream, GPT, Loader, Optimizer, Position, Row, Shards, Stage,
-    UserError, Validation, World, adam_update, build_rotary, check_supply, load_tokenizer, normuon_update,
-    optimizer_table, pack, plan_step, polar_express, sample_text,
+    UserError, Validation, World, adam_update, build_rotary, check_supply, gradient, load_tokenizer, nesterov,
+    normuon_update, optimizer_table, pack, plan_step, polar_express, sample_text,
 )  # fmt: skip
 
 
@@ -71,6 +71,13 @@ def matrix_with_singular_values(shape, smallest, generator):
     return matrix / matrix.norm(dim=(-2, -1), keepdim=True)
 
 
+def direction(g, dtype=torch.float32):
+    """What a first step without momentum orthogonalises."""
+    x = nesterov(g, torch.zeros_like(g), torch.tensor(0.0), dtype)
+    assert x.float().norm(dim=(-2, -1)).max() < 1
+    return x
+
+
 SHAPES = {
     "wide": (1, 12, 40), "tall": (1, 40, 12), "square": (1, 24, 24), "batch": (5, 16, 32), "row": (2, 1, 9),
 }
@@ -84,7 +91,7 @@ def test_polar_express_has_the_singular_vectors_of_the_polar_factor_and_values_n
 ):
     smallest = 2e-3 if dtype == torch.float32 else 2e-2
     g = matrix_with_singular_values(shape, smallest, torch.Generator().manual_seed(0))
-    x = polar_express(1000 * g.float(), dtype)
+    x = polar_express(direction(1000 * g.float(), dtype))
     assert x.shape == shape and x.dtype == dtype
     u, s, vh = torch.linalg.svd(g, full_matrices=False)
     inside = u.mT @ x.double() @ vh.mT
@@ -100,10 +107,11 @@ def test_polar_express_has_the_singular_vectors_of_the_polar_factor_and_values_n
 def test_polar_express_of_zero_is_zero_and_of_a_stack_is_that_of_each_matrix():
     g = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(0))
     g[1] = 0
-    x = polar_express(g, torch.float32)
+    x = polar_express(direction(g))
     assert not x[1].any()
     for i in (0, 2):
-        torch.testing.assert_close(x[i], polar_express(g[i : i + 1], torch.float32)[0], rtol=1e-5, atol=1e-6)
+        alone = polar_express(direction(g[i : i + 1]))[0]
+        torch.testing.assert_close(x[i], alone, rtol=1e-5, atol=1e-6)
 
 
 def normuon_by_hand(p, g, momentum, second, lr, decay, mu, beta2):
@@ -179,7 +187,7 @@ def test_adam_equals_torch_adamw_over_20_steps(betas, scale):
 
 def small_optimizer(cfg=SMALL, world=World()):
     model = randomise(GPT(cfg))
-    return model, Optimizer(model, optimizer_table(cfg), world, torch.float32)
+    return model, Optimizer(model, optimizer_table(cfg), world)
 
 
 def random_gradients(model, generator):
@@ -189,7 +197,7 @@ def random_gradients(model, generator):
 def add_gradients(model, grads):
     """As backward() does."""
     for name, p in model.named_parameters():
-        p.grad = grads[name].clone() if p.grad is None else p.grad + grads[name]
+        gradient(p).add_(grads[name])
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -207,9 +215,9 @@ def test_adam_rows_move_every_nth_step_by_the_sum_of_the_gradients_and_banks_mov
         for name, p in model.named_parameters():
             row, expected = rows[name], before[name].clone()
             if row.algorithm == "normuon":
-                assert (p != expected).float().mean() > 0.99 and p.grad is None
+                assert (p != expected).float().mean() > 0.99 and not p.grad.any()
                 continue
-            assert (p.grad is None) == due
+            assert p.grad.any() != due
             if due:
                 total = sum(g[name] for g in waiting)
                 first, second = moments.setdefault(name, (torch.zeros_like(p), torch.zeros_like(p)))
@@ -219,6 +227,29 @@ def test_adam_rows_move_every_nth_step_by_the_sum_of_the_gradients_and_banks_mov
             else:
                 assert torch.equal(p, expected)
         waiting = [] if due else waiting
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_gradients_stay_at_their_addresses(step):
+    """Graphs write there. After step 0, Adam's rows keep what they have; after step 1 nothing waits."""
+    cfg = replace(SMALL, mtp_heads=1)
+    model, optimizer = small_optimizer(cfg)
+    tokens = random_tokens(np.random.default_rng(0), 300).astype(np.uint16)
+    warm_up = partial(train_gpt.warm_up, model, optimizer, Validation(cfg, tokens), CPU, World())
+    warm_up()
+    grads = [p.grad for p in model.parameters()]
+    addresses = [grad.data_ptr() for grad in grads]
+    warm_up()
+    add_gradients(model, random_gradients(model, torch.Generator().manual_seed(6)))
+    optimizer.step(step, lr_multiplier=0.5, momentum=0.9)
+    state = optimizer.state_dict(step + 1)
+    left = [grad.clone() for grad in grads]
+    add_gradients(model, random_gradients(model, torch.Generator().manual_seed(7)))
+    optimizer.load_state_dict(state)
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), grads))
+    assert [grad.data_ptr() for grad in grads] == addresses
+    assert all(map(torch.equal, grads, left))
+    assert any(grad.any() for grad in grads) == (step == 0)
 
 
 def without(table, name):
@@ -232,7 +263,7 @@ def without(table, name):
 ], ids=["missing", "doubled", "unknown"])  # fmt: skip
 def test_table_that_does_not_cover_each_parameter_once_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
-        Optimizer(GPT(SMALL), change(optimizer_table(SMALL)), World(), torch.float32)
+        Optimizer(GPT(SMALL), change(optimizer_table(SMALL)), World())
 
 
 def narrow(track):
@@ -392,16 +423,16 @@ def test_ranks_log_the_losses_of_one_process(ranks, size, key):
     (1, 6, [6]), (2, 6, [3, 3]), (4, 6, [2, 2, 2, 0]), (4, 7, [2, 2, 2, 1]), (8, 3, [1, 1, 1, 0, 0, 0, 0, 0]),
 ])  # fmt: skip
 def test_shares_of_a_sharded_row_cover_its_units_once(size, units, shares):
-    parameter = torch.nn.Parameter(torch.zeros(units, 2))
-    model = torch.nn.Module()
-    model.weight = parameter
+    model, bank = torch.nn.Module(), torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.zeros(units, 2))
+    bank.weight = torch.nn.Parameter(torch.zeros(units, 1, 2, 2))
+    for module in (model, bank):
+        module.dtype, module.kernels = torch.float32, "reference"
     row = Row("weight", "adam", "sharded", (0.1,))
-    states = [Optimizer(model, [row], World(r, size), torch.float32).states[0] for r in range(size)]
+    states = [Optimizer(model, [row], World(r, size)).states[0] for r in range(size)]
     assert [s.units for s in states] == [2 * units] * size
     assert np.concatenate([np.arange(s.lo, s.hi) for s in states]).tolist() == list(range(2 * units))
-    bank = torch.nn.Module()
-    bank.weight = torch.nn.Parameter(torch.zeros(units, 1, 2, 2))
-    states = [Optimizer(bank, [row._replace(algorithm="normuon")], World(r, size), torch.float32).states[0]
+    states = [Optimizer(bank, [row._replace(algorithm="normuon")], World(r, size)).states[0]
               for r in range(size)]  # fmt: skip
     assert [s.hi - s.lo for s in states] == [len(s.buffers["momentum"]) for s in states] == shares
 
@@ -814,6 +845,32 @@ def test_without_a_tokenizer_there_is_a_loss_but_no_bits_per_byte():
     assert result["val_bpb"] is None and math.isfinite(result["val_loss"])
 
 
+def validation_loss(model):
+    tokens = random_tokens(np.random.default_rng(0), 200).astype(np.uint16)
+    return Validation(SMALL, tokens).run(model, *whole_and_final(SMALL, 100), World())["val_loss"]
+
+
+def sampled(model):
+    return sample_text(model, load_tokenizer("bytes"), "ab", 8)
+
+
+def trained(model):
+    """The loss of a step and the weights after it."""
+    tokens = torch.from_numpy(random_tokens(np.random.default_rng(0), 65)[:65])
+    batch = train_gpt.MicroBatch(tokens, train_gpt.to_documents(np.flatnonzero(tokens[:-1] == BOS), 64))
+    rotary, optimizer = whole_and_final(SMALL, 64)[1], Optimizer(model, optimizer_table(SMALL), World())
+    loss = train_gpt.train_step(model, optimizer, [batch], plan_step(SMALL, 1), rotary, 1)
+    return loss.item(), *(p.tolist() for p in model.parameters())
+
+
+@pytest.mark.parametrize("use", [validation_loss, sampled, trained])
+def test_changed_weights_of_a_bfloat16_model_are_used_at_once(use):
+    model, fresh = (randomise(GPT(SMALL, torch.bfloat16), seed) for seed in (0, 1))
+    before, expected = use(model), use(fresh)
+    randomise(model, 1)
+    assert use(model) == expected != before
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_validation_chunks_are_dealt_once_and_cover_every_target(size):
     tokens = random_tokens(np.random.default_rng(1), 730).astype(np.uint16)
@@ -912,7 +969,7 @@ def test_warm_up_restores_weights_gradients_and_state():
     train_gpt.warm_up(model, optimizer, Validation(cfg, tokens), CPU, World())
     assert len(moved) == 6 and not torch.equal(moved[-1], before["embed"])
     assert_equal(weights_of(model), before)
-    assert all(p.grad is None for p in model.parameters())
+    assert not any(p.grad.any() for p in model.parameters())
     assert not any(buffer.any() for state in optimizer.states for buffer in state.buffers.values())
 
 

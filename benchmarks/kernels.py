@@ -1,0 +1,279 @@
+"""Time and check every kernel of train_gpt.py against plain torch, torch.compile and its floor.
+
+    python benchmarks/kernels.py [--stages=1,2,3] [--only=NAME,..] [--out=FILE.json]
+    python benchmarks/kernels.py --tune          # the fastest tiles of the MLP kernel; frozen ones: MLP_TILES
+
+Shapes are those of the short track's micro-batches. Prints a Markdown table of median microseconds. The floor
+is the larger of FLOP over the speed of a large bfloat16 product and bytes over that of a large copy, both
+measured first; each input is read and each output written once. Attention is compared with dense causal: the
+same call with window = T. The error is mean |ours - exact| over mean |exact|, exact being float64 on the
+first 256 rows; above the kernel's bound the run fails. On a CPU all is of toy size and in float32, in plain
+torch or, with TRITON_INTERPRET=1, in Triton's interpreter.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+from step import synthetic_batch
+
+ROWS = 256
+TILES = [tg.Tiles(*tiles) for tiles in (
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 4), (128, 256, 128, 8, 2),
+    (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (64, 256, 64, 4, 3), (64, 256, 64, 4, 4),
+    (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4))]
+
+
+class Case(NamedTuple):
+    """One line of the table."""
+
+    shape: str
+    run: partial                 # what the script calls, but for mode=..
+    exact: tuple                 # float64: the first rows of each result
+    bound: float                 # of the error
+    flop: float = 0
+    bytes: int = 0               # 0: those of arguments and results
+    dense: Callable | None = None  # compared with instead of plain torch
+
+
+class Setting(NamedTuple):
+    cfg: tg.Config
+    hardware: tg.Hardware
+    mode: str
+
+    def tokens(self, stage: tg.Stage) -> int:
+        return stage.batch_tokens // self.cfg.micro_batches
+
+    def random(self, *shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(shape, device=self.hardware.device).mul_(std).to(self.hardware.dtype)
+
+    def batch(self, stage: tg.Stage) -> tuple[Tensor, tg.Documents]:
+        tokens, docs = synthetic_batch(self.cfg, stage, np.random.default_rng(0))
+        cu_seqlens = docs.cu_seqlens.to(self.hardware.device)
+        return tokens.to(self.hardware.device), docs._replace(cu_seqlens=cu_seqlens)
+
+    def time_us(self, function: Callable) -> float:
+        if self.hardware.device.type == "cuda":
+            return 1e3 * tg.triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median")
+        began = time.perf_counter()
+        function()
+        return 1e6 * (time.perf_counter() - began)
+
+
+def choose_setting() -> Setting:
+    cuda = torch.cuda.is_available()
+    cfg = tg.parse_config(["--track=short"] if cuda else ["--track=tiny", "--micro_batches=1"])
+    if not cuda:
+        toy = [tg.Stage(i / 3, 64 * (i + 1), 80, 8 * (i + 1), 24 * (i + 1), 1.0) for i in range(3)]
+        cfg = replace(cfg, stages=tuple(toy))
+    hardware = tg.choose_hardware(cfg, tg.World())
+    interpreted = tg.triton and os.environ.get("TRITON_INTERPRET") == "1"
+    return Setting(cfg, hardware, "pointer" if interpreted else hardware.kernels)
+
+
+def mlp(s: Setting, stage: tg.Stage, backward: bool):
+    T, D, hidden, slope = s.tokens(stage), s.cfg.width, s.cfg.mlp_ratio * s.cfg.width, s.cfg.leaky_slope
+    x_TD, weight_FD = s.random(T, D), s.random(hidden, D, std=D**-0.5)
+    u = x_TD[:ROWS].double() @ weight_FD.double().T
+    if backward:
+        r_TF = s.random(T, hidden)
+        r, run = r_TF[:ROWS].double(), partial(tg.mlp_backward, x_TD, weight_FD, r_TF, slope)
+        first = 2 * u * F.leaky_relu(r, slope)
+    else:
+        first = r = F.leaky_relu(u, slope)
+        run = partial(tg.mlp_forward, x_TD, weight_FD, slope)
+    yield Case(f"{T:,} x {D} x {hidden:,}", run, (first, r * r), 5e-3, 2 * T * D * hidden)
+
+
+def cross_entropy(s: Setting, stage: tg.Stage, dtype: torch.dtype, bound: float):
+    """A chunk of the head, scaled as in head_step. The bounds allow for rounding and an approximate tanh."""
+    T, V, softcap = min(s.cfg.loss_chunk, s.tokens(stage)), s.cfg.padded_vocab, s.cfg.softcap
+    logits_TV, targets_TK = s.random(T, V, std=4), s.batch(stage)[0][1 : T + 1, None]
+    weights_K = torch.full((1,), 1 / stage.batch_tokens, device=logits_TV.device)
+    scale = weights_K.sum() * 2.0**-14 if dtype.itemsize == 1 else weights_K.new_ones(())
+    tanh, targets = (logits_TV[:ROWS].double() / softcap).tanh(), targets_TK[:ROWS]
+    log_p = (softcap * tanh).log_softmax(-1)
+    loss = -weights_K.double() * log_p.gather(1, targets)[:, 0]
+    grad = (log_p.exp() - F.one_hot(targets[:, 0], V)) * (1 - tanh.square()) * (weights_K / scale).double()
+    run = partial(tg.cross_entropy, logits_TV, targets_TK, weights_K, softcap, scale, dtype)
+    yield Case(f"{T:,} x {V:,}", run, (loss, grad), bound)
+
+
+def transpose(s: Setting, stage: tg.Stage):
+    T, V = min(s.cfg.loss_chunk, s.tokens(stage)), s.cfg.padded_vocab
+    x_TV = s.random(T, V).to(torch.float8_e5m2)
+    yield Case(f"{T:,} x {V:,}", partial(tg.transpose, x_TV), (x_TV[:, :ROWS].T.double(),), 0)
+
+
+def polynomial(s: Setting, stage: tg.Stage):
+    """For the attention's and the MLP's matrices. The result is symmetric: half of the FLOP would do."""
+    D, (a, b, c) = s.cfg.width, tg.POLAR_EXPRESS[0]
+    for count in (4 * len(s.cfg.attention_layers), 2 * len(s.cfg.layers)):
+        root = s.random(count, D, D, std=0.5 * D**-0.5)
+        x_NRR = root @ root.mT
+        x_NRR = (x_NRR + x_NRR.mT) / 2
+        x = x_NRR[:1].double()
+        exact = a * torch.eye(D, device=x.device) + b * x + c * x @ x
+        run = partial(tg.polynomial, x_NRR, a, b, c)
+        yield Case(f"{count} x {D} x {D}", run, (exact,), 5e-3, count * D * D * (D + 1))
+
+
+def add_rows(s: Setting, stage: tg.Stage, tables: int = 3):
+    T, V, D, tokens_T = s.tokens(stage), s.cfg.padded_vocab, s.cfg.width, s.batch(stage)[0][:-1]
+    tokens_N = (tokens_T + V * torch.arange(tables, device=tokens_T.device)[:, None]).flatten()
+    total_VD, rows_ND = s.random(tables * V, D).float(), s.random(tables * T, D)
+    first = tokens_N < ROWS
+    exact = total_VD[:ROWS].double().index_add_(0, tokens_N[first], rows_ND[first].double())
+    moved = rows_ND.nbytes + tokens_N.nbytes + 2 * total_VD[0].nbytes * tokens_N.unique().numel()
+
+    def added(total_VD, tokens_N, rows_ND, mode):
+        tg.add_rows(total_VD, tokens_N, rows_ND, mode)
+        return total_VD
+
+    run = partial(added, total_VD, tokens_N, rows_ND)
+    yield Case(f"{tables} x {T:,} x {D}", run, (exact,), 1e-5, bytes=moved)
+
+
+def attention(s: Setting, stage: tg.Stage):
+    """Forward, at the short and the long window."""
+    T, H, E, docs = s.tokens(stage), s.cfg.heads, s.cfg.head_dim, s.batch(stage)[1]
+    qkv = s.random(T, H, E, std=0.1), s.random(T, H, E), s.random(T, H, E)
+    position, starts = torch.arange(T, device=s.hardware.device), docs.cu_seqlens.long()
+    start = starts[torch.searchsorted(starts, position, right=True) - 1]
+    back, same = position[:ROWS, None] - position[:ROWS], start[:ROWS, None] == start[:ROWS]
+    q, k, v = (x[:ROWS].double() for x in qkv)
+
+    def attend(q_THE, k_THE, v_THE, window, mode=None):
+        return tg.ATTENTION[s.hardware.attention](q_THE, k_THE, v_THE, docs, window)
+
+    for window in (stage.window_short, stage.window_long):
+        unseen = (back < 0) | (back > window) | ~same
+        share = torch.einsum("qhe,khe->hqk", q, k).masked_fill(unseen, -torch.inf).softmax(-1)
+        exact = torch.einsum("hqk,khe->qhe", share, v)
+        pairs = ((position - start).clamp(max=window) + 1).sum().item()
+        yield Case(f"{T:,}, window {window:,}", partial(attend, *qkv, window), (exact,), 1e-2,
+                   4 * pairs * H * E, dense=partial(attend, *qkv, T))
+
+
+KERNELS = {
+    "mlp_forward": partial(mlp, backward=False), "mlp_backward": partial(mlp, backward=True),
+    "cross_entropy_float8": partial(cross_entropy, dtype=torch.float8_e5m2, bound=0.06),
+    "cross_entropy_bfloat16": partial(cross_entropy, dtype=torch.bfloat16, bound=5e-3),
+    "transpose": transpose, "polynomial": polynomial, "add_rows": add_rows, "attention": attention,
+}
+ALIKE = {"cross_entropy_float8", "cross_entropy_bfloat16", "transpose", "polynomial"}  # at every stage
+
+
+def measure_ceilings(s: Setting) -> tuple[float, float]:
+    """FLOP/s of a square product, and bytes/s, read and written, of a copy."""
+    n, count = (8192, 2**29) if s.hardware.device.type == "cuda" else (128, 2**19)
+    a, b, source, target = s.random(n, n), s.random(n, n), s.random(count), s.random(count)
+    product_us, copy_us = s.time_us(lambda: a @ b), s.time_us(lambda: target.copy_(source))
+    return 2e6 * n**3 / product_us, 2e6 * source.nbytes / copy_us
+
+
+def relative_error(result: Tensor, exact: Tensor) -> Tensor:
+    return (result[: len(exact)].double() - exact).abs().sum() / exact.abs().sum()
+
+
+def measure(s: Setting, name: str, case: Case, flop_rate: float, byte_rate: float) -> dict:
+    results = case.run(mode=s.mode)
+    results = results if isinstance(results, tuple) else (results,)
+    errors = [relative_error(*pair) for pair in zip(results, case.exact, strict=True)]
+    moved = case.bytes or sum(x.nbytes for x in (*case.run.args, *results) if isinstance(x, Tensor))
+    row = {"kernel": name, "shape": case.shape, "flop": case.flop, "bytes": moved,
+           "error": torch.stack(errors).max().item(), "bound": case.bound,  # the maximum with a NaN is NaN
+           "floor_us": 1e6 * max(case.flop / flop_rate, moved / byte_rate), "compiled_us": None}
+    del results
+    row["ours_us"] = s.time_us(partial(case.run, mode=s.mode))
+    row["torch_us"] = s.time_us(case.dense or partial(case.run, mode="reference"))
+    if s.hardware.compile and not case.dense:
+        compiled = torch.compile(case.run.func, dynamic=False)
+        row["compiled_us"] = s.time_us(partial(compiled, *case.run.args, mode="reference"))
+    return row
+
+
+def markdown(row: dict) -> str:
+    columns = "torch_us", "compiled_us", "ours_us", "floor_us"
+    times = [f"{row[column]:,.1f}" if row[column] else "-" for column in columns]
+    ratio, error = f"{row['ours_us'] / row['floor_us']:.2f}", f"{row['error']:.1e}"
+    return f"| {' | '.join([row['kernel'], row['shape'], *times, ratio, error])} |"
+
+
+def tune(s: Setting, stages: list):
+    """Times are summed over the stages."""
+    for name in ("mlp_forward", "mlp_backward"):
+        frozen, times = tg.MLP_TILES[s.mode, name == "mlp_backward"], {}
+        inputs = [case.run.args for stage in stages for case in KERNELS[name](s, stage)]
+        for tiles in dict.fromkeys([frozen, *TILES]):
+            calls = [partial(tg.launch_mlp_kernel, x, weight, *(r or [None]), slope, s.mode, tiles)
+                     for x, weight, *r, slope in inputs]
+            try:
+                times[tiles] = sum(map(s.time_us, calls))
+            except tg.triton.TritonError:  # more shared memory than there is
+                continue
+        best = min(times, key=times.get)
+        print(f"{name}: fastest {best}, {times[best]:,.1f} us; frozen {frozen}, {times[frozen]:,.1f} us")
+
+
+def report(s: Setting, names: list, stages: list, out: Path | None) -> list:
+    """Print the table, line by line; its rows."""
+    began, rates, rows = time.perf_counter(), measure_ceilings(s), []
+    title = f"{s.hardware.reasons['device']}, torch {torch.__version__}, {s.mode} kernels, products at "
+    title += f"{rates[0] / 1e12:,.3g} TFLOP/s, copies at {rates[1] / 1e9:,.0f} GB/s"
+    print(title if s.hardware.device.type == "cuda" else f"toy size, times mean nothing: {title}")
+    print("\n| kernel | shape | torch us | compiled us | ours us | floor us | ours/floor | error |")
+    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    for name in names:
+        for stage in stages[:1] if name in ALIKE else stages:
+            for case in KERNELS[name](s, stage):
+                rows.append(measure(s, name, case, *rates))
+                print(markdown(rows[-1]), flush=True)
+    print(f"\n{time.perf_counter() - began:.0f} s")
+    if out:
+        ceilings = {"flop_per_second": rates[0], "bytes_per_second": rates[1]}
+        out.write_text(json.dumps({"title": title, **ceilings, "rows": rows}, indent=1))
+    return rows
+
+
+def main(argv: list | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--stages", default="1,2,3")
+    parser.add_argument("--only", default=",".join(KERNELS))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tune", action="store_true")
+    args = parser.parse_args(argv)
+    names, numbers = args.only.split(","), args.stages.split(",")
+    if not set(names) <= set(KERNELS):
+        parser.error(f"--only={args.only}: expected some of {','.join(KERNELS)}")
+    if not set(numbers) <= {"1", "2", "3"}:
+        parser.error(f"--stages={args.stages}: expected some of 1,2,3")
+    torch.manual_seed(0)
+    s = choose_setting()
+    stages = [s.cfg.stages[int(number) - 1] for number in numbers]
+    if args.tune and s.mode == "reference":
+        parser.error("--tune: needs Triton and a GPU, or TRITON_INTERPRET=1")
+    if args.tune:
+        return tune(s, stages)
+    wrong = [row for row in report(s, names, stages, args.out) if not row["error"] <= row["bound"]]
+    if wrong:
+        sys.exit("; ".join(f"{row['kernel']} {row['shape']}: error {row['error']:.1e} exceeds {row['bound']}"
+                           for row in wrong))
+
+
+if __name__ == "__main__":
+    main()

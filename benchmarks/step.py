@@ -1,0 +1,231 @@
+"""Time optimizer steps at every stage of a track, and what each kernel and choice is worth.
+
+    python benchmarks/step.py [--steps=8] [--compare=all|NAME,..] [--cap_gib=22] [--profile] [--out=FILE] [flags]
+
+Other flags go to train_gpt.py (--track=short is the default). Prints, for each stage, the median milliseconds per
+micro-batch (forward, backward and its share of the optimizer's step, so over an even number of steps) with its range,
+tokens per second, share of bf16 peak, peak memory allocated and reserved, and the seconds from the start of the process
+to the first timed step. --compare does the same for each variant (--compare=all: all of them) in the same process.
+--profile adds the kernels that take the time. Tokens are synthetic: frequencies fall off like words', lengths of
+documents are log-normal. A variant whose loss on one micro-batch is not that of the first one fails the run.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+
+COMPILED = ("mlp_forward", "mlp_backward", "cross_entropy", "polynomial", "add_rows", "transpose")
+VARIANTS = {  # name: (flags, kernels replaced by torch.compile of their references)
+    "default": ((), ()),
+    "CUDA graphs off": (("--graphs=off",), ()),
+    "float8 head off": (("--fp8=off",), ()),
+    "fused MLP off": ((), ("mlp_forward", "mlp_backward")),
+    "cross-entropy kernel off": ((), ("cross_entropy",)),
+    "polynomial kernel off": ((), ("polynomial",)),
+    "scatter kernel off": ((), ("add_rows",)),
+    "transpose kernel off": ((), ("transpose",)),
+    "TMA off": (("--kernels=pointer",), ()),
+    "TMA and float8 off": (("--kernels=pointer", "--fp8=off"), ()),
+    "compiled plain torch": (("--kernels=reference", "--fp8=off", "--graphs=off"), COMPILED),
+    "windows off (dense causal)": (("--sliding_window=off",), ()),
+}
+SAME_LOSS = 0.01  # relative; float8 rounds at 6 %, but independently in every logit
+
+
+def synthetic_batch(cfg: tg.Config, stage: tg.Stage, rng) -> tg.MicroBatch:
+    """A packed micro-batch with word-like token frequencies and log-normal document lengths (mean about 1,000)."""
+    T = stage.batch_tokens // cfg.micro_batches
+    tokens = np.minimum(rng.zipf(1.15, T + 1) - 1, rng.integers(0, cfg.vocab_size - 1, T + 1))
+    lengths = np.clip(rng.lognormal(6.4, 1.0, T), 16, stage.max_doc).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    starts = starts[starts < T]
+    tokens[starts] = cfg.bos
+    docs = tg.to_documents(starts, T)._replace(longest=stage.max_doc)
+    return tg.MicroBatch(torch.from_numpy(tokens), docs)
+
+
+class Bench:
+    """A model and its optimizer after a few steps: weights are no longer zero, everything is compiled."""
+
+    def __init__(self, cfg: tg.Config):
+        self.cfg, self.hardware, self.step = cfg, tg.choose_hardware(cfg, tg.World()), 0
+        self.cuda = self.hardware.device.type == "cuda"
+        with self.hardware.device:
+            self.model = tg.build_model(cfg, self.hardware)
+        self.optimizer = tg.Optimizer(self.model, tg.optimizer_table(cfg), tg.World(), self.hardware.compile)
+        plans = {plan.stage.batch_tokens: plan for plan in (tg.plan_step(cfg, i) for i in range(cfg.total_steps))}
+        self.plans = [plan._replace(lr=0.1 * plan.lr) for plan in plans.values()]
+        for plan in reversed(self.plans):  # the largest first
+            self.prepare(plan)
+            self.train(plan).item()
+            if self.model.graphs:
+                tg.add_graph(self.model, self.batches[0], plan, self.rotary, self.weights(plan))
+        if self.model.graphs:
+            self.model.graphs.release()
+            self.model.graphs.capture()
+
+    def weights(self, plan: tg.StepPlan):
+        return tg.loss_weights(self.cfg, plan, self.hardware.device)
+
+    def prepare(self, plan: tg.StepPlan):
+        rng = np.random.default_rng(plan.stage_index)
+        longest = max(stage.batch_tokens for stage in self.cfg.stages) // self.cfg.micro_batches
+        self.rotary = tg.build_rotary(self.cfg, plan.stage_index, longest, self.hardware.device)
+        batches = [synthetic_batch(self.cfg, plan.stage, rng) for _ in range(self.cfg.micro_batches)]
+        self.batches = [tg.MicroBatch(t.pin_memory() if self.cuda else t, docs) for t, docs in batches]
+
+    def train(self, plan: tg.StepPlan) -> torch.Tensor:
+        loss = tg.train_step(self.model, self.optimizer, self.batches, plan, self.rotary, self.step)
+        self.step += 1
+        return loss
+
+    def time(self, plan: tg.StepPlan, steps: int) -> dict:
+        """Milliseconds per micro-batch over `steps` steps, timed in pairs: Adam works at every other one."""
+        self.prepare(plan)
+        losses = [self.train(plan).item() for _ in range(2)]
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        compiled, times = tg.compilations(), []
+        for _ in range(steps // 2):
+            self.hardware.synchronize()
+            began = time.perf_counter()
+            self.train(plan)
+            self.train(plan)
+            self.hardware.synchronize()
+            times.append((time.perf_counter() - began) * 1e3 / 2 / self.cfg.micro_batches)
+        T = plan.stage.batch_tokens // self.cfg.micro_batches
+        metrics = tg.step_metrics(self.model, self.hardware, tg.World(), T, statistics.median(times) / 1e3)
+        reserved = torch.cuda.max_memory_reserved() >> 20 if self.cuda else 0
+        return {"tokens": T, "ms": statistics.median(times), "low": min(times), "high": max(times), "n": len(times),
+                **metrics, "peak_mib": tg.memory_mib(self.hardware), "reserved_mib": reserved,
+                "first_loss": losses[0], "compilations": tg.compilations() - compiled}
+
+    def profile(self, plan: tg.StepPlan) -> str:
+        kinds = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if self.cuda else [])]) as profile:
+            self.train(plan)
+            self.train(plan)
+            self.hardware.synchronize()
+        return tg.kernel_table(profile, 2 * self.cfg.micro_batches, rows=45)
+
+    def validate(self) -> dict:
+        """One validation chunk: seconds and peak memory."""
+        rng = np.random.default_rng(0)
+        tokens = np.resize(synthetic_batch(self.cfg, self.cfg.stages[-1], rng).tokens.numpy(), self.cfg.val_chunk + 1)
+        val, windows = tg.Validation(self.cfg, tokens), tg.final_windows(self.cfg)
+        rotary = tg.build_rotary(self.cfg, len(self.cfg.stages) - 1, val.positions, self.hardware.device)
+        if self.model.graphs:
+            self.model.graphs.release()
+        val.run(self.model, windows, rotary, tg.World())
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        val.run(self.model, windows, rotary, tg.World())
+        reserved = torch.cuda.max_memory_reserved() >> 20 if self.cuda else 0
+        return {"tokens": val.count, "seconds": time.perf_counter() - began,
+                "peak_mib": tg.memory_mib(self.hardware), "reserved_mib": reserved}
+
+
+@contextmanager
+def replaced(names: tuple):
+    """Kernels replaced by torch.compile of their plain-torch references."""
+    originals = {name: getattr(tg, name) for name in names}
+    for name, original in originals.items():
+        setattr(tg, name, compiled_reference(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(tg, name, original)
+
+
+def compiled_reference(wrapper):
+    reference = partial(wrapper, mode="reference")
+    if wrapper.__name__ not in ("polynomial", "add_rows"):  # one library call each
+        reference = torch.compile(reference, dynamic=False)
+
+    def call(*args, mode=None):
+        return reference(*(a for a in args if not isinstance(a, str)))
+
+    return call
+
+
+def row(name: str, r: dict) -> str:
+    mfu = f"{r['mfu']:.2f}" if "mfu" in r else "-"
+    return (f"| {name} | {r['tokens']:,} | {r['ms']:.2f} | {r['low']:.2f} - {r['high']:.2f} | {r['tokens_per_s']:,} "
+            f"| {mfu} | {r['peak_mib']:,} | {r['reserved_mib']:,} |")
+
+
+def measure(name: str, flags: list, args) -> dict:
+    """All stages of a variant, printed as they come."""
+    own, kernels = VARIANTS[name]
+    cfg = tg.parse_config([*flags, *own])
+    with replaced(kernels):
+        bench = Bench(cfg)
+        out = {"first_step_s": time.time() - tg.STARTED}
+        out["stages"] = [bench.time(plan, args.steps) for plan in bench.plans]
+        for r in out["stages"]:
+            print(row(name, r), flush=True)
+        if args.profile and name == "default":
+            for plan in bench.plans:
+                bench.prepare(plan)
+                print(f"\n{plan.stage.batch_tokens // cfg.micro_batches} tokens, {bench.profile(plan)}\n")
+        out["validation"] = bench.validate()
+    del bench
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--compare", default="")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--cap_gib", type=float, default=0)
+    parser.add_argument("--out", type=Path)
+    args, flags = parser.parse_known_args()
+    flags = flags if any(flag.startswith("--track") for flag in flags) else ["--track=short", *flags]
+    if args.steps < 2 or args.steps % 2:
+        parser.error(f"--steps={args.steps}: an even number, as Adam works at every other step")
+    names = list(VARIANTS) if args.compare == "all" else ["default", *filter(None, args.compare.split(","))]
+    unknown = set(names) - set(VARIANTS)
+    if unknown:
+        parser.error(f"--compare: no {unknown}; there are {', '.join(VARIANTS)}")
+    if args.cap_gib:
+        share = args.cap_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
+    print("| variant | tokens a micro-batch | ms | range | tokens/s | share of bf16 peak | MiB allocated | reserved |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    results = {}
+    for name in names:
+        results[name] = measure(name, flags, args)
+        if args.out:
+            args.out.write_text(json.dumps(results, indent=1))
+    default = results["default"]
+    val = default["validation"]
+    print(f"\nstart of the process to the first timed step: {default['first_step_s']:.1f} s; validation of {val['tokens']:,} "
+          f"tokens: {val['seconds']:.2f} s, {val['peak_mib']:,} MiB allocated, {val['reserved_mib']:,} reserved")
+    late = {name: sum(r["compilations"] for r in result["stages"]) for name, result in results.items()}
+    print(f"compilations within timed steps: {sum(late.values())}")
+    for name, result in results.items():
+        for r, base in zip(result["stages"], default["stages"]):
+            if abs(r["first_loss"] / base["first_loss"] - 1) > SAME_LOSS and "windows" not in name:
+                sys.exit(f"{name}: loss {r['first_loss']} at {r['tokens']} tokens, not {base['first_loss']}")
+
+
+if __name__ == "__main__":
+    main()

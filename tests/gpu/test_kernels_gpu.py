@@ -1,0 +1,276 @@
+"""The kernels on a GPU against float64: random shapes, most with no dimension a multiple of its tile.
+
+Triton compiles a kernel for each combination of constants, and anew for integers that are multiples of 16, so
+those come from short lists of settings, each of which serves several shapes.
+"""
+
+import os
+import random
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernel_cases as cases
+import train_gpt as t
+from kernel_cases import BOUNDS, error, normal, seeded
+from small import CPU
+
+DEVICE = "cuda"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E5M2, E4M3 = torch.float8_e5m2, torch.float8_e4m3fn
+can_run = torch.cuda.is_available() and t.triton and os.environ.get("TRITON_INTERPRET") != "1"
+needs_gpu = pytest.mark.skipif(not can_run, reason="needs a GPU and Triton")
+capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+needs_float8 = pytest.mark.skipif(capability < (8, 9), reason="needs compute capability 8.9")
+needs_hopper = pytest.mark.skipif(capability < (9, 0), reason="needs a Hopper GPU")
+M_TILE, N_TILE, K_TILE, VOCAB_BLOCK = 128, 256, 64, 2048
+
+# By how much N and K fall short of whole tiles (first, step): rows of whole 16 bytes for the copy engine, of
+# multiples of 16 elements, or neither, for which "tma" takes pointers.
+SHORT = {"copied": (8, 16), "sixteen": (16, 16), "odd": (1, 2)}
+MLP_SETTINGS = [  # mode, dtype, slope, more tiles than programs, rows
+    ("tma", BF16, 0.5, True, "copied"),
+    ("tma", BF16, 0.0, True, "copied"),
+    ("tma", BF16, 0.75, False, "copied"),
+    ("tma", BF16, 0.5, True, "whole"),
+    ("tma", BF16, 0.5, True, "odd"),
+    ("tma", FP16, 0.5, True, "copied"),
+    ("pointer", BF16, 0.5, True, "odd"),
+    ("pointer", BF16, 0.0, True, "odd"),
+    ("pointer", BF16, 0.75, False, "odd"),
+    ("pointer", BF16, 0.5, True, "sixteen"),
+    ("pointer", FP16, 0.75, False, "copied"),
+]
+
+
+class MLPCase(NamedTuple):
+    mode: str
+    dtype: torch.dtype
+    slope: float
+    M: int
+    N: int
+    K: int
+
+    @property
+    def ragged(self):
+        """No dimension is a multiple of a tile in any mode."""
+        return all(size % tile for size, tile in zip(self[3:], (128, 128, 32)))
+
+
+def mlp_shape(rng, mode, many, rows):
+    """M, N, K: 4 tiles, or more than the programs of a Hopper GPU; ragged unless rows are "whole"."""
+    n_tile = 128 if mode == "pointer" or rows == "odd" else N_TILE
+    n = rng.choice((1, 2, 3) if many else (1, 2, 4))
+    m, k = -(-132 // n) + rng.randrange(8) if many else 4 // n, rng.randint(1, 11)
+    if rows == "whole":
+        return m * M_TILE, n * n_tile, k * K_TILE
+    first, step = SHORT[rows]
+    short = [rng.choice([x for x in range(first, tile, step) if 2 * x != tile]) for tile in (n_tile, K_TILE)]
+    return m * M_TILE - rng.randrange(1, M_TILE - 2, 2), n * n_tile - short[0], max(k * K_TILE - short[1], 3)
+
+
+def mlp_cases():
+    rng = random.Random(0)
+    made = [MLPCase(*setting[:3], *mlp_shape(rng, setting[0], *setting[3:])) for setting in MLP_SETTINGS * 10]
+    large = [MLPCase("tma", BF16, 0.5, *shape) for shape in ((8205, 3080, 776), (16384, 3072, 768))]
+    return [*made, *large, MLPCase("tma", BF16, 0.5, 1, 248, 72)]
+
+
+# precision of logits and gradient, weights, softcap: training's first, then others
+CROSS_ENTROPY_SETTINGS = [
+    (BF16, E5M2, (1.0,), 15),
+    (BF16, E5M2, (1.0, 0.5), 15),
+    (BF16, E5M2, (1.0, 0.5, 0.25), 15),
+    (BF16, BF16, (1.0, 0.5), 15),
+    (FP16, FP16, (1.0, 0.5), 15),
+    (FP32, FP32, (1.0, 0.5), 15),
+    (BF16, E5M2, (1.0, 0.5, 0.25), 0),
+    (BF16, BF16, (1.0,), 0),
+    (FP16, FP32, (1.0, 0.5), 0),
+]
+
+
+def cross_entropy_cases():
+    rng = random.Random(1)
+    made = []
+    for i, setting in enumerate(CROSS_ENTROPY_SETTINGS * 8):
+        V = rng.randrange(100, 9000) | 1 if i % 2 else 16 * rng.randrange(8, 600)
+        made.append((*setting, rng.randint(5, 300), V + 16 * (V % VOCAB_BLOCK == 0)))
+    return made + [(*setting, 512, 50304) for setting in CROSS_ENTROPY_SETTINGS[:4]]
+
+
+def rectangles():
+    rng = random.Random(2)
+    sizes = [(rng.randint(1, 700) | 1, rng.randint(1, 700) | 1) for _ in range(10)]
+    sizes += [(16 * rng.randint(1, 40), rng.randint(1, 40) * 16) for _ in range(10)]
+    return [*sizes, (2048, 50304)]
+
+
+MLP_CASES, CROSS_ENTROPY_CASES, RECTANGLES = mlp_cases(), cross_entropy_cases(), rectangles()
+POLYNOMIALS = [(BF16, R) for R in (300, 701, 768)] + [(FP16, 257)]
+ROWS = [(50, 33, 400), (300, 701, 999), (7, 768, 500), (9001, 128, 3000)]
+FLOAT8_SHAPES = [(3001, 1520, 720), (131, 272, 80), (257, 701, 333)]
+
+
+def by_seed(values):
+    """Each with a seed of its own, which also tells apart cases of one shape."""
+    return [pytest.param(seed, value, id=f"{seed}-{label(value)}") for seed, value in enumerate(values)]
+
+
+def label(value):
+    return "-".join(str(v).removeprefix("torch.") for v in value)
+
+
+def test_there_are_200_cases_and_in_50_no_dimension_of_the_product_is_a_multiple_of_its_tile():
+    sizes = MLP_CASES, CROSS_ENTROPY_CASES, RECTANGLES, POLYNOMIALS, ROWS
+    assert sum(map(len, sizes)) >= 200
+    assert sum(case.ragged for case in MLP_CASES) >= 50
+    assert len({case[3:] for case in MLP_CASES}) > 100
+
+
+@needs_gpu
+@pytest.mark.parametrize("seed, case", by_seed(MLP_CASES))
+def test_mlp_forward_and_backward_equal_float64(seed, case):
+    if case.mode == "tma" and capability < (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    mode, dtype, slope, M, N, K = case
+    cases.check_mlp(seeded(seed, DEVICE), M, N, K, slope, dtype, mode)
+
+
+@needs_gpu
+@needs_hopper
+@pytest.mark.parametrize("shape", FLOAT8_SHAPES, ids=str)
+@pytest.mark.parametrize("mode", ["tma", "pointer"])
+def test_mlp_forward_from_float8_equals_float64(mode, shape):
+    cases.check_float8_mlp(seeded(0, DEVICE), *shape, 0.5, mode)
+
+
+@needs_gpu
+@pytest.mark.parametrize("seed, case", by_seed(CROSS_ENTROPY_CASES))
+def test_cross_entropy_and_its_gradient_equal_float64(seed, case):
+    dtype, grad_dtype, weights, softcap, T, V = case
+    cases.check_cross_entropy(seeded(seed, DEVICE), T, V, weights, softcap, dtype, grad_dtype, "tma")
+
+
+@needs_gpu
+@pytest.mark.parametrize("seed, shape", by_seed(RECTANGLES))
+def test_transpose_keeps_every_bit(seed, shape):
+    cases.check_transpose(seeded(seed, DEVICE), *shape, (E5M2, E4M3)[seed % 2], "tma")
+
+
+@needs_gpu
+@pytest.mark.parametrize("N, coefficients", [(1, (8.16, -22.5, 15.9)), (5, (0.5, 1.5, -0.25))], ids=str)
+@pytest.mark.parametrize("dtype, R", POLYNOMIALS, ids=str)
+def test_polynomial_equals_float64_and_is_symmetric_to_the_bit(dtype, R, N, coefficients):
+    cases.check_polynomial(seeded(N, DEVICE), N, R, coefficients, dtype, "tma")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("V, D, N", ROWS)
+def test_add_rows_adds_every_row_of_a_repeated_token_onto_what_is_there(V, D, N, dtype):
+    cases.check_add_rows(seeded(N, DEVICE), V, D, N, dtype, "tma")
+
+
+@needs_gpu
+@pytest.mark.parametrize("V, D, N", ROWS)
+def test_lookup_adds_the_rows_gradients_to_the_table(V, D, N):
+    cases.check_lookup(seeded(N, DEVICE), V, D, N, BF16, "tma")
+
+
+@needs_gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype, shape", [(BF16, (5003, 776, 1016)), (BF16, (6144, 512, 1024)),
+                                          (FP16, (5003, 776, 1016))], ids=str)  # fmt: skip
+def test_mlp_function_has_the_gradients_of_float64_and_adds_them_up(dtype, shape):
+    cases.check_mlp_function(seeded(shape[0], DEVICE), *shape, 0.5, dtype, "tma")
+
+
+@needs_gpu
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("T, R, C", [(301, 129, 77), (2048, 768, 768)])
+def test_linear_function_has_the_gradients_of_float64_and_adds_them_up(T, R, C, residual):
+    rng, bound = seeded(T, DEVICE), BOUNDS[BF16].chain
+    x, weight = normal(rng, T, C, dtype=BF16).requires_grad_(), normal(rng, R, C, dtype=BF16, std=C**-0.5)
+    base = normal(rng, T, R, dtype=BF16).requires_grad_() if residual else None
+    before, out_grad = normal(rng, R, C), normal(rng, T, R, dtype=BF16)
+    weight_grad = before.clone()
+    y = t.Linear.apply(x, weight, weight_grad, base)
+    y.backward(out_grad)
+    x64, weight64, grad64 = x.detach().double(), weight.double(), out_grad.double()
+    assert error(y, x64 @ weight64.T + (base.detach().double() if residual else 0)) < bound
+    assert error(x.grad, grad64 @ weight64) < bound
+    assert error(weight_grad.double() - before, grad64.T @ x64) < 1e-5  # summed in float32
+    assert base is None or torch.equal(base.grad, out_grad)
+
+
+@needs_gpu
+@pytest.mark.parametrize("T, D", [(301, 77), (2048, 768)])
+def test_branch_function_has_the_gradient_of_float64(T, D):
+    rng = seeded(T, DEVICE)
+    x, *grads = (normal(rng, T, D, dtype=BF16, std=std) for std in (3, 1, 1))
+    x.requires_grad_()
+    same, normed = t.Branch.apply(x, t.REGIONS)
+    torch.autograd.backward((same, normed), grads)
+    wide = x.detach().double().requires_grad_()
+    h = F.rms_norm(wide, (D,), eps=t.EPS)
+    torch.autograd.backward((wide * 1, h), [g.double() for g in grads])
+    assert torch.equal(same, x) and error(normed, h.detach()) < BOUNDS[BF16].chain
+    assert error(x.grad, wide.grad) < BOUNDS[BF16].chain
+
+
+def gpu_model(**changes):
+    cfg = replace(t.TRACKS["tiny"], mtp_heads=1, **changes)
+    return t.build_model(cfg, CPU._replace(device=torch.device(DEVICE), dtype=BF16, kernels="tma", fp8=True))
+
+
+@needs_gpu
+@needs_hopper
+@pytest.mark.parametrize("T, width", [(1040, 528), (2048, 768)])
+def test_mlp_function_from_float8_is_near_float64(T, width):
+    rng, model = seeded(T, DEVICE), gpu_model(width=width, vocab_size=257, fp8_mlp=True)
+    with torch.no_grad():
+        model.mlp_bank.copy_(normal(rng, *model.mlp_bank.shape, std=width**-0.5))
+    weights, grad = model.refresh()["mlp_bank"][0], torch.zeros_like(model.mlp_bank[0])
+    x, out_grad = (normal(rng, T, width, dtype=BF16) for _ in range(2))
+    h = t.norm(normal(rng, T, width, dtype=BF16)).requires_grad_()
+    y = t.MLP.apply(x, h, weights, grad, model.float8_mlp(0, h), 0.5, "tma")
+    y.backward(out_grad)
+    wide = [v.detach().double().requires_grad_() for v in (h, model.mlp_bank[0])]
+    expected = F.leaky_relu(wide[0] @ wide[1][0].T, 0.5).square() @ wide[1][1]
+    expected.backward(out_grad.double())
+    assert error(y.double() - x.double(), expected.detach()) < BOUNDS[E4M3].chain
+    assert error(h.grad, wide[0].grad) < BOUNDS[E4M3].chain
+    assert error(grad, wide[1].grad) < BOUNDS[E4M3].chain
+
+
+def check_head(rng, T, width, vocab, fp8, head, bound):
+    """Loss and gradients from head_step; those of the head's weight are added up over two steps."""
+    model = gpu_model(width=width, vocab_size=vocab)
+    model.fp8 = fp8
+    weight = (model.head, model.mtp_heads[0])[head].detach()
+    weight.copy_(normal(rng, *weight.shape, std=2 * width**-0.5))
+    model.refresh()
+    latents = t.norm(normal(rng, T, width))
+    x, targets = (latents + 0.3 * t.shift(latents)).to(BF16), cases.targets_of(rng, T, vocab, 2)
+    weights, x64, weight64 = torch.tensor([1, 0.5], device=DEVICE) / T, x.double(), weight.double()
+    losses, grad64 = t.cross_entropy(x64 @ weight64.T, targets, weights.double(), 15, torch.ones_like(x64[0, 0]))
+    for repeat in (1, 2):
+        loss, x_grad = t.head_step(model, x, head, targets, weights)
+        weight_grad = model.mtp_heads.grad[0] if head else model.head.grad
+        assert loss.item() == pytest.approx(losses.sum().item(), rel=cases.LOSS)
+        assert x_grad.dtype == BF16 and error(x_grad, grad64 @ weight64) < bound
+        assert weight_grad.dtype == FP32 and error(weight_grad, repeat * (grad64.T @ x64)) < bound
+
+
+@needs_gpu
+@needs_float8
+@pytest.mark.parametrize("T, width, vocab", [(512, 128, 257), (2048, 768, 5000), (1040, 528, 2049)])
+@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
+@pytest.mark.parametrize("head", [0, 1])
+def test_head_step_has_the_loss_and_gradients_of_float64_and_adds_them_up(T, width, vocab, fp8, head):
+    bound = BOUNDS[E5M2 if fp8 else BF16].chain
+    check_head(seeded(T, DEVICE), T, width, vocab, fp8, head, bound)

@@ -1,0 +1,235 @@
+"""What the kernels' tests share: error bounds, NaN in and around the kernels' tensors, one check per kernel.
+
+A check draws its inputs, calls a kernel and compares every element with float64: the reference on inputs in
+double precision. It knows no device: the generator it draws from does.
+"""
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt as t
+
+
+class Bound(NamedTuple):
+    """Largest errors of a result in some precision."""
+
+    each: float                  # of one element, relative to itself: up to three roundings ...
+    floor: float                 # ... plus this, relative to the largest: sums in float32 that cancel
+    whole: float                 # of the whole, relative, in the Euclidean norm
+    chain: float                 # the same after several products, each rounded
+
+
+BOUNDS = {
+    torch.float32: Bound(2e-6, 2e-6, 5e-7, 2e-6),
+    torch.float16: Bound(1.5e-3, 2e-5, 8e-4, 2e-3),
+    torch.bfloat16: Bound(1.2e-2, 2e-5, 5e-3, 1e-2),
+    torch.float8_e4m3fn: Bound(0.063, 2e-5, 0.04, 0.065),
+    torch.float8_e5m2: Bound(0.126, 0, 0.126, 0.065),
+}
+INTERPRETED_FLOAT8 = Bound(0.5, 2e-5, 0.2, 0.2)  # Triton's interpreter forgets a carry: 1.99 becomes 1, not 2
+FLOAT8_SUM = 2e-3  # a floor: Hopper sums products of float8 in 14 bits
+# Of cross entropy's exponentials, whatever the precision of its result: in float32; and with an approximate
+# tanh, whose relative error of 2^-11 a softcap of 15 raises to 0.7 % in a probability and in their sum.
+EXACT, APPROXIMATE = 2e-5, 2e-2
+LOSS = 3e-3  # of the sum over rows
+
+MARGIN = 256  # elements: rows stay aligned, as the copy engine needs
+NAN = float("nan")
+
+
+def within_nan(x):
+    """The same tensor between NaN, which reads beyond either end would spread."""
+    buffer = torch.full((x.numel() + 2 * MARGIN,), NAN, dtype=x.dtype, device=x.device)
+    inside = buffer[MARGIN:-MARGIN].view(x.shape)
+    return inside.copy_(x)
+
+
+@contextmanager
+def poisoned():
+    """Floating tensors that the block makes start as NaN, and lie between NaN that it must leave there."""
+    makers = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+    originals, buffers = [getattr(*maker) for maker in makers], []
+    empty = torch.empty
+
+    def poisoning(make):
+        def made(*args, **options):
+            x = make(*args, **options)
+            if not x.is_floating_point():
+                return x
+            buffers.append(empty(x.numel() + 2 * MARGIN, dtype=x.dtype, device=x.device).fill_(NAN))
+            return buffers[-1][MARGIN:-MARGIN].view(x.shape)
+
+        return made
+
+    for (owner, name), original in zip(makers, originals):
+        setattr(owner, name, poisoning(original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(makers, originals):
+            setattr(owner, name, original)
+    for buffer in buffers:
+        margins = torch.cat([buffer[:MARGIN].float(), buffer[-MARGIN:].float()])
+        assert margins.isnan().all(), "a kernel wrote outside of its result"
+
+
+def seeded(seed, device):
+    return torch.Generator(device).manual_seed(seed)
+
+
+def normal(rng, *shape, dtype=torch.float32, std=1.0):
+    return within_nan((torch.randn(*shape, generator=rng, device=rng.device) * std).to(dtype))
+
+
+def integers(rng, low, high, *shape):
+    return torch.randint(low, high, shape, generator=rng, device=rng.device)
+
+
+def error(actual, expected) -> float:
+    """Relative, of the whole."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def bound_of(x) -> Bound:
+    return BOUNDS[x.dtype] if x.is_cuda or x.element_size() > 1 else INTERPRETED_FLOAT8
+
+
+def check(actual, expected, dtype, shape=None, floor=0.0):
+    """floor: of the bound, if sums were in less than float32; the largest is about 5 times the RMS."""
+    assert actual.dtype == dtype and actual.shape == (shape or expected.shape) and actual.is_contiguous()
+    bound = bound_of(actual)
+    allowed = bound.each * expected.abs() + max(bound.floor, floor) * expected.abs().max()
+    assert ((actual.double() - expected).abs() <= allowed).all()  # and so no NaN
+    few = expected.numel() < 1000
+    assert error(actual, expected) <= (bound.each if few else bound.whole) + 5 * floor or expected.norm() == 0
+
+
+def check_mlp(rng, M, N, K, slope, dtype, mode):
+    h, up = normal(rng, M, K, dtype=dtype), normal(rng, N, K, dtype=dtype, std=K**-0.5)
+    with poisoned():
+        r, square = t.mlp_forward(h, up, slope, mode)
+    wide = [x.double() for x in t.mlp_forward(h.double(), up.double(), slope)]
+    check(r, wide[0], dtype, (M, N))
+    check(square, wide[1], dtype, (M, N))
+    grad, down = normal(rng, M, K, dtype=dtype), normal(rng, N, K, dtype=dtype, std=K**-0.5)
+    with poisoned():
+        before, square = t.mlp_backward(grad, down, r, slope, mode)
+    wide = t.mlp_backward(grad.double(), down.double(), r.double(), slope)
+    check(before, wide[0], dtype, (M, N))
+    check(square, wide[1], dtype, (M, N))
+
+
+def check_float8_mlp(rng, M, N, K, slope, mode):
+    """Forward from float8 factors, so large that some squares are cut off at 448."""
+    h = within_nan(normal(rng, M, K, std=20).to(torch.float8_e4m3fn))
+    up = within_nan(normal(rng, N, K, std=20).to(torch.float8_e4m3fn))
+    scale = torch.full((), 12 / 400 * K**-0.5, device=rng.device)
+    with poisoned():
+        r, square = t.mlp_forward(h, up, slope, mode, scale)
+    wide = t.mlp_forward(h.double() * scale.double(), up.double(), slope)[0]
+    check(r, wide, torch.bfloat16, (M, N), FLOAT8_SUM)
+    check(square, r.double().square().clamp_max(448), torch.float8_e4m3fn, (M, N))
+
+
+def check_mlp_function(rng, T, D, width, slope, dtype, mode):
+    """t.MLP forward and backward, and that weights' gradients are added to what is there."""
+    x, h = (normal(rng, T, D, dtype=dtype).requires_grad_() for _ in range(2))
+    weights, out_grad = normal(rng, 2, width, D, dtype=dtype, std=D**-0.5), normal(rng, T, D, dtype=dtype)
+    before = normal(rng, 2, width, D)
+    weight_grad = before.clone()
+    with poisoned():
+        y = t.MLP.apply(x, h, weights, weight_grad, None, slope, mode)
+        y.backward(out_grad)
+    inputs = [v.detach().double().requires_grad_() for v in (x, h, weights)]
+    wide = inputs[0] + F.leaky_relu(inputs[1] @ inputs[2][0].T, slope).square() @ inputs[2][1]
+    wide.backward(out_grad.double())
+    results = y, x.grad, h.grad, weight_grad.double() - before
+    for actual, expected in zip(results, (wide.detach(), *(v.grad for v in inputs))):
+        assert error(actual, expected) < BOUNDS[dtype].chain
+
+
+def targets_of(rng, T, V, K):
+    """Random, a fifth missing; row 0 has duplicates, rows 1 to 3 block and vocabulary ends, the last none."""
+    targets = integers(rng, 0, V, T, K)
+    targets[integers(rng, 0, 5, T, K) == 0] = -1
+    targets[:1] = targets[:1, -1:].clamp_min(0)
+    for row, target in enumerate((0, 2047, 2048), start=1):
+        targets[row : row + 1, 0] = min(target, V - 1)
+    targets[T // 2, -1] = V - 1
+    if T > 4:
+        targets[-1] = -1
+    return targets
+
+
+def check_cross_entropy(rng, T, V, weights, softcap, dtype, grad_dtype, mode, std=4.0):
+    """Every element of the loss and of the gradient against what its exponentials may be wrong by."""
+    logits, targets = normal(rng, T, V, dtype=dtype, std=std), targets_of(rng, T, V, len(weights))
+    weights = within_nan(torch.tensor(weights, device=rng.device) / 512)
+    scale = weights.sum() * 2.0**-14 if grad_dtype == torch.float8_e5m2 else weights.sum() * 0.75
+    with poisoned():
+        loss, grad = t.cross_entropy(logits, targets, weights, softcap, scale, grad_dtype, mode)
+    wide = logits.double(), targets, weights.double(), softcap, scale.double(), torch.float64
+    expected_loss, expected = t.cross_entropy(*wide)
+    rough = APPROXIMATE if softcap and logits.is_cuda else EXACT
+    assert loss.dtype == torch.float32 and loss.shape == (T,)
+    assert grad.dtype == grad_dtype and grad.shape == (T, V) and grad.is_contiguous()
+    present = targets >= 0
+    counted = weights.double() * present
+    capped = softcap * torch.tanh(logits.double() / softcap) if softcap else logits.double()
+    terms = counted.sum(1, keepdim=True) * capped.softmax(1)  # what the gradient is the difference of
+    terms.scatter_add_(1, targets.clamp_min(0), counted)
+    smallest = torch.finfo(grad_dtype).tiny * torch.finfo(grad_dtype).eps
+    bound = bound_of(grad)
+    allowed = bound.each * expected.abs() + rough * terms / scale.double() + smallest
+    assert ((grad.double() - expected).abs() <= allowed).all()
+    assert error(grad, expected) <= bound.whole + rough / 4
+    assert ((loss.double() - expected_loss).abs() <= rough * counted.sum(1) * (1 + expected_loss.abs())).all()
+    assert loss.double().sum().item() == pytest.approx(expected_loss.sum().item(), rel=LOSS)
+    absent = ~present.any(1)
+    assert not loss[absent].any() and not grad.double()[absent].any()
+    if grad_dtype == torch.float8_e5m2:
+        assert 2**11 < grad.double().abs().max() <= 2**14
+
+
+def check_transpose(rng, R, C, dtype, mode):
+    """Every bit, those of NaN included."""
+    x = within_nan(integers(rng, 0, 256, R, C).to(torch.uint8).view(dtype))
+    with poisoned():
+        y = t.transpose(x, mode)
+    assert y.dtype == dtype and y.shape == (C, R) and y.is_contiguous()
+    assert torch.equal(y.view(torch.uint8), x.view(torch.uint8).T)
+
+
+def check_polynomial(rng, N, R, coefficients, dtype, mode):
+    x = normal(rng, N, R, R, std=R**-0.5)
+    x = within_nan((x + x.mT).to(dtype))
+    with poisoned():
+        y = t.polynomial(x, *coefficients, mode)
+    check(y, t.polynomial(x.double(), *coefficients), dtype)
+    assert torch.equal(y, y.mT)
+
+
+def check_add_rows(rng, V, D, N, dtype, mode):
+    """N rows for a few of V tokens, so most are repeated."""
+    total, rows, few = normal(rng, V, D), normal(rng, N, D, dtype=dtype), max(1, N // 8)
+    tokens, expected = integers(rng, 0, V, few)[integers(rng, 0, few, N)], total.double()
+    t.add_rows(expected, tokens, rows.double())
+    t.add_rows(total, tokens, rows, mode)
+    check(total, expected, torch.float32)
+
+
+def check_lookup(rng, V, D, N, dtype, mode):
+    """Rows of the table, and their gradients added to those of an earlier backward."""
+    table, tokens = torch.nn.Parameter(normal(rng, V, D)), integers(rng, 0, V, N)
+    wide = table.detach().double().requires_grad_()
+    for _ in range(2):
+        grad = normal(rng, N, D, dtype=dtype)
+        rows = t.Lookup.apply(tokens, table, dtype, mode)
+        assert torch.equal(rows, table.detach()[tokens].to(dtype))
+        rows.backward(grad)
+        wide[tokens].backward(grad.double())
+    check(table.grad, wide.grad, torch.float32)

@@ -1,0 +1,159 @@
+"""The kernels on the CPU, in Triton's interpreter, against float64; its products of bfloat16 are wrong."""
+
+import os
+import zlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernel_cases as cases
+import train_gpt as t
+from kernel_cases import poisoned, seeded
+
+pytestmark = [
+    pytest.mark.skipif(t.triton is None, reason="Triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU tests/gpu does this"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log"),  # of rows without a target
+]
+DTYPES = [torch.float32, torch.float16]
+MODES = ["tma", "pointer"]
+# M, N, K of the MLP's product; a tile is 128 x 256 x 64 or 128 x 128 x 32. Only the last is made of whole tiles;
+# the one before has more of them than the interpreter runs programs.
+SHAPES = [(1, 8, 24), (37, 45, 19), (131, 264, 72), (265, 520, 40), (128, 256, 64)]
+
+
+@pytest.fixture
+def rng(request):
+    return seeded(zlib.crc32(request.node.name.encode()), "cpu")
+
+
+def test_poison_fills_what_the_block_makes_and_notices_writes_beside_it():
+    with poisoned():
+        made = [torch.empty(2, 3), torch.empty_like(torch.ones(5)), torch.ones(1).new_empty((4, 1))]
+        made += [torch.empty(7, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.float8_e5m2)]
+        assert not torch.empty(3, dtype=torch.int64).is_floating_point()
+    assert [list(x.shape) for x in made[:3]] == [[2, 3], [5], [4, 1]]
+    assert all(x.float().isnan().all() for x in made)
+    kept = torch.empty, torch.empty_like, torch.Tensor.new_empty
+    with pytest.raises(AssertionError, match="outside"), poisoned():
+        torch.empty(6).as_strided((7,), (1,), cases.MARGIN).zero_()
+    assert (torch.empty, torch.empty_like, torch.Tensor.new_empty) == kept
+
+
+@pytest.mark.parametrize("damage", ["element", "row", "nan"])
+def test_checks_notice_one_wrong_element(damage):
+    expected = cases.normal(seeded(0, "cpu"), 40, 50).double()
+    actual = expected.float()
+    cases.check(actual, expected, torch.float32)
+    actual[-1, -1 if damage != "row" else slice(None)] = cases.NAN if damage == "nan" else 0
+    with pytest.raises(AssertionError):
+        cases.check(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("slope", [0, 0.5, 0.75])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_mlp_forward_and_backward_equal_float64(rng, mode, dtype, slope, shape):
+    cases.check_mlp(rng, *shape, slope, dtype, mode)
+
+
+@pytest.mark.parametrize("shape, copies", [((37, 48, 24), 5), ((37, 45, 24), 0), ((37, 48, 19), 0)], ids=str)
+def test_mlp_takes_the_copy_engine_where_rows_are_whole_16_bytes(rng, monkeypatch, shape, copies):
+    described, make = [], t.TensorDescriptor.from_tensor
+    monkeypatch.setattr(t.TensorDescriptor, "from_tensor", lambda *args: described.append(1) or make(*args))
+    cases.check_mlp(rng, *shape, 0.5, torch.float16, "tma")
+    assert len(described) == 2 * copies  # forward and backward
+
+
+@pytest.mark.parametrize("shape", [(131, 272, 80), (37, 45, 19)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_mlp_forward_from_float8_equals_float64(rng, mode, shape):
+    cases.check_float8_mlp(rng, *shape, 0.5, mode)
+
+
+@pytest.mark.parametrize("slope", [0, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_mlp_function_has_the_gradients_of_float64_and_adds_them_up(rng, mode, dtype, slope):
+    cases.check_mlp_function(rng, 37, 24, 72, slope, dtype, mode)
+
+
+# 4999 = 2 * 2048 + 903: the third block is part of one
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("softcap", [15, 0])
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.5), (1.0, 0.5, 0.25)], ids=len)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy_and_its_gradient_equal_float64(rng, dtype, weights, softcap, grad_dtype):
+    cases.check_cross_entropy(rng, 7, 4999, weights, softcap, dtype, grad_dtype, "pointer")
+
+
+@pytest.mark.parametrize("softcap", [15, 0])
+@pytest.mark.parametrize("T, V, weights, spread", [
+    (5, 2048, (1.0,), 4), (3, 3, (1.0, 0.5), 4), (3, 2049, (1.0, 0.5), 4), (6, 131, (1.0, 0.0), 4),
+    (9, 131, (1.0, 0.5, 0.0), 40), (1, 7, (0.5,), 4)])  # fmt: skip
+def test_cross_entropy_at_block_ends_with_weight_zero_and_large_logits(rng, T, V, weights, spread, softcap):
+    cases.check_cross_entropy(rng, T, V, weights, softcap, torch.float32, torch.float32, "pointer", spread)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("softcap", [15, 0])
+def test_rows_without_a_target_have_loss_and_gradient_zero(rng, softcap, grad_dtype):
+    logits, targets, weights = cases.normal(rng, 4, 300), torch.full((4, 2), -1), torch.tensor([1, 0.5])
+    targets[2, 1] = 299
+    with poisoned():
+        loss, grad = t.cross_entropy(logits, targets, weights, softcap, torch.ones(()), grad_dtype, "pointer")
+    assert loss.ne(0).tolist() == [False, False, True, False]
+    assert grad.float().ne(0).any(1).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("softcap", [15, 0])
+def test_cross_entropy_is_that_of_torch_and_its_gradient_that_of_autograd(rng, softcap):
+    """Kernel and reference compute the gradient by one formula; this is another."""
+    logits, targets, weights = cases.normal(rng, 9, 300), cases.targets_of(rng, 9, 300, 2), torch.tensor([1, 0.5])
+    loss, grad = t.cross_entropy(logits, targets, weights, softcap, torch.tensor(0.5), None, "pointer")
+    wide = logits.double().requires_grad_()
+    capped = softcap * torch.tanh(wide / softcap) if softcap else wide
+    losses = [F.cross_entropy(capped, column, ignore_index=-1, reduction="none") for column in targets.T]
+    expected = losses[0] + losses[1] / 2
+    expected.sum().backward()
+    assert cases.error(loss, expected.detach()) < 1e-6 and cases.error(grad / 2, wide.grad) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("R, C", [(1, 1), (3, 300), (131, 129), (128, 256), (259, 37)])
+def test_transpose_keeps_every_bit(rng, R, C, dtype):
+    cases.check_transpose(rng, R, C, dtype, "pointer")
+
+
+@pytest.mark.parametrize("coefficients", [(8.16, -22.5, 15.9), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N, R", [(3, 1), (2, 37), (1, 128), (2, 131), (1, 300)])
+def test_polynomial_equals_float64_and_is_symmetric_to_the_bit(rng, N, R, dtype, coefficients):
+    cases.check_polynomial(rng, N, R, coefficients, dtype, "pointer")
+
+
+def test_polynomial_takes_matrices_that_are_not_next_to_each_other(rng):
+    x = cases.normal(rng, 5, 40, 40)
+    x = (x + x.mT)[::2, 3:, 3:]
+    with poisoned():
+        y = t.polynomial(x, 2.0, -1.5, 0.5, "pointer")
+    cases.check(y, t.polynomial(x.double(), 2.0, -1.5, 0.5), torch.float32)
+
+
+@pytest.mark.parametrize("wide, tall", [(37, 150), (150, 37)])
+def test_polar_express_is_the_same_with_kernels(rng, wide, tall):
+    x = cases.normal(rng, 2, wide, tall, std=0.01)
+    assert cases.error(t.polar_express(x, "pointer"), t.polar_express(x).double()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V, D, N", [(11, 33, 90), (5, 1, 7), (300, 64, 1), (9, 130, 40)])
+def test_add_rows_adds_every_row_of_a_repeated_token_onto_what_is_there(rng, V, D, N, dtype):
+    cases.check_add_rows(rng, V, D, N, dtype, "pointer")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lookup_adds_the_rows_gradients_to_the_table(rng, dtype):
+    cases.check_lookup(rng, 11, 33, 60, dtype, "pointer")
