@@ -103,7 +103,7 @@ class Config:
     dtype: str = "auto"          # auto, bfloat16, float32: activations; parameters are always float32
     compile: str = "auto"        # auto, on, off
     attention: str = "auto"      # auto, varlen, reference
-    kernels: str = "auto"        # auto, tma, pointer, reference: Triton with Hopper's copies, without, no Triton
+    kernels: str = "auto"        # auto, tma, pointer, reference: see "Kernels"
     fp8: str = "auto"            # auto, on, off: the head's products in float8
     graphs: str = "auto"         # auto, on, off: a micro-batch is launched as one CUDA graph
     warmup: str = "auto"         # auto, on, off: untimed steps on synthetic tokens, state restored after
@@ -297,8 +297,8 @@ CHOICES = {
 }
 # Flags that change neither the model nor its training: what goes with --checkpoint and --resume.
 RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temperature", "seed", "export",
-             "save_every", "stop_after", "profile", "log_folder", "device", "dtype", "compile", "attention", "kernels",
-             "fp8", "graphs", "warmup", "data", "tokenizer")
+             "save_every", "stop_after", "profile", "log_folder", "device", "dtype", "compile", "attention",
+             "kernels", "fp8", "graphs", "warmup", "data", "tokenizer")
 MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
     ("epochs", "micro_batches", "val_chunk", "val_every", "scheduled_steps", "width", "heads", "mlp_ratio",
      "loss_chunk", "adam_every", "sample_tokens", "gate_inputs"), 1)  # every other number: 0
@@ -411,7 +411,7 @@ class Hardware(NamedTuple):
     dtype: torch.dtype           # of activations
     compile: bool
     attention: str               # "varlen" (FlashAttention inside torch) or "reference"
-    kernels: str                 # "tma" (Hopper), "pointer" (any GPU with Triton) or "reference" (plain torch)
+    kernels: str                 # "tma", "pointer" or "reference": see "Kernels"
     fp8: bool                    # head in float8
     graphs: bool                 # training micro-batches as CUDA graphs
     warmup: bool
@@ -432,16 +432,16 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
     bfloat16 = capability >= (8, 0) if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
     modern = capability >= (8, 0) and bfloat16
-    varlen, multiples = modern and has_varlen_window(), all_multiples_of_16(cfg, world)
+    varlen, triton_runs = modern and has_varlen_window(), modern and triton is not None
     options = {  # the best comes first: (option, whether it can be had, what it needs)
         "compile": [("on", cuda or cfg.compile == "on", "a GPU"), ("off", True, "")],
         "attention": [("varlen", varlen, "compute capability 8.0, bfloat16 and torch 2.11 or newer"),
                       ("reference", True, "")],
-        "kernels": [("tma", modern and triton and capability >= (9, 0), "Triton, bfloat16, a Hopper GPU"),
-                    ("pointer", modern and triton, "Triton, bfloat16, compute capability 8.0"),
+        "kernels": [("tma", triton_runs and capability[0] == 9, "a Hopper GPU, Triton and bfloat16"),
+                    ("pointer", triton_runs, "compute capability 8.0, Triton and bfloat16"),
                     ("reference", True, "")],
-        "fp8": [("on", modern and multiples and capability >= (8, 9),
-                 "bfloat16, compute capability 8.9 and widths and micro-batches that are multiples of 16"),
+        "fp8": [("on", modern and capability >= (8, 9) and all_multiples_of_16(cfg, world),
+                 "compute capability 8.9, bfloat16, and widths and micro-batches that are multiples of 16"),
                 ("off", True, "")],
         "graphs": [("on", cuda and varlen and cfg.attention != "reference", "a GPU and --attention=varlen"),
                    ("off", True, "")],
@@ -449,24 +449,32 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     chosen, reasons = {}, {"device": torch.cuda.get_device_name(device) if cuda else "no GPU found",
                            "dtype": "tensor cores with bfloat16" if modern else "no fast bfloat16"}
     for name, ranked in options.items():
-        wanted = getattr(cfg, name)
-        needs = [f"--{name}={option}: needs {need}" for option, can, need in ranked if option == wanted and not can]
-        if needs:
-            raise UserError(needs[0])
-        best = next(option for option, can, need in ranked if can)
-        chosen[name] = best if wanted == "auto" else wanted
-        lacking = [need for option, can, need in ranked if not can]
-        reasons[name] = "forced" if wanted != "auto" else f"else needs {lacking[0]}" if lacking else "the fastest"
+        chosen[name], reasons[name] = choose(name, getattr(cfg, name), ranked)
     if chosen["attention"] == "varlen":
         reasons["attention"] = newest_flash_attention(capability)
     warmup = chosen["compile"] if cfg.warmup == "auto" else cfg.warmup
-    if cfg.fp8_mlp and chosen["fp8"] == "off":
-        raise UserError("--fp8_mlp: needs --fp8=on or a GPU where that is the default")
     reasons["warmup"] = "compiled code" if chosen["compile"] == "on" else "nothing to compile"
-    on = {name: chosen[name] == "on" for name in ("compile", "fp8", "graphs")}
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    return Hardware(device, dtype, on["compile"], chosen["attention"], chosen["kernels"], on["fp8"], on["graphs"],
+    if chosen["graphs"] == "on" and warmup == "off":
+        if cfg.graphs == "on":
+            raise UserError("--graphs=on: needs --warmup=on, which records them")
+        chosen["graphs"], reasons["graphs"] = "off", "on needs --warmup=on"
+    if cfg.fp8_mlp and chosen["fp8"] == "off" and not cfg.checkpoint:
+        raise UserError("--fp8_mlp: needs --fp8=on or a GPU where that is the default")
+    reasons |= {name: "forced" for name in ("dtype", "warmup") if getattr(cfg, name) != "auto"}
+    return Hardware(device, torch.bfloat16 if bfloat16 else torch.float32, chosen["compile"] == "on",
+                    chosen["attention"], chosen["kernels"], chosen["fp8"] == "on", chosen["graphs"] == "on",
                     warmup == "on", reasons)
+
+
+def choose(name: str, wanted: str, ranked: list) -> tuple[str, str]:
+    """The wanted option, for "auto" the first that can be had, and why. Raises UserError if it can't be."""
+    for option, can, needs in ranked:
+        if option == wanted and not can:
+            raise UserError(f"--{name}={option}: needs {needs}")
+    if wanted != "auto":
+        return wanted, "forced"
+    best = next(option for option, can, _ in ranked if can)
+    return best, "the fastest" if best == ranked[0][0] else f"{ranked[0][0]} needs {ranked[0][2]}"
 
 
 def all_multiples_of_16(cfg: Config, world: World) -> bool:
@@ -476,7 +484,7 @@ def all_multiples_of_16(cfg: Config, world: World) -> bool:
 
 
 def newest_flash_attention(capability: tuple) -> str:
-    """Switch torch's variable-length attention to FlashAttention 3 if that is installed; says what is used."""
+    """Switch torch's variable-length attention to FlashAttention 3 if that is installed; what is used."""
     if capability[0] == 9 and importlib.util.find_spec("flash_attn_interface"):
         torch.nn.attention.activate_flash_attention_impl("FA3")
         return "FlashAttention 3"
@@ -492,8 +500,8 @@ def has_varlen_window() -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Kernels. Each wrapper takes a mode: "tma" moves tiles with Hopper's copy engine, "pointer" uses ordinary loads
-# and runs on any GPU that Triton serves, "reference" is the same in plain torch.
+# Kernels. Each wrapper takes a mode: "tma" moves tiles with Hopper's copy engine, "pointer" uses ordinary
+# loads and runs on any GPU that Triton serves, "reference" is the same in plain torch.
 
 
 jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda function: function, None)
@@ -597,8 +605,8 @@ def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles 
 def mlp_forward(h_TD, up_FD, slope: float, mode: str = "reference", scale: Tensor | None = None):
     """r = LeakyReLU(h up^T) and r^2, both (T, F) in the dtype of h. r alone serves backward at any slope.
 
-    With a scale, (), h and up are float8_e4m3fn, their product is multiplied by it, r is bfloat16 and r^2, cut off
-    at 448, float8_e4m3fn.
+    With a scale, (), h and up are float8_e4m3fn, their product is multiplied by it, r is bfloat16 and r^2,
+    cut off at 448, float8_e4m3fn.
     """
     if mode != "reference":
         return launch_mlp_kernel(h_TD, up_FD, None, slope, mode, scale=scale)
@@ -633,19 +641,21 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
     LOG2E: constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    top, total = -float("inf"), 0.0
+    top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)  # column by column
     for first in range(0, V, BLOCK):
         inside = first + columns < V
         q = tl.load(logits + row * V + first + columns, inside, other=-float("inf")).to(tl.float32)
         if SOFTCAP > 0:  # bounded, so its maximum needn't be known
-            top = SOFTCAP
             t = soft_tanh(q * (1 / SOFTCAP), APPROXIMATE)
-            total += tl.sum(tl.where(inside, tl.exp2((t - 1) * (SOFTCAP * LOG2E)), 0.0))
+            total += tl.where(inside, tl.exp2((t - 1) * (SOFTCAP * LOG2E)), 0.0)
         else:
-            higher = tl.maximum(top, tl.max(q))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(q - higher))
+            higher = tl.maximum(top, q)
+            total = total * tl.exp2((top - higher) * LOG2E) + tl.exp2((q - higher) * LOG2E)
             top = higher
-    lse = tl.log(total) + top
+    highest = tl.max(top) if SOFTCAP == 0 else SOFTCAP
+    if SOFTCAP == 0:
+        total *= tl.exp2((top - highest) * LOG2E)
+    lse = tl.log(tl.sum(total)) + highest
     weight_sum, value = 0.0, 0.0
     for k in tl.static_range(K):
         target = tl.load(targets + row * K + k)
@@ -675,11 +685,11 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         tl.store(grad + row * V + first + columns, g.to(grad.dtype.element_ty), inside)
 
 
-def cross_entropy(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype=None, mode: str = "reference"):
+def cross_entropy(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype=None, mode="reference"):
     """Soft-capped cross entropy, sum over k of weights[k] * loss with target k (none where it is -1).
 
-    Returns the loss of each row (T,) float32 and its gradient by the logits (T, V), divided by `scale`, (), in
-    `dtype` (None: the logits'). Float32 logits never exist in memory.
+    Returns the loss of each row (T,) float32 and its gradient by the logits (T, V), divided by `scale`, (),
+    in `dtype` (None: the logits'). Float32 logits never exist in memory.
     """
     dtype = dtype or logits_TV.dtype
     if mode == "reference":
@@ -695,8 +705,9 @@ def cross_entropy(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype
     (T, V), K = logits_TV.shape, targets_TK.size(1)
     loss_T = torch.empty(T, device=logits_TV.device)
     grad_TV = torch.empty(T, V, dtype=dtype, device=logits_TV.device)
-    cross_entropy_kernel[T,](logits_TV, targets_TK.contiguous(), weights_K, scale, loss_T, grad_TV, V, K,
-                             float(softcap), logits_TV.is_cuda, 2048, num_warps=4)
+    inputs = (x.contiguous() for x in (logits_TV, targets_TK, weights_K))
+    cross_entropy_kernel[T,](*inputs, scale, loss_T, grad_TV, V, K, float(softcap), logits_TV.is_cuda, 2048,
+                             num_warps=4)
     return loss_T, grad_TV
 
 
@@ -713,7 +724,8 @@ def transpose(x_RC: Tensor, mode: str = "reference") -> Tensor:
         return x_RC.T.contiguous()
     (R, C), out = x_RC.shape, x_RC.new_empty(x_RC.T.shape)
     grid = triton.cdiv(R, 128), triton.cdiv(C, 128)
-    transpose_kernel[grid](x_RC.view(torch.uint8), out.view(torch.uint8), R, C, 128, 128, num_warps=8)
+    transpose_kernel[grid](*(x.contiguous().view(torch.uint8) for x in (x_RC, out)), R, C, 128, 128,
+                           num_warps=8)
     return out
 
 
@@ -827,7 +839,8 @@ def add_rows(total_VD: Tensor, tokens_N: Tensor, rows_ND: Tensor, mode: str = "r
         total_VD.index_add_(0, tokens_N, rows_ND.to(total_VD.dtype))
     else:
         N, D = rows_ND.shape
-        add_rows_kernel[N,](total_VD, tokens_N, rows_ND.contiguous(), D, triton.next_power_of_2(D), num_warps=4)
+        block = triton.next_power_of_2(D)
+        add_rows_kernel[N,](total_VD, tokens_N, rows_ND.contiguous(), D, block, num_warps=4)
 
 
 class Lookup(torch.autograd.Function):
@@ -847,36 +860,35 @@ class Lookup(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """x_TC @ weight_RC.T, plus residual_TR if there is one.
-
-    The weight's gradient is added to grad_RC, float32, by the product that computes it.
-    """
+    """x_TC @ weight_RC.T. The weight's gradient is added to grad_RC by the product that computes it."""
 
     @staticmethod
-    def forward(ctx, x_TC, weight_RC, grad_RC: Tensor | None, residual_TR: Tensor | None) -> Tensor:
+    def forward(ctx, x_TC: Tensor, weight_RC: Tensor, grad_RC: Tensor | None) -> Tensor:
         ctx.grad_RC = grad_RC
         ctx.save_for_backward(x_TC, weight_RC)
-        return x_TC @ weight_RC.T if residual_TR is None else torch.addmm(residual_TR, x_TC, weight_RC.T)
+        return x_TC @ weight_RC.T
 
     @staticmethod
     def backward(ctx, grad_TR: Tensor):
         x_TC, weight_RC = ctx.saved_tensors
         add_product(ctx.grad_RC, grad_TR, x_TC)
-        return grad_TR @ weight_RC, None, None, grad_TR if ctx.needs_input_grad[3] else None
+        return grad_TR @ weight_RC, None, None
 
 
 class Branch(torch.autograd.Function):
-    """x itself and x normed, with one kernel for the sum of both gradients."""
+    """x + o, and the same normed. Keeps only the latter and its scale; the sum may be changed in place."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, regions: dict):
+    def forward(ctx, x_TD: Tensor, o_TD: Tensor, regions: dict):
         ctx.regions = regions
-        ctx.save_for_backward(x_TD)
-        return x_TD.view_as(x_TD), regions["norm_region"](x_TD)
+        sum_TD, h_TD, scale_T1 = regions["branch_region"](x_TD, o_TD)
+        ctx.save_for_backward(h_TD, scale_T1)
+        return sum_TD, h_TD
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor, h_grad_TD: Tensor):
-        return ctx.regions["norm_backward_region"](*ctx.saved_tensors, grad_TD, h_grad_TD), None
+        grad_TD = ctx.regions["branch_backward_region"](*ctx.saved_tensors, grad_TD, h_grad_TD)
+        return grad_TD, grad_TD, None
 
 
 class Float8MLP(NamedTuple):
@@ -891,21 +903,22 @@ class Float8MLP(NamedTuple):
 
 
 class MLP(torch.autograd.Function):
-    """x + LeakyReLU(slope)(h @ up.T)^2 @ down: (T, D). Between forward and backward only h and r are kept."""
+    """x += LeakyReLU(slope)(h @ up.T)^2 @ down: (T, D). Backward needs only h and r."""
 
     @staticmethod
     def forward(ctx, x_TD, h_TD, weight_2FD, grad_2FD, eight: Float8MLP | None, slope: float, kernels: str):
         ctx.grad_2FD, ctx.slope, ctx.kernels = grad_2FD, slope, kernels
         if eight is None:
             r_TF, hidden_TF = mlp_forward(h_TD, weight_2FD[0], slope, kernels)
-            out_TD = torch.addmm(x_TD, hidden_TF, weight_2FD[1])
+            x_TD.addmm_(hidden_TF, weight_2FD[1])
         else:
             scale = eight.h_scale * eight.up_scale
             r_TF, hidden_TF = mlp_forward(eight.h_TD, eight.up_FD, slope, kernels, scale)
             down = hidden_TF, eight.down_DF.T, torch.ones_like(scale), eight.down_scale
-            out_TD = x_TD + float8_product(*down, x_TD.dtype)
+            x_TD += float8_product(*down, x_TD.dtype)
         ctx.save_for_backward(h_TD, weight_2FD, r_TF)
-        return out_TD
+        ctx.mark_dirty(x_TD)
+        return x_TD
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
@@ -941,8 +954,10 @@ def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tenso
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest = docs
-    unsplit = {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
-    return varlen_attn(q_THE, k_THE, v_THE, cu, cu, longest, longest, scale=1.0, window_size=(window, 0), **unsplit)
+    options = {"scale": 1.0, "window_size": (window, 0)}
+    if "num_splits" in inspect.signature(varlen_attn).parameters:
+        options["num_splits"] = 1  # FlashAttention 3 would split, which costs more than it gives here
+    return varlen_attn(q_THE, k_THE, v_THE, cu, cu, longest, longest, **options)
 
 
 ATTENTION = {"varlen": attention_varlen, "reference": attention_reference}
@@ -980,9 +995,9 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
     return Rotary(*(table.to(device) for table in tables))
 
 
-# What lies between the matrix products is cut into regions: plain functions of tensors, each compiled by itself
-# with T dynamic, so layers of a kind share code and no stage needs a compilation of its own. A learned factor is
-# expanded to (T, 1): its gradient is then summed row by row, in the kernel that has the row at hand.
+# What lies between the matrix products is cut into regions: plain functions of tensors, each compiled by
+# itself with T dynamic, so layers of a kind share code and no stage needs a compilation of its own. A learned
+# factor is expanded to (T, 1): its gradient is then summed row by row, in the kernel that has the row.
 
 
 def embed_region(embed_TD, gate_G, smear_lambda, starts_T, cut: bool) -> Tensor:
@@ -1011,7 +1026,8 @@ def mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, gate_inpu
     return x_TD, h_TD, h_TD[:, :gate_inputs].contiguous()
 
 
-def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config, offset: bool):
+def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config,
+               offset: bool):
     """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D)."""
     T = qkv_TC.size(0)
     q_THE, k_THE, v_THE = qkv_TC.view(T, 3, cfg.heads, cfg.head_dim).unbind(1)
@@ -1029,22 +1045,25 @@ def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, start
 
 
 def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
-    """Attention output with each head's gate, computed from leading channels, and a learned factor: (T, D)."""
+    """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D)."""
     factor_TH = out_lambda.expand(y_THE.size(0), 1)
     if gate_HG is not None:
         factor_TH = factor_TH * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)
     return (y_THE * factor_TH[..., None]).type_as(y_THE).flatten(1)
 
 
-def norm_region(x_TD) -> Tensor:
-    return norm(x_TD)
+def branch_region(x_TD, o_TD):
+    """Residual stream after attention, the same normed, and what it was multiplied by, (T, 1)."""
+    sum_TD = x_TD + o_TD
+    x = sum_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    scale_T1 = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    return sum_TD, (x * scale_T1).type_as(x_TD), scale_T1
 
 
-def norm_backward_region(x_TD, grad_TD, h_grad_TD) -> Tensor:
-    """Gradient of x, itself with gradient grad_TD, where h = norm(x) has h_grad_TD."""
-    x, g = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_TD, h_grad_TD))
-    scale = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
-    return (grad_TD + scale * (g - x * scale.square() * (g * x).mean(-1, keepdim=True))).type_as(x_TD)
+def branch_backward_region(h_TD, scale_T1, grad_TD, h_grad_TD) -> Tensor:
+    """Gradient of the sum: its own, plus what comes back through the norm (Jacobian of h = x scale(x))."""
+    h, g = h_TD.type_as(scale_T1), h_grad_TD.type_as(scale_T1)
+    return (grad_TD + scale_T1 * (g - h * (g * h).mean(-1, keepdim=True))).type_as(grad_TD)
 
 
 def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bool) -> Tensor:
@@ -1081,8 +1100,8 @@ class Head(NamedTuple):
 def head_step(model, x_TD: Tensor, k: int, targets_TK: Tensor, weights_K: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of head k on latents, (), and their gradient, (T, D); the head's own gradient is added in place.
 
-    The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20) it
-    is scaled to use the range.
+    The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20)
+    it is scaled to use the range.
     """
     head, softcap, mode = model.weights["heads"][k], model.cfg.softcap, model.kernels
     grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
@@ -1103,7 +1122,7 @@ def head_step(model, x_TD: Tensor, k: int, targets_TK: Tensor, weights_K: Tensor
     return loss_T.sum(), x_grad_TD
 
 
-def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype, fast: bool = False) -> Tensor:
+def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype, fast=False) -> Tensor:
     """a_scale a @ b_scale b in `dtype`; a row-major, b column-major. fast: lower precision of long sums."""
     from torch.nn.functional import ScalingType, scaled_mm
 
@@ -1116,8 +1135,8 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, gate_region, norm_region,
-                                   norm_backward_region, final_region, loss_region, float8_region)}
+REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, gate_region, branch_region,
+                                   branch_backward_region, final_region, loss_region, float8_region)}
 
 
 def compile_region(function):
@@ -1216,16 +1235,17 @@ class GPT(nn.Module):
                 w_4DD, grad_4DD = weights["attn_bank"][a], attn_grad[a]
                 value_TD = values[layer.value_embed] if cfg.value_embeds and layer.value_embed >= 0 else None
                 v_lambda, out_lambda = self.attn_lambdas[a].unbind()
-                qkv_TC = Linear.apply(h_TD, w_4DD[:3].flatten(0, 1), training and grad_4DD[:3].flatten(0, 1),
-                                      None)
+                qkv_TC = Linear.apply(h_TD, w_4DD[:3].flatten(0, 1), training and grad_4DD[:3].flatten(0, 1))
                 q_THE, k_THE, v_THE = self.regions["qkv_region"](
                     qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
                 gate_HG = self.attn_gate[a] if cfg.attn_gate else None
                 y_TD = self.regions["gate_region"](y_THE, lead_TG, gate_HG, out_lambda)
-                x_TD = Linear.apply(y_TD, w_4DD[3], training and grad_4DD[3], x_TD)
-                x_TD, h_TD = Branch.apply(x_TD, self.regions)
+                o_TD = Linear.apply(y_TD, w_4DD[3], training and grad_4DD[3])
+                x_TD, h_TD = Branch.apply(x_TD, o_TD, self.regions)
+            else:
+                x_TD = x_TD.clone()  # the MLP adds to it in place
             x_TD = MLP.apply(x_TD, h_TD, weights["mlp_bank"][i], mlp_grad[i], self.float8_mlp(i, h_TD),
                              cfg.leaky_slope, self.kernels)
             if i in self.tap_layers:
@@ -1245,14 +1265,14 @@ class GPT(nn.Module):
                 self.weights.setdefault(name, torch.empty_like(bank, dtype=self.dtype)).copy_(bank)
         heads = [self.head, *(self.mtp_heads if self.cfg.mtp_heads else ())]
         self.replace_weights("heads", [self.head_as_read(head_VD) for head_VD in heads])
-        if self.cfg.fp8_mlp:
+        if self.cfg.fp8_mlp and self.fp8:
             self.replace_weights("mlp8", [self.mlp_as_read(*weight_2FD) for weight_2FD in self.mlp_bank])
         return self.weights
 
     def replace_weights(self, name: str, new: list):
         for kept, item in zip(self.weights.setdefault(name, new), new):
-            for old, value in zip(kept, item):
-                if old is not value:
+            for old, value in ((a, b) for a, b in zip(kept, item) if a is not None):
+                if old.data_ptr() != value.data_ptr():
                     old.copy_(value)
 
     def as_float8(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -1272,7 +1292,7 @@ class GPT(nn.Module):
 
     def float8_mlp(self, i: int, h_TD: Tensor) -> Float8MLP | None:
         """Layer i's float8 operands in training; None where its products are done in `dtype`."""
-        if not (self.cfg.fp8_mlp and torch.is_grad_enabled()):
+        if not (self.cfg.fp8_mlp and self.fp8 and torch.is_grad_enabled()):
             return None
         h8_TD = self.regions["float8_region"](h_TD.detach(), self.latent_scale)
         return self.weights["mlp8"][i]._replace(h_TD=h8_TD, h_scale=self.latent_scale)
@@ -1391,7 +1411,7 @@ def nesterov(g_NRC, momentum_NRC, mu, dtype: torch.dtype) -> Tensor:
 
 
 def polar_express(x_NRC: Tensor, kernels: str = "reference") -> Tensor:
-    """Nearly orthogonal factor, singular values about 1, of each matrix; its Frobenius norm must be below 1."""
+    """Nearly orthogonal factor, singular values about 1, of each matrix of Frobenius norm below 1."""
     tall = x_NRC.size(-2) > x_NRC.size(-1)
     x = x_NRC.mT if tall else x_NRC
     for a, b, c in POLAR_EXPRESS:
@@ -1906,21 +1926,24 @@ def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: 
 
 
 class Graphs:
-    """CUDA graphs of a model's micro-batches, one per kind of step: launching the kernels one by one takes the
-    host longer than running them takes a fast GPU. They share their memory, as one runs at a time.
+    """CUDA graphs of micro-batches, one per kind of step, in one pool of memory, as one runs at a time.
+
+    Launching the kernels one by one takes the host longer than running them takes a fast GPU.
     """
 
     def __init__(self):
         self.recipes, self.captured = {}, {}
 
     def add(self, key, function, inputs: list):
-        """Have function(*inputs), which must have run before, replayed from now on. Nothing is computed here."""
+        """Have function(*inputs), which must have run before, recorded by capture()."""
         self.recipes[key] = function, [x.to("cuda", copy=True) for x in inputs]
 
     def capture(self):
-        """Record what was added. The function's arguments stay alive in it, as the graph knows their addresses."""
+        """Record what was added, unless it is. What the functions read stays alive: graphs know addresses."""
+        if self.captured:
+            return
         pool = torch.cuda.graph_pool_handle()
-        for key, (function, inputs) in self.recipes.items():  # the largest comes first: the others fit into it
+        for key, (function, inputs) in self.recipes.items():  # the largest was added first: others fit in
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 output = function(*inputs)
@@ -1946,7 +1969,8 @@ def graph_inputs(batch: MicroBatch, weights) -> list | None:
     room = max(64, tokens // 256)
     if len(starts) > room:
         return None
-    return [batch.tokens, F.pad(starts, (0, room - len(starts)), value=tokens), *weights]  # padded: empty ones
+    padded = F.pad(starts, (0, room - len(starts)), value=tokens)  # with documents of no tokens
+    return [batch.tokens, padded, *weights]
 
 
 def add_graph(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights):

@@ -142,7 +142,7 @@ def check_mlp_function(rng, T, D, width, slope, dtype, mode):
     before = normal(rng, 2, width, D)
     weight_grad = before.clone()
     with poisoned():
-        y = t.MLP.apply(x, h, weights, weight_grad, None, slope, mode)
+        y = t.MLP.apply(x.clone(), h, weights, weight_grad, None, slope, mode)
         y.backward(out_grad)
     inputs = [v.detach().double().requires_grad_() for v in (x, h, weights)]
     wide = inputs[0] + F.leaky_relu(inputs[1] @ inputs[2][0].T, slope).square() @ inputs[2][1]

@@ -95,3 +95,36 @@ def test_a_wrong_kernel_fails_the_benchmark(name, factor, monkeypatch, capsys):
         kernels.main([f"--only={name}", "--stages=1"])
     assert re.fullmatch(rf"({name} [^;]+: error (nan|\d\S+) exceeds \d[^;\s]*(; |$))+", stop.value.code)
     assert f"| {name} |" in capsys.readouterr().out
+
+
+def run_step(*arguments):
+    command = [sys.executable, ROOT / "benchmarks" / "step.py", "--track=tiny", "--device=cpu", "--width=32",
+               "--micro_batches=2", "--val_chunk=512", "--steps=2", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_step_times_every_stage_of_the_default_and_a_variant_and_counts_compilations(tmp_path):
+    out = tmp_path / "out.json"
+    run = run_step("--compare=float8 head off", f"--out={out}")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("| default | 2,048 |") == run.stdout.count("| float8 head off | 2,048 |") == 1
+    assert "compilations within timed steps: 0" in run.stdout
+    stage = json.loads(out.read_text())["default"]["stages"][0]
+    assert 0 < stage["low"] <= stage["ms"] <= stage["high"] and stage["n"] == 1
+
+
+@pytest.mark.parametrize("argument, words", [("--steps=3", "an even number"), ("--compare=nothing", "there are")])
+def test_step_refuses_in_one_line(argument, words):
+    run = run_step(argument)
+    assert run.returncode == 2 and words in run.stderr.splitlines()[-1]
+
+
+def test_step_fails_if_a_variant_has_another_loss(monkeypatch, capsys):
+    import step
+
+    monkeypatch.setattr(step, "VARIANTS", {"default": ((), ()), "other": (("--leaky_slope=0.9",), ())})
+    flags = ["--track=tiny", "--device=cpu", "--width=32", "--val_chunk=512", "--steps=2", "--compare=all"]
+    monkeypatch.setattr(step, "SAME_LOSS", 1e-6)
+    monkeypatch.setattr(sys, "argv", ["step.py", *flags])
+    with pytest.raises(SystemExit, match="other: loss"):
+        step.main()

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from small import BOS, SCRIPT, SMALL, train_gpt, write_corpus, write_shard
+from small import BOS, CPU, SCRIPT, SMALL, train_gpt, write_corpus, write_shard
 
 NARROW = ("--width=32", "--heads=2", "--scheduled_steps=6", "--val_every=3", "--sample_tokens=5",
           "--mtp_heads=1", "--save_every=4")  # fmt: skip
@@ -220,6 +221,7 @@ CHOSEN = [  # compute capability, what else is so, (attention, kernels, fp8, gra
     ((8, 0), {}, ("varlen", "pointer", False, True)),
     ((8, 9), {}, ("varlen", "pointer", True, True)),
     ((9, 0), {}, ("varlen", "tma", True, True)),
+    ((10, 0), {}, ("varlen", "pointer", True, True)),
     ((9, 0), {"dtype": "float32"}, ("reference", "reference", False, False)),
     ((9, 0), {"width": 40}, ("varlen", "tma", False, True)),
     ((9, 0), {"attention": "reference"}, ("reference", "tma", True, False)),
@@ -250,9 +252,10 @@ def test_hardware_gets_the_best_that_it_can_run(gpu, capability, flags, expected
     assert (hardware.attention, hardware.kernels, hardware.fp8, hardware.graphs) == expected
     assert hardware.compile == hardware.warmup == (capability is not None)
     assert set(hardware.reasons) == {*hardware._fields} - {"reasons"}
-    for name, choice in zip(("attention", "kernels", "fp8", "graphs"), expected):
+    first = {"attention": "varlen", "kernels": "tma", "fp8": "on", "graphs": "on"}
+    for (name, option), choice in zip(first.items(), expected):
         best = "FlashAttention 2" if choice == "varlen" else "the fastest"
-        reason = "else needs " if choice in (False, "reference", "pointer") else best
+        reason = f"{option} needs " if choice in (False, "reference", "pointer") else best
         assert hardware.reasons[name].startswith("forced" if name in flags else reason)
 
 
@@ -268,11 +271,45 @@ def test_hardware_that_cannot_run_what_is_forced_is_refused(gpu, capability, fla
         train_gpt.choose_hardware(replace(SMALL, **{name: value}), train_gpt.World())
 
 
+@pytest.mark.parametrize("flags, graphs", [({}, True), ({"warmup": "off"}, False), ({"compile": "off"}, False),
+                                           ({"compile": "off", "warmup": "on"}, True)])  # fmt: skip
+def test_graphs_need_the_warm_up_that_records_them(gpu, flags, graphs):
+    gpu((9, 0))
+    hardware = train_gpt.choose_hardware(replace(SMALL, **flags), train_gpt.World())
+    assert hardware.graphs == hardware.warmup == graphs
+    assert hardware.reasons["graphs"] == ("the fastest" if graphs else "on needs --warmup=on")
+    forced = replace(SMALL, graphs="on", **flags)
+    if graphs:
+        assert train_gpt.choose_hardware(forced, train_gpt.World()).graphs
+    else:
+        with pytest.raises(train_gpt.UserError, match="^--graphs=on: needs --warmup=on"):
+            train_gpt.choose_hardware(forced, train_gpt.World())
+
+
+@pytest.mark.parametrize("capability", [None, (9, 0)])
+@pytest.mark.parametrize("name, value", [("dtype", "float32"), ("dtype", "bfloat16"), ("compile", "off"),
+                                         ("warmup", "on"), ("warmup", "off")])  # fmt: skip
+def test_hardware_says_what_was_forced(gpu, capability, name, value):
+    gpu(capability)
+    for wanted in (value, "auto"):
+        hardware = train_gpt.choose_hardware(replace(SMALL, **{name: wanted}), train_gpt.World())
+        assert (hardware.reasons[name] == "forced") == (wanted == value)
+
+
+@pytest.mark.parametrize("capability, fp8", [(None, "auto"), ((8, 0), "auto"), ((9, 0), "off")])
+def test_fp8_mlp_without_float8_is_refused_in_training_alone(gpu, capability, fp8):
+    gpu(capability)
+    cfg = replace(SMALL, fp8_mlp=True, fp8=fp8)
+    with pytest.raises(train_gpt.UserError, match="^--fp8_mlp: needs --fp8=on or a GPU"):
+        train_gpt.choose_hardware(cfg, train_gpt.World())
+    assert not train_gpt.choose_hardware(replace(cfg, checkpoint="file"), train_gpt.World()).fp8
+
+
 def test_without_triton_there_are_no_kernels(gpu, monkeypatch):
     gpu((9, 0))
     monkeypatch.setattr(train_gpt, "triton", None)
     assert train_gpt.choose_hardware(SMALL, train_gpt.World()).kernels == "reference"
-    with pytest.raises(train_gpt.UserError, match="^--kernels=tma: needs Triton"):
+    with pytest.raises(train_gpt.UserError, match="^--kernels=tma: needs .*Triton"):
         train_gpt.choose_hardware(replace(SMALL, kernels="tma"), train_gpt.World())
 
 
@@ -330,6 +367,54 @@ def test_log_has_the_documented_lines(trained):
     assert (config["width"], config["scheduled_steps"], config["seed"]) == (32, 6, 0)
 
 
+PHASES = "import", "process group", "data", "model"
+LAUNCH = r"launch to first step: (\d+\.\d) s \(" + ", ".join(rf"{phase} (\d+\.\d)" for phase in PHASES) + r"\)"
+
+
+def test_log_says_how_long_the_launch_took_by_phase(trained):
+    (found,) = matches(re.compile(LAUNCH), (trained[0] / "log.txt").read_text())
+    total, *phases = map(float, found)
+    assert total == pytest.approx(sum(phases), abs=0.05 * (len(phases) + 1) + 1e-9)
+    assert 0 < phases[0] <= total < 60  # torch is imported
+
+
+@pytest.mark.parametrize("warmup, later", [("on", r"0"), ("off", r"[1-9]\d*")], ids=["on", "off"])
+def test_after_the_warm_up_nothing_is_compiled(cli, small, data, tmp_path, monkeypatch, warmup, later):
+    """With dynamo's own backend, which makes the graphs and their guards but generates no code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flags = f"--data={data}", f"--log_folder={tmp_path}", "--compile=on", f"--warmup={warmup}", "--mtp_heads=1"
+    code, out, error = cli(*flags, *(["--stop_after=1"] if warmup == "off" else []))
+    assert (code, error) == (0, "")
+    assert train_gpt.compilations() > len(train_gpt.REGIONS)
+    assert re.search(rf"^compilations after the first step: {later}$", out, re.M)
+    assert bool(re.search(r"^launch to first step: .+, warm-up \d+\.\d\)$", out, re.M)) == (warmup == "on")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("flags, steps", [([], 2), (["--stop_after=3"], 1), (["--stop_after=2"], 0)])
+def test_profile_leaves_a_trace_of_so_many_steps_and_a_table(cli, small, data, tmp_path, flags, steps):
+    flags = f"--data={data}", f"--log_folder={tmp_path}", "--profile=2", "--val_every=100", *flags
+    code, out, error = cli(*flags)
+    assert (code, error) == (0, "")
+    (folder,) = tmp_path.iterdir()
+    text, trace = (folder / "log.txt").read_text(), folder / "trace.json"
+    if not steps:
+        assert not trace.exists() and "profile of" not in text
+        return
+    assert f"trace: {trace} (open in" in out
+    names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    layers = len(SMALL.attention_layers)
+    assert names.count("aten::searchsorted") == steps * SMALL.micro_batches * layers  # once by each attention
+    head = rf"^profile of {steps} steps: (\d+\.\d+) ms a step\n((?:.+\n)+?)trace: "
+    total, table = re.search(head, text, re.M).groups()
+    rows = matches(re.compile(r" *(\d+\.\d+) ms +(\d+\.\d) x  (\S.*)"), table)
+    spent = [float(row[0]) for row in rows]
+    assert len(rows) == len(table.splitlines()) == 20 and {row[2] for row in rows} <= set(names)
+    assert spent == sorted(spent, reverse=True) and 0 < sum(spent) <= float(total) + 0.1
+
+
 def test_loss_begins_at_that_of_a_uniform_guess_and_falls(trained):
     validations = matches(VAL_LINE, (trained[0] / "log.txt").read_text())
     assert float(validations[0][1]) == pytest.approx(5.9506, abs=1e-3)  # ln 384
@@ -371,6 +456,18 @@ def test_checkpoint_and_its_export_give_the_same_sample(cli, checkpoint, tmp_pat
     assert cli(f"--checkpoint={export}", *flags) == (0, sample, "")
     assert cli(f"--checkpoint={export}", *flags, "--seed=1")[1] != sample
     assert sorted(os.listdir(tmp_path)) == ["model.json", "model.safetensors"]
+
+
+def test_model_trained_with_fp8_mlp_is_sampled_from_and_exported_on_a_cpu(cli, data, tmp_path):
+    cfg = replace(SMALL, fp8_mlp=True, data=str(data), log_folder=str(tmp_path))
+    model, log = train_gpt.train(cfg, CPU._replace(fp8=True), train_gpt.World(), train_gpt.Launch())
+    saved, export = log.folder / "checkpoint_000006.safetensors", tmp_path / "model.safetensors"
+    plain = train_gpt.load_model(str(saved), replace(cfg, fp8_mlp=False), CPU)
+    assert torch.equal(plain.mlp_bank, model.mlp_bank) and model.mlp_bank[:, 1].any()
+    sample = train_gpt.sample_text(plain, train_gpt.load_tokenizer("bytes"), "ab", 12) + "\n"
+    flags = "--device=cpu", "--sample=ab", "--sample_tokens=12"
+    assert cli(f"--checkpoint={saved}", *flags, f"--export={export}") == (0, f"{sample}export: {export}\n", "")
+    assert cli(f"--checkpoint={export}", *flags) == (0, sample, "")
 
 
 def test_export_is_refused_by_resume(cli, checkpoint, tmp_path):

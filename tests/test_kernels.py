@@ -11,15 +11,16 @@ import kernel_cases as cases
 import train_gpt as t
 from kernel_cases import poisoned, seeded
 
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.skipif(t.triton is None, reason="Triton is not installed"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU tests/gpu does this"),
+    pytest.mark.skipif(not interpreted, reason="needs TRITON_INTERPRET=1; on a GPU see tests/gpu"),
     pytest.mark.filterwarnings("ignore:divide by zero encountered in log"),  # of rows without a target
 ]
 DTYPES = [torch.float32, torch.float16]
 MODES = ["tma", "pointer"]
-# M, N, K of the MLP's product; a tile is 128 x 256 x 64 or 128 x 128 x 32. Only the last is made of whole tiles;
-# the one before has more of them than the interpreter runs programs.
+# M, N, K of the MLP's product; a tile is 128 x 256 x 64 or 128 x 128 x 32. Only the last is made of whole
+# tiles; the one before has more tiles than there are programs.
 SHAPES = [(1, 8, 24), (37, 45, 19), (131, 264, 72), (265, 520, 40), (128, 256, 64)]
 
 
@@ -111,8 +112,9 @@ def test_rows_without_a_target_have_loss_and_gradient_zero(rng, softcap, grad_dt
 @pytest.mark.parametrize("softcap", [15, 0])
 def test_cross_entropy_is_that_of_torch_and_its_gradient_that_of_autograd(rng, softcap):
     """Kernel and reference compute the gradient by one formula; this is another."""
-    logits, targets, weights = cases.normal(rng, 9, 300), cases.targets_of(rng, 9, 300, 2), torch.tensor([1, 0.5])
-    loss, grad = t.cross_entropy(logits, targets, weights, softcap, torch.tensor(0.5), None, "pointer")
+    logits, targets = cases.normal(rng, 9, 300, std=4), cases.targets_of(rng, 9, 300, 2)
+    weights, scale = torch.tensor([1, 0.5]), torch.tensor(0.5)
+    loss, grad = t.cross_entropy(logits, targets, weights, softcap, scale, None, "pointer")
     wide = logits.double().requires_grad_()
     capped = softcap * torch.tanh(wide / softcap) if softcap else wide
     losses = [F.cross_entropy(capped, column, ignore_index=-1, reduction="none") for column in targets.T]

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import math
 import random
+import re
 import tempfile
 import zlib
 from dataclasses import replace
@@ -87,9 +88,9 @@ def force_arguments(monkeypatch, name, arguments):
             monkeypatch.setitem(table, key, forced)
 
 
-def make_model(cfg, std=0.3, dtype=torch.float32, **values):
+def make_model(cfg, std=0.3, dtype=torch.float32, fp8=False, **values):
     """A model with parameters drawn by name, the same in every configuration, except for `values`."""
-    model = t.GPT(cfg, dtype).to(dtype)
+    model = t.GPT(cfg, dtype, fp8=fp8).to(dtype)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(0, std, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
@@ -156,6 +157,8 @@ class Trace:
         model.regions = regions
 
     def call(self, name, function, *args):
+        if name == "mlp":
+            self.mlp_inputs.append((args[0].clone(), args[1]))  # the MLP adds to the former in place
         result = function(*args)
         if name == "embed_region":
             self.x0 = result
@@ -166,7 +169,6 @@ class Trace:
         if name == "gate_region":
             self.gated.append((args[0], result.view_as(args[0])))
         if name == "mlp":
-            self.mlp_inputs.append(args[:2])
             self.outputs.append(result)
         return result
 
@@ -515,6 +517,10 @@ def test_mtp_weight_scales_the_mean_loss_of_the_heads():
         assert_close(model.mtp_heads.grad, plain.mtp_heads.grad)
 
 
+def apply_to_copy(x, *rest):
+    return t.MLP.apply(x.clone(), *rest)
+
+
 @mechanism("leaky_slope", mlp_forward={"slope": 0.0}, mlp_backward={"slope": 0.0})
 def test_leaky_slope_gives_squared_leaky_relu_and_its_derivative():
     x = torch.linspace(-3, 3, 40, dtype=torch.float64)[:, None].requires_grad_()
@@ -527,7 +533,7 @@ def test_leaky_slope_gives_squared_leaky_relu_and_its_derivative():
         assert torch.equal(again, y)
         rest = torch.stack([one, one]), torch.zeros(2, 1, 1).double(), None, slope, "reference"
         inputs = torch.zeros_like(x, requires_grad=True), x, *rest
-        assert torch.autograd.gradcheck(t.MLP.apply, inputs, raise_exception=False)
+        assert torch.autograd.gradcheck(apply_to_copy, inputs, raise_exception=False)
 
         model = make_model(replace(CFG, leaky_slope=slope))
         trace, (up, down) = Trace(model, *text), model.mlp_bank.detach()[2]
@@ -548,8 +554,11 @@ def relative_error(found, expected):
 @mechanism("fp8_mlp", GPT={"cfg": having(fp8_mlp=False)})
 def test_fp8_mlp_rounds_the_operands_of_the_forward_products_in_training_alone():
     text, slope = packed(9, 12), CFG.leaky_slope
-    model, plain = make_model(replace(CFG, fp8_mlp=True)), make_model(CFG)
+    model, plain = make_model(replace(CFG, fp8_mlp=True), fp8=True), make_model(CFG)
     assert torch.equal(Trace(model, *text).latents, Trace(plain, *text).latents)
+    without = make_model(replace(CFG, fp8_mlp=True), fp8=False)  # as on hardware that has none
+    trained = (Trace(model, *text, training=True).latents for model in (without, plain))
+    assert torch.equal(*trained) and without.weights.keys() == plain.weights.keys()
     trace, grads = Trace(model, *text, training=True), t.gradient(model.mlp_bank)
     layers = zip(trace.mlp_inputs, trace.outputs, model.mlp_bank.detach(), grads, strict=True)
     for (x, h), out, (up, down), (up_grad, down_grad) in layers:
@@ -700,8 +709,8 @@ def plain_mlp(x, h, weight, grad, eight, slope, kernels):
 
 PLAIN = {
     "Lookup": lambda tokens, table, dtype, kernels: table[tokens].to(dtype),
-    "Linear": lambda x, weight, grad, residual: x @ weight.T + (0 if residual is None else residual),
-    "Branch": lambda x, regions: (x, rms_normed(x)),
+    "Linear": lambda x, weight, grad: x @ weight.T,
+    "Branch": lambda x, o, regions: (x + o, rms_normed(x + o)),
     "MLP": plain_mlp,
 }
 
@@ -766,23 +775,29 @@ def test_gradients_are_finite_differences_of_the_loss(exact):
 REPEATED = torch.tensor([[3, 1, 3], [3, 0, 1]])
 FUNCTIONS = {  # of a Function or its plain form, a weight, its gradient and inputs; shapes of the tensors
     "Lookup": (lambda apply, w, grad: apply(REPEATED, w, w.dtype, "reference"), (5, 4)),
-    "Linear": (lambda apply, w, grad, x: apply(x, w, grad, None), (3, 4), (7, 4)),
-    "Linear with a residual": (lambda apply, w, grad, x, y: apply(x, w, grad, y), (3, 4), (7, 4), (7, 3)),
-    "Branch": (lambda apply, w, grad, x: torch.cat(apply(w * x, t.REGIONS)), (7, 4), (7, 4)),
+    "Linear": (lambda apply, w, grad, x: apply(x, w, grad), (3, 4), (7, 4)),
+    "Branch": (lambda apply, w, grad, x, o: torch.cat(apply(w * x, o, t.REGIONS)), (7, 4), (7, 4), (7, 4)),
 }
 
 
+def apply_branch_and_change_the_sum(apply, w, grad, x, o):
+    """In place, as the MLP does."""
+    total, h = apply(w * x, o, t.REGIONS)
+    return torch.cat([total.mul_(2), h])
+
+
 def apply_mlp(apply, w, grad, x, h, slope):
-    return apply(x, h, w, grad, None, slope, "reference")
+    return apply(x.clone(), h, w, grad, None, slope, "reference")
 
 
+FUNCTIONS["Branch, its sum changed"] = apply_branch_and_change_the_sum, (7, 4), (7, 4), (7, 4)
 FUNCTIONS |= {f"MLP of slope {slope}": (partial(apply_mlp, slope=slope), (2, 6, 4), (7, 4), (7, 4))
               for slope in (0.0, 0.5, 0.75)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_adds_the_gradients_of_its_plain_form_in_place(name):
-    (form, *shapes), kind = FUNCTIONS[name], name.split()[0]
+    (form, *shapes), kind = FUNCTIONS[name], re.match(r"\w+", name)[0]
     weight, *inputs = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     weight.grad = grad = torch.randn_like(weight)
     before = grad.clone()
@@ -795,10 +810,18 @@ def test_function_adds_the_gradients_of_its_plain_form_in_place(name):
     assert_close((grad - before, *(x.grad for x in inputs)), wanted)
 
 
+def test_mlp_adds_to_the_stream_in_place():
+    x, h, weight = torch.randn(7, 4), torch.randn(7, 4), torch.randn(2, 6, 4)
+    rest = h, weight, None, None, 0.5, "reference"
+    expected, address = plain_mlp(x, *rest), x.data_ptr()
+    assert t.MLP.apply(x, *rest).data_ptr() == address
+    assert_close(x, expected)
+
+
 def test_gradients_of_bfloat16_products_and_rows_are_summed_in_float32():
     weight, table = (torch.nn.Parameter(torch.randn(3, 4)) for _ in range(2))
     x, direction = torch.rand(1000, 4).bfloat16().requires_grad_(), torch.rand(1000, 3).bfloat16()
-    t.Linear.apply(x, weight.detach().bfloat16(), t.gradient(weight), None).backward(direction)
+    t.Linear.apply(x, weight.detach().bfloat16(), t.gradient(weight)).backward(direction)
     assert_close(weight.grad, direction.float().T @ x.detach().float())
     tokens = torch.arange(1000) % 2
     rows = t.Lookup.apply(tokens, table, torch.bfloat16, "reference")
@@ -849,6 +872,9 @@ def test_products_of_a_float32_model_read_the_parameters_themselves():
     model.refresh()
     parameters = model.attn_bank, model.mlp_bank, model.head, *model.mtp_heads
     assert [x.data_ptr() for x in products_of(model)] == [p.data_ptr() for p in parameters]
+    written = [p._version for p in model.parameters()]
+    model.refresh()
+    assert [p._version for p in model.parameters()] == written  # not even with what they hold
 
 
 def test_compiled_regions_give_the_same_results_and_one_graph_serves_every_length(monkeypatch):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
 
 from small import BOS, CPU, SMALL, random_tokens, train_gpt, write_corpus, write_shard, write_split
 from train_gpt import (
@@ -971,6 +972,113 @@ def test_warm_up_restores_weights_gradients_and_state():
     assert_equal(weights_of(model), before)
     assert not any(p.grad.any() for p in model.parameters())
     assert not any(buffer.any() for state in optimizer.states for buffer in state.buffers.values())
+
+
+# --------------------------------------------------------------------- graphs
+
+
+class Replayed(train_gpt.Graphs):
+    """Graphs on the CPU: a replay runs the function on the inputs that stay, and gives one output for all.
+
+    Keeps what happened in turn, and insists that nothing that a graph reads or writes has moved.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.events, self.output = model, [], torch.zeros(())
+
+    def addresses(self):
+        read = [x for x in tree_leaves(self.model.weights) if x is not None]
+        written = [p.grad for p in self.model.parameters()]
+        return [x.data_ptr() for x in (*self.model.parameters(), *written, *read)]
+
+    def add(self, key, function, inputs):
+        self.recipes[key] = function, [x.clone() for x in inputs]
+
+    def capture(self):
+        if not self.captured:
+            self.events.append("capture")
+            self.captured = dict.fromkeys(self.recipes, self.addresses())
+
+    def release(self):
+        self.events.append("release")
+        self.captured.clear()
+
+    def replay(self, key, inputs):
+        self.events.append("replay")
+        function, static = self.recipes[key]
+        assert self.captured[key] == self.addresses()
+        assert [(x.shape, x.dtype) for x in static] == [(x.shape, x.dtype) for x in inputs]
+        for x, given in zip(static, inputs):
+            x.copy_(given)
+        return self.output.copy_(function(*static))
+
+
+@pytest.fixture
+def replay_graphs(monkeypatch):
+    """From its call on, models have such graphs."""
+    build, validate = train_gpt.build_model, Validation.run
+
+    def build_with_graphs(*args):
+        model = build(*args)
+        model.graphs = Replayed(model)
+        return model
+
+    def note_and_validate(val, model, *args):
+        model.graphs.events.append("validate")
+        return validate(val, model, *args)
+
+    def replace_all():
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+        monkeypatch.setattr(train_gpt, "build_model", build_with_graphs)
+        monkeypatch.setattr(Validation, "run", note_and_validate)
+
+    return replace_all
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"]])
+def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graphs, flags):
+    plain = runs("--val_every=2", "--save_every=1", *flags)
+    replay_graphs()
+    whole = runs("--val_every=2", "--save_every=1", "--warmup=on", *flags)
+    step, check = ["replay"] * SMALL.micro_batches, ["release", "validate"]
+    warm_up, to_validation = ["validate", "release", "capture"], ["capture", *step, *step]
+    assert whole.model.graphs.events == warm_up + (check + to_validation) * 3 + check
+    sizes = [len(inputs[0]) for _, inputs in whole.model.graphs.recipes.values()]
+    assert sorted(whole.model.graphs.recipes) == [(0, 3), (1, 2), (2, 1)] and sizes == [129, 129, 65]
+    resumed = runs(f"--resume={whole.checkpoint(1)}", "--warmup=on", *flags[:1])
+    assert resumed.model.graphs.events == warm_up + step + (check + to_validation) * 2 + check
+    for run, steps in ((whole, 6), (resumed, 5)):
+        assert run.losses[-steps:] == plain.losses[-steps:]
+        assert run.validations[-3:] == plain.validations[-3:]
+        assert_equal(weights_of(run.model), weights_of(plain.model))
+
+
+def letters_with(documents, seed):
+    """A micro-batch of 64 letters, of which the first begin a document each."""
+    tokens = torch.randint(97, 105, (65,), generator=torch.Generator().manual_seed(seed))
+    tokens[:documents] = BOS
+    return train_gpt.MicroBatch(tokens, train_gpt.to_documents(np.arange(documents), 64)._replace(longest=64))
+
+
+@pytest.mark.parametrize("documents, events", [(1, ["replay"]), (63, ["replay"]), (64, [])])
+def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(replay_graphs, documents, events):
+    replay_graphs()
+    plan, rotary = plan_step(SMALL, 1), whole_and_final(SMALL, 64)[1]
+    plans = plan_step(SMALL, 0), plan
+    warm, later = (train_gpt.loss_weights(SMALL, plan, torch.device("cpu")) for plan in plans)
+    batch, results = letters_with(documents, seed=0), []
+    for graphs in (True, False):
+        model = randomise(train_gpt.build_model(SMALL, CPU))
+        model.refresh()
+        add_gradients(model, random_gradients(model, torch.Generator().manual_seed(8)))
+        if graphs:
+            train_gpt.add_graph(model, letters_with(5, seed=1), plan, rotary, warm)
+            model.graphs.capture()
+        loss = train_gpt.run_micro_batch(model, batch, plan, rotary, later)
+        assert model.graphs.events == (["capture", *events] if graphs else [])
+        results.append({"loss": loss} | {name: p.grad for name, p in model.named_parameters()})
+    assert_equal(*results)
 
 
 # ----------------------------------------------------------------- checkpoint
