@@ -347,7 +347,8 @@ train() {
     for arg in "$@"; do
         case $arg in
             --track=*) die "the track is the first word, not a flag: ./run.sh ${arg#--track=}" ;;
-            --data=* | --checkpoint=*) own_data=1 ;;
+            --data=*) own_data=1 ;;
+            --checkpoint=*) own_data=1 one=1 ;;
             --help | -h) own_data=1 one=1 ;;
             --check) one=1 ;;
             -*) ;;

@@ -295,7 +295,7 @@ CHOICES = {
     "warmup": ("auto", "on", "off"), "document_rest": ("skip", "keep"), "key_offset": ("table", "all", "off"),
     "key_offset_dims": ("stationary", "all"),
 }
-# Flags that change neither the model nor its training: what goes with --checkpoint and --resume.
+# Flags that change neither the model nor its schedule: what goes with --checkpoint and --resume.
 RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temperature", "seed", "export",
              "save_every", "stop_after", "profile", "log_folder", "device", "dtype", "compile", "attention",
              "kernels", "fp8", "graphs", "warmup", "data", "tokenizer")
@@ -332,7 +332,7 @@ def parse_config(argv: list[str]) -> Config:
     for name, value in overrides.items():
         if name not in RUN_FLAGS and value != getattr(base, name):
             raise UserError(f"--{name}: fixed by {saved}, where it is {getattr(base, name)}; leave it out")
-    kept = {"data", "seed", "tokenizer"} | ({"sample"} if overrides.get("resume") else set())
+    kept = {"data", "seed", "tokenizer"} | ({"sample", "dtype", "fp8"} if overrides.get("resume") else set())
     fresh = {name: getattr(Config, name) for name in RUN_FLAGS if name not in kept}
     if overrides.get("checkpoint") and overrides.get("resume"):
         raise UserError("--checkpoint is used without training, --resume to train on: give one of them")
@@ -500,8 +500,8 @@ def has_varlen_window() -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Kernels. Each wrapper takes a mode: "tma" moves tiles with Hopper's copy engine, "pointer" uses ordinary
-# loads and runs on any GPU that Triton serves, "reference" is the same in plain torch.
+# Kernels. Each wrapper takes a mode: "reference" is plain torch, anything else the kernel. Only the MLP's has
+# two: "tma" moves tiles with Hopper's copy engine, "pointer" with ordinary loads, on any GPU of Triton's.
 
 
 jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda function: function, None)
@@ -685,23 +685,29 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         tl.store(grad + row * V + first + columns, g.to(grad.dtype.element_ty), inside)
 
 
-def cross_entropy(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype=None, mode="reference"):
+def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype):
+    """cross_entropy in plain torch, compiled as a region where there is a GPU without Triton."""
+    z = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    t = torch.tanh(z / softcap) if softcap else None
+    q = softcap * t if softcap else z
+    lse, at = q.logsumexp(1, keepdim=True), targets_TK.clamp_min(0)
+    weights_TK = weights_K * (targets_TK >= 0)
+    grad = weights_TK.sum(1, keepdim=True) * (q - lse).exp()
+    grad = grad.scatter_add(1, at, -weights_TK.to(grad.dtype))
+    grad = grad * (1 - t * t) if softcap else grad
+    return (weights_TK * (lse - q.gather(1, at))).sum(1), (grad / scale).to(dtype)
+
+
+def cross_entropy(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype=None, mode="reference",
+                  reference=cross_entropy_region):
     """Soft-capped cross entropy, sum over k of weights[k] * loss with target k (none where it is -1).
 
     Returns the loss of each row (T,) float32 and its gradient by the logits (T, V), divided by `scale`, (),
-    in `dtype` (None: the logits'). Float32 logits never exist in memory.
+    in `dtype` (None: the logits'). The kernel never writes float32 logits.
     """
     dtype = dtype or logits_TV.dtype
     if mode == "reference":
-        z = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        t = torch.tanh(z / softcap) if softcap else None
-        q = softcap * t if softcap else z
-        lse, at = q.logsumexp(1, keepdim=True), targets_TK.clamp_min(0)
-        weights_TK = weights_K * (targets_TK >= 0)
-        grad = weights_TK.sum(1, keepdim=True) * (q - lse).exp()
-        grad.scatter_add_(1, at, -weights_TK.to(grad.dtype))
-        grad = grad * (1 - t * t) if softcap else grad
-        return (weights_TK * (lse - q.gather(1, at))).sum(1), (grad / scale).to(dtype)
+        return reference(logits_TV, targets_TK, weights_K, softcap, scale, dtype)
     (T, V), K = logits_TV.shape, targets_TK.size(1)
     loss_T = torch.empty(T, device=logits_TV.device)
     grad_TV = torch.empty(T, V, dtype=dtype, device=logits_TV.device)
@@ -1104,17 +1110,18 @@ def head_step(model, x_TD: Tensor, k: int, targets_TK: Tensor, weights_K: Tensor
     it is scaled to use the range.
     """
     head, softcap, mode = model.weights["heads"][k], model.cfg.softcap, model.kernels
+    reference = model.regions["cross_entropy_region"]
     grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
     if head.scale is None:
         logits_TV, one = x_TD @ head.weight_VD.T, torch.ones((), device=x_TD.device)
-        loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, softcap, one, mode=mode)
+        loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, softcap, one, None, mode, reference)
         add_product(grad_VD, grad_TV, x_TD)
         return loss_T.sum(), grad_TV @ head.weight_VD
-    x_scale, grad_scale = model.latent_scale, weights_K.sum() * 2.0**-14
+    x_scale, grad_scale = model.latent_scale, weights_K.sum().clamp_min(1e-30) * 2.0**-14
     x8_TD = model.regions["float8_region"](x_TD, x_scale)
     logits_TV = float8_product(x8_TD, head.weight_VD.T, x_scale, head.scale, x_TD.dtype, fast=True)
     loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, softcap, grad_scale, torch.float8_e5m2,
-                                    mode)
+                                    mode, reference)
     del logits_TV
     x_grad_TD = float8_product(grad_TV, head.weight_DV.T, grad_scale, head.scale, x_TD.dtype)
     x8_DT, grad_VT = transpose(x8_TD, mode), transpose(grad_TV, mode)
@@ -1136,7 +1143,8 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
 
 
 REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, gate_region, branch_region,
-                                   branch_backward_region, final_region, loss_region, float8_region)}
+                                   branch_backward_region, final_region, loss_region, float8_region,
+                                   cross_entropy_region)}
 
 
 def compile_region(function):
@@ -1147,7 +1155,7 @@ def compile_region(function):
 
     def call(*args):
         for i in tokens:
-            if args[i] is not None:
+            if args[i] is not None and args[i].size(0) > 1:  # a single row is compiled for itself
                 torch._dynamo.mark_dynamic(args[i], 0)
         return compiled(*args)
 
@@ -1179,7 +1187,8 @@ class GPT(nn.Module):
         self.cfg, self.dtype, self.attention = cfg, dtype, ATTENTION[attention]
         self.regions, self.kernels, self.fp8 = REGIONS, kernels, fp8
         self.weights, self.graphs = {}, None
-        self.latent_scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # bounds y + lambda * shift(y)
+        scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # y + lambda * shift(y) fits while |lambda| <= 1
+        self.register_buffer("latent_scale", scale, persistent=False)
         self.tap_layers = {layer.skip_from for layer in cfg.layers} | {cfg.backout_from}
         self.skips = [i for i, layer in enumerate(cfg.layers) if layer.skip_from >= 0 and cfg.skip]
         L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
@@ -1326,7 +1335,6 @@ def build_model(cfg: Config, hardware: Hardware) -> GPT:
     """A GPT with initial weights that depend on the seed alone: drawn on the CPU, equal on every rank."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, hardware.dtype, hardware.attention, hardware.kernels, hardware.fp8).to(hardware.device)
-    model.latent_scale = model.latent_scale.to(hardware.device)
     model.graphs = Graphs() if hardware.graphs else None
     if hardware.compile:
         torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
@@ -2169,7 +2177,7 @@ def export_model(path: Path, model: GPT):
 
 def load_model(path: str, cfg: Config, hardware: Hardware) -> GPT:
     """The model of a checkpoint or an export, uncompiled."""
-    model = build_model(cfg, hardware._replace(compile=False))
+    model = build_model(cfg, hardware._replace(compile=False, fp8=False, graphs=False))
     load_weights(model, read_safetensors(path)[0], path)
     return model
 
@@ -2179,7 +2187,8 @@ def load_model(path: str, cfg: Config, hardware: Hardware) -> GPT:
 
 
 class Clock:
-    """Training time in seconds. Running: training steps with their data. Paused: validation, checkpoints.
+    """Training time in seconds. Running: training steps with their data. Paused: validation, checkpoints, and
+    the recording of CUDA graphs, which give their memory back to a validation.
 
     Never running: set-up, compilation, warm-up, sampling, export.
     """
@@ -2271,7 +2280,8 @@ def log_header(log: Log, hardware: Hardware, world: World, model: GPT, shards: S
     size = sum(p.numel() for p in model.parameters())
     log.line(f"model: {size:,} parameters, {len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}")
     log.line("timed: training steps with their data")
-    log.line("untimed: set-up, compilation, warm-up on synthetic tokens, validation, checkpoints, sampling")
+    log.line("untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
+             "checkpoints, sampling")
 
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
@@ -2388,6 +2398,7 @@ class Profiler:
 def kernel_table(profile, steps: int, rows: int = 20) -> str:
     """The kernels (on a CPU the operators) that took longest, in milliseconds and calls per step."""
     events = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+
     def spent(e):
         return e.self_device_time_total if events else e.self_cpu_time_total
 
@@ -2418,8 +2429,9 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
         rotary = build_rotary(cfg, plan.stage_index, val.positions, hardware.device)
         for step in range(cfg.adam_every):
             train_step(model, optimizer, [batch], plan, rotary, step)
-        if model.graphs:
-            add_graph(model, batch, plan, rotary, loss_weights(cfg, plan, hardware.device))
+        weights = loss_weights(cfg, plan, hardware.device)
+        if model.graphs and graph_inputs(batch, weights):
+            add_graph(model, batch, plan, rotary, weights)
     chunk = min(cfg.val_chunk, val.count)
     Validation(cfg, np.resize(tokens, chunk * world.size + 1)).run(model, final_windows(cfg), rotary, world)
     with torch.no_grad():
@@ -2430,9 +2442,6 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
         for buffer in state.buffers.values():
             buffer.zero_()
     hardware.synchronize()
-    if model.graphs:
-        model.graphs.release()
-        model.graphs.capture()
 
 
 def check_world(cfg: Config, world: World):
@@ -2546,7 +2555,6 @@ def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tupl
     """The whole run: set up, then steps on the clock, with validations and checkpoints off it."""
     model, optimizer, shards, val, log, progress = set_up(cfg, hardware, world, launch)
     start, position, seconds = progress.values()
-    log.line(str(launch))
     compiled, profiler = compilations(), Profiler(cfg.profile, log, hardware)
     clock = Clock(hardware, seconds)
     loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
@@ -2574,6 +2582,9 @@ def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tupl
                 validate(val, model, rotary, step, clock, log, world)
             if model.graphs and step < stop:
                 model.graphs.capture()
+            if step == start:
+                launch.mark("validation and graphs")
+                log.line(str(launch))
         if step < stop:
             clock.resume()
             batches, position = next(loader)
@@ -2633,6 +2644,8 @@ def run(argv: list[str]):
     env = os.environ
     world = World(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
     hardware = choose_hardware(cfg, world)
+    if hardware.device.type == "cuda":
+        torch.cuda.set_device(hardware.device)  # where Triton launches
     if cfg.export:
         check_export(Path(cfg.export))
     if cfg.check:
@@ -2647,8 +2660,6 @@ def run(argv: list[str]):
         use_checkpoint(cfg, hardware)
         return
     if world.size > 1:
-        if hardware.device.type == "cuda":
-            torch.cuda.set_device(hardware.device)
         dist.init_process_group("nccl" if hardware.device.type == "cuda" else "gloo")
     launch.mark("process group")
     model, log = train(cfg, hardware, world, launch)

@@ -842,6 +842,12 @@ def test_a_head_in_float8_has_nearly_the_loss_and_gradients_of_one_in_float32():
             assert 0 < relative_error(*gradients) < 0.1, name
 
 
+def test_a_float8_head_of_weight_zero_gets_no_gradient():
+    model = make_model(replace(ALL_ON, loss_chunk=16, mtp_weight=0.0), fp8=True)
+    micro_backward(model, make_batch(17, 1, 20))
+    assert model.head.grad.isfinite().all() and model.head.grad.any() and not model.mtp_heads.grad.any()
+
+
 def products_of(model):
     """The tensors that products read."""
     parts = [*model.weights["heads"], *model.weights.get("mlp8", ())]

@@ -289,8 +289,8 @@ def test_several_processes_start_only_after_the_check(box):
     assert box.names() == ["sample", "check"]
 
 
-@pytest.mark.parametrize("flag", ["--help", "--check"])
-def test_help_and_check_take_one_process(box, flag):
+@pytest.mark.parametrize("flag", ["--help", "--check", "--checkpoint=c"])
+def test_help_check_and_checkpoint_take_one_process(box, flag):
     assert box.run("tiny", flag, NPROC="8").returncode == 0 and not box.calls("launcher")
 
 
