@@ -35,7 +35,7 @@ STARTED = time.time()  # before torch is imported: that is part of the launch
 # ruff: noqa: E402
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -491,12 +491,18 @@ def newest_flash_attention(capability: tuple) -> str:
     return "FlashAttention 2 in torch"
 
 
-def has_varlen_window() -> bool:
+@cache
+def varlen_parameters() -> tuple:
+    """What this torch's varlen_attn takes; nothing if it has no such function."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return "window_size" in inspect.signature(varlen_attn).parameters
+        return ()
+    return tuple(inspect.signature(varlen_attn).parameters)
+
+
+def has_varlen_window() -> bool:
+    return "window_size" in varlen_parameters()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -869,7 +875,7 @@ class Linear(torch.autograd.Function):
     """x_TC @ weight_RC.T. The weight's gradient is added to grad_RC by the product that computes it."""
 
     @staticmethod
-    def forward(ctx, x_TC: Tensor, weight_RC: Tensor, grad_RC: Tensor | None) -> Tensor:
+    def forward(ctx, x_TC: Tensor, weight_RC: Tensor, grad_RC: Tensor) -> Tensor:
         ctx.grad_RC = grad_RC
         ctx.save_for_backward(x_TC, weight_RC)
         return x_TC @ weight_RC.T
@@ -961,7 +967,7 @@ def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tenso
 
     cu, longest = docs
     options = {"scale": 1.0, "window_size": (window, 0)}
-    if "num_splits" in inspect.signature(varlen_attn).parameters:
+    if "num_splits" in varlen_parameters():
         options["num_splits"] = 1  # FlashAttention 3 would split, which costs more than it gives here
     return varlen_attn(q_THE, k_THE, v_THE, cu, cu, longest, longest, **options)
 
@@ -1228,8 +1234,8 @@ class GPT(nn.Module):
         cfg = self.cfg
         weights = self.weights or self.refresh()
         training = torch.is_grad_enabled()
-        attn_grad = gradient(self.attn_bank) if training else [None] * len(self.attn_bank)
-        mlp_grad = gradient(self.mlp_bank) if training else [None] * len(self.mlp_bank)
+        names = "attn_bank", "mlp_bank"  # without a backward pass nothing reads the gradients
+        attn_grad, mlp_grad = (gradient(getattr(self, n)) if training else weights[n] for n in names)
         starts_T = tokens_T == cfg.bos
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype, self.kernels)
         gate, smear_lambda = (self.smear_gate, self.smear_lambda) if cfg.smear else (None, None)
@@ -1244,14 +1250,14 @@ class GPT(nn.Module):
                 w_4DD, grad_4DD = weights["attn_bank"][a], attn_grad[a]
                 value_TD = values[layer.value_embed] if cfg.value_embeds and layer.value_embed >= 0 else None
                 v_lambda, out_lambda = self.attn_lambdas[a].unbind()
-                qkv_TC = Linear.apply(h_TD, w_4DD[:3].flatten(0, 1), training and grad_4DD[:3].flatten(0, 1))
+                qkv_TC = Linear.apply(h_TD, w_4DD[:3].flatten(0, 1), grad_4DD[:3].flatten(0, 1))
                 q_THE, k_THE, v_THE = self.regions["qkv_region"](
                     qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
                 gate_HG = self.attn_gate[a] if cfg.attn_gate else None
                 y_TD = self.regions["gate_region"](y_THE, lead_TG, gate_HG, out_lambda)
-                o_TD = Linear.apply(y_TD, w_4DD[3], training and grad_4DD[3])
+                o_TD = Linear.apply(y_TD, w_4DD[3], grad_4DD[3])
                 x_TD, h_TD = Branch.apply(x_TD, o_TD, self.regions)
             else:
                 x_TD = x_TD.clone()  # the MLP adds to it in place
