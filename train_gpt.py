@@ -776,6 +776,24 @@ def polynomial(x_NRR: Tensor, a: float, b: float, c: float, mode: str = "referen
     return out_NRR
 
 
+@jit
+def add_rows_kernel(total, tokens, rows, D, BLOCK: constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(rows + row * D + columns, columns < D, other=0.0)
+    tl.atomic_add(total + tl.load(tokens + row) * D + columns, x.to(total.dtype.element_ty), columns < D,
+                  sem="relaxed")
+
+
+def add_rows(total_VD: Tensor, tokens_N: Tensor, rows_ND: Tensor, mode: str = "reference"):
+    """total[tokens[i]] += rows[i] for every i, in the precision of total and, on a GPU, in any order."""
+    if mode == "reference":
+        total_VD.index_add_(0, tokens_N, rows_ND.to(total_VD.dtype))
+    else:
+        N, D = rows_ND.shape
+        block = triton.next_power_of_2(D)
+        add_rows_kernel[N,](total_VD, tokens_N, rows_ND.contiguous(), D, block, num_warps=4)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Model
 
@@ -835,24 +853,6 @@ def add_product(grad_RC: Tensor, a_TR: Tensor, b_TC: Tensor):
         torch.ops.aten.addmm.dtype_out(grad_RC, a_TR.T, b_TC, grad_RC.dtype, out=grad_RC)
     else:
         grad_RC.addmm_(a_TR.T.to(grad_RC.dtype), b_TC.to(grad_RC.dtype))
-
-
-@jit
-def add_rows_kernel(total, tokens, rows, D, BLOCK: constexpr):
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    x = tl.load(rows + row * D + columns, columns < D, other=0.0)
-    tl.atomic_add(total + tl.load(tokens + row) * D + columns, x.to(total.dtype.element_ty), columns < D,
-                  sem="relaxed")
-
-
-def add_rows(total_VD: Tensor, tokens_N: Tensor, rows_ND: Tensor, mode: str = "reference"):
-    """total[tokens[i]] += rows[i] for every i, in the precision of total and, on a GPU, in any order."""
-    if mode == "reference":
-        total_VD.index_add_(0, tokens_N, rows_ND.to(total_VD.dtype))
-    else:
-        N, D = rows_ND.shape
-        block = triton.next_power_of_2(D)
-        add_rows_kernel[N,](total_VD, tokens_N, rows_ND.contiguous(), D, block, num_warps=4)
 
 
 class Lookup(torch.autograd.Function):
@@ -1771,9 +1771,10 @@ def pack(stream: DocumentStream, tokens: int, max_doc: int) -> tuple[np.ndarray,
     return np.concatenate(pieces), starts[starts < tokens]
 
 
-def to_documents(starts: np.ndarray, tokens: int) -> Documents:
+def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None) -> Documents:
+    """longest: a bound on the lengths, where it is known; a constant one keeps attention's launches alike."""
     cu_seqlens = np.append(starts, tokens).astype(np.int32)
-    return Documents(torch.from_numpy(cu_seqlens), int(np.diff(cu_seqlens).max()))
+    return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
 
 
 def micro_count(cfg: Config, world: World) -> int:
@@ -1810,7 +1811,7 @@ class Loader:
         for i in range(micro_count(self.cfg, self.world)):
             tokens, starts = pack(self.stream, T, stage.max_doc)
             if i % self.world.size == self.world.rank:
-                docs = to_documents(starts, T)._replace(longest=stage.max_doc)
+                docs = to_documents(starts, T, stage.max_doc)
                 own.append(MicroBatch(self.host(tokens.astype(np.int64)), docs))
         return own, self.stream.position
 
@@ -1877,6 +1878,11 @@ class StepPlan(NamedTuple):
     lr: float                    # multiplier on the table's learning rates
     momentum: float              # of NorMuon
     weights: tuple               # of the targets t+1, t+2, ..
+
+    @property
+    def kind(self) -> tuple:
+        """Steps of a kind run the same code on the same shapes."""
+        return self.stage_index, len(self.weights)
 
 
 def plan_step(cfg: Config, step: int) -> StepPlan:
@@ -1988,20 +1994,21 @@ def graph_inputs(batch: MicroBatch, weights) -> list | None:
 
 
 def add_graph(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights):
+    """Have micro-batches of this plan's kind run as a graph from the next capture() on."""
+
     def run(tokens, cu_seqlens, *weights):
         packed = MicroBatch(tokens, Documents(cu_seqlens, batch.docs.longest))
         return backward_micro_batch(model, packed, plan, rotary, weights)
 
-    model.graphs.add((plan.stage_index, len(plan.weights)), run, graph_inputs(batch, weights))
+    model.graphs.add(plan.kind, run, graph_inputs(batch, weights))
 
 
 def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
     """backward_micro_batch, as a graph where there is one."""
-    key = plan.stage_index, len(plan.weights)
-    inputs = graph_inputs(batch, weights) if model.graphs and key in model.graphs.captured else None
+    inputs = graph_inputs(batch, weights) if model.graphs and plan.kind in model.graphs.captured else None
     if inputs is None:
         return backward_micro_batch(model, to_device(batch, model.embed.device), plan, rotary, weights)
-    return model.graphs.replay(key, [inputs[0], inputs[1].pin_memory(), *inputs[2:]])
+    return model.graphs.replay(plan.kind, [inputs[0], inputs[1].pin_memory(), *inputs[2:]])
 
 
 def to_device(batch: MicroBatch, device) -> MicroBatch:
@@ -2386,10 +2393,8 @@ class Profiler:
         """Called after each step."""
         self.seen += 1
         if self.steps and self.seen == 2 and not last:
-            kinds = torch.profiler.ProfilerActivity
-            on = {kinds.CPU} | ({kinds.CUDA} if self.hardware.device.type == "cuda" else set())
             self.hardware.synchronize()
-            self.running = torch.profiler.profile(activities=on)
+            self.running = new_profile(self.hardware)
             self.running.start()
         elif self.running and (last or self.seen == 2 + self.steps):
             self.hardware.synchronize()
@@ -2399,6 +2404,13 @@ class Profiler:
                 self.log.line(kernel_table(self.running, self.seen - 2))
                 self.log.line(f"trace: {self.log.folder / 'trace.json'} (open in ui.perfetto.dev)")
             self.running = None
+
+
+def new_profile(hardware: Hardware) -> torch.profiler.profile:
+    """A profile of the host and, if there is one, the GPU; not started."""
+    kinds = torch.profiler.ProfilerActivity
+    gpu = {kinds.CUDA} if hardware.device.type == "cuda" else set()
+    return torch.profiler.profile(activities={kinds.CPU} | gpu)
 
 
 def kernel_table(profile, steps: int, rows: int = 20) -> str:
@@ -2424,13 +2436,13 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
     shapes = {}
     for step in range(cfg.total_steps):
         plan = plan_step(cfg, step)
-        shapes.setdefault((plan.stage_index, len(plan.weights)), plan)
+        shapes.setdefault(plan.kind, plan)
     for plan in sorted(shapes.values(), key=lambda plan: -plan.stage.batch_tokens):  # most memory first
         T = micro_tokens(cfg, world, plan.stage)
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
         tokens[:: min(512, plan.stage.max_doc)] = cfg.bos
         starts = np.arange(0, T, min(512, plan.stage.max_doc))
-        docs = to_documents(starts, T)._replace(longest=plan.stage.max_doc)
+        docs = to_documents(starts, T, plan.stage.max_doc)
         batch = MicroBatch(torch.from_numpy(tokens), docs)
         rotary = build_rotary(cfg, plan.stage_index, val.positions, hardware.device)
         for step in range(cfg.adam_every):

@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
-from step import synthetic_batch
+from step import synthetic_batch, tokens_of
 
 ROWS = 256
 TILES = [tg.Tiles(*tiles) for tiles in (
@@ -56,7 +56,7 @@ class Setting(NamedTuple):
     mode: str
 
     def tokens(self, stage: tg.Stage) -> int:
-        return stage.batch_tokens // self.cfg.micro_batches
+        return tokens_of(self.cfg, stage)
 
     def random(self, *shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(shape, device=self.hardware.device).mul_(std).to(self.hardware.dtype)

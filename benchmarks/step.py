@@ -2,13 +2,13 @@
 
     python benchmarks/step.py [--steps=8] [--compare=all] [--cap_gib=22] [--profile] [--out=FILE] [flags]
 
-Other flags go to train_gpt.py (--track=short is the default). Prints, for each stage, the median milliseconds
-per micro-batch (forward, backward and its share of the optimizer's step, so over an even number of steps), its
-range, tokens per second, share of bf16 peak, peak memory allocated and reserved (what graphs hold is reserved
-only), and the seconds from the start of the process to the first timed step. --compare=NAME,NAME or all does the
-same for variants, in the same process; one whose loss is not the first one's fails the run. --profile adds the
-kernels that take the time. Tokens are synthetic: frequencies fall off like words', lengths of documents are
-log-normal.
+Other flags go to train_gpt.py (--track=short is the default). Prints, for each stage, the median
+milliseconds per micro-batch (forward, backward and its share of the optimizer's step, so over an even
+number of steps), their range, tokens per second, share of bf16 peak, peak memory allocated and reserved
+(what graphs hold is reserved only), and the seconds from the start of the process to the first timed step.
+--compare=NAME,NAME or all does the same for variants, in the same process; one whose loss is not the first
+one's fails the run. --profile adds the kernels that take the time. Tokens are synthetic: frequencies fall
+off like words', lengths of documents are log-normal.
 """
 
 import argparse
@@ -27,34 +27,38 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 
-PLAIN = ("mlp_forward", "mlp_backward")
+MLP = ("mlp_forward", "mlp_backward")
 VARIANTS = {  # name: (flags, kernels replaced by torch.compile of their references)
     "default": ((), ()),
     "CUDA graphs off": (("--graphs=off",), ()),
     "float8 head off": (("--fp8=off",), ()),
-    "fused MLP off": ((), ("mlp_forward", "mlp_backward")),
+    "fused MLP off": ((), MLP),
     "cross-entropy kernel off": ((), ("cross_entropy",)),
     "polynomial kernel off": ((), ("polynomial",)),
     "scatter kernel off": ((), ("add_rows",)),
     "transpose kernel off": ((), ("transpose",)),
     "TMA off": (("--kernels=pointer",), ()),
     "TMA and float8 off": (("--kernels=pointer", "--fp8=off"), ()),
-    "compiled plain torch": (("--kernels=reference", "--fp8=off", "--graphs=off"), PLAIN),
+    "compiled plain torch": (("--kernels=reference", "--fp8=off", "--graphs=off"), MLP),
     "windows off (dense causal)": (("--sliding_window=off",), ()),
 }
 SAME_LOSS = 0.02  # relative, after the same steps; a wrong kernel diverges
 
 
+def tokens_of(cfg: tg.Config, stage: tg.Stage) -> int:
+    """Of a micro-batch on one GPU."""
+    return tg.micro_tokens(cfg, tg.World(), stage)
+
+
 def synthetic_batch(cfg: tg.Config, stage: tg.Stage, rng) -> tg.MicroBatch:
     """A packed micro-batch: word-like token frequencies, log-normal document lengths (mean about 1,000)."""
-    T = stage.batch_tokens // cfg.micro_batches
+    T = tokens_of(cfg, stage)
     tokens = np.minimum(rng.zipf(1.15, T + 1) - 1, rng.integers(0, cfg.vocab_size - 1, T + 1))
     lengths = np.clip(rng.lognormal(6.4, 1.0, T), 16, stage.max_doc).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     starts = starts[starts < T]
     tokens[starts] = cfg.bos
-    docs = tg.to_documents(starts, T)._replace(longest=stage.max_doc)
-    return tg.MicroBatch(torch.from_numpy(tokens), docs)
+    return tg.MicroBatch(torch.from_numpy(tokens), tg.to_documents(starts, T, stage.max_doc))
 
 
 class Bench:
@@ -84,7 +88,7 @@ class Bench:
 
     def prepare(self, plan: tg.StepPlan):
         rng = np.random.default_rng(plan.stage_index)
-        longest = max(stage.batch_tokens for stage in self.cfg.stages) // self.cfg.micro_batches
+        longest = max(tokens_of(self.cfg, stage) for stage in self.cfg.stages)
         self.rotary = tg.build_rotary(self.cfg, plan.stage_index, longest, self.hardware.device)
         batches = [synthetic_batch(self.cfg, plan.stage, rng) for _ in range(self.cfg.micro_batches)]
         self.batches = [tg.MicroBatch(t.pin_memory() if self.cuda else t, docs) for t, docs in batches]
@@ -109,17 +113,18 @@ class Bench:
             loss = self.train(plan)
             self.hardware.synchronize()
             times.append((time.perf_counter() - began) * 1e3 / 2 / self.cfg.micro_batches)
-        T = plan.stage.batch_tokens // self.cfg.micro_batches
+        T = tokens_of(self.cfg, plan.stage)
         metrics = tg.step_metrics(self.model, self.hardware, tg.World(), T, statistics.median(times) / 1e3)
-        reserved = torch.cuda.max_memory_reserved() >> 20 if self.cuda else 0
         return {"tokens": T, "ms": statistics.median(times), "low": min(times), "high": max(times),
-                "n": len(times), **metrics,
-                "peak_mib": tg.memory_mib(self.hardware), "reserved_mib": reserved,
-                "loss": loss.item(), "compilations": tg.compilations() - compiled}
+                "n": len(times), **metrics, **self.memory(), "loss": loss.item(),
+                "compilations": tg.compilations() - compiled}
+
+    def memory(self) -> dict:
+        reserved = torch.cuda.max_memory_reserved() >> 20 if self.cuda else 0
+        return {"peak_mib": tg.memory_mib(self.hardware), "reserved_mib": reserved}
 
     def profile(self, plan: tg.StepPlan) -> str:
-        kinds = torch.profiler.ProfilerActivity
-        with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if self.cuda else [])]) as profile:
+        with tg.new_profile(self.hardware) as profile:
             self.train(plan)
             self.train(plan)
             self.hardware.synchronize()
@@ -139,9 +144,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         val.run(self.model, windows, rotary, tg.World())
-        reserved = torch.cuda.max_memory_reserved() >> 20 if self.cuda else 0
-        return {"tokens": val.count, "seconds": time.perf_counter() - began,
-                "peak_mib": tg.memory_mib(self.hardware), "reserved_mib": reserved}
+        return {"tokens": val.count, "seconds": time.perf_counter() - began, **self.memory()}
 
 
 @contextmanager
@@ -186,7 +189,7 @@ def measure(name: str, flags: list, args) -> dict:
         if args.profile and name == "default":
             for plan in bench.plans:
                 bench.prepare(plan)
-                print(f"\n{plan.stage.batch_tokens // cfg.micro_batches} tokens, {bench.profile(plan)}\n")
+                print(f"\n{tokens_of(cfg, plan.stage)} tokens, {bench.profile(plan)}\n")
         out["validation"] = bench.validate()
     del bench
     gc.collect()
@@ -214,8 +217,8 @@ def main():
     if args.cap_gib:
         share = args.cap_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
-    print("| variant | tokens a micro-batch | ms | range | tokens/s | of bf16 peak | MiB allocated | reserved |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print("| variant | tokens a micro-batch | ms | range | tokens/s | of bf16 peak | MiB allocated "
+          "| reserved |\n|---|--:|--:|--:|--:|--:|--:|--:|")
     results = {}
     for name in names:
         results[name] = measure(name, flags, args)
@@ -224,7 +227,8 @@ def main():
     default = results["default"]
     val = default["validation"]
     print(f"\nstart of the process to the first timed step: {default['first_step_s']:.1f} s")
-    print(f"validation of {val['tokens']:,} tokens: {val['seconds']:.2f} s, {val['peak_mib']:,} MiB allocated")
+    print(f"validation of {val['tokens']:,} tokens: {val['seconds']:.2f} s, "
+          f"{val['peak_mib']:,} MiB allocated")
     late = {name: sum(r["compilations"] for r in result["stages"]) for name, result in results.items()}
     print(f"compilations within timed steps: {sum(late.values())}")
     for name, result in results.items():
