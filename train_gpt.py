@@ -104,7 +104,7 @@ class Config:
     compile: str = "auto"        # auto, on, off
     attention: str = "auto"      # auto, varlen, reference
     kernels: str = "auto"        # auto, tma, pointer, reference: see "Kernels"
-    fp8: str = "auto"            # auto, on, off: the head's products in float8
+    fp8: str = "auto"            # auto, on, off: products in float8: the head's and, with fp8_mlp, the MLP's
     graphs: str = "auto"         # auto, on, off: a micro-batch is launched as one CUDA graph
     warmup: str = "auto"         # auto, on, off: untimed steps on synthetic tokens, state restored after
     # data
@@ -152,7 +152,7 @@ class Config:
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
     softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
     smear_mtp: bool = True
-    fp8_mlp: bool = False        # forward products of the MLP in float8, in training
+    fp8_mlp: bool = True         # forward products of the MLP in float8, in training, where fp8 is on
     multi_target: bool = False   # use the stages' target weights; off: next token only
     mtp_heads: int = 0           # auxiliary heads for t+2, t+3, ..: trained, not exported
     mtp_weight: float = 0.1      # of the mean auxiliary loss
@@ -283,7 +283,7 @@ TRACKS = {
     "medium": replace(
         SHORT, track="medium", layers=MEDIUM_LAYERS, stages=MEDIUM_STAGES, width=1024, heads=8,
         scheduled_steps=4700, backout_from=11, cooldown=0.7, val_window_short=1408, val_window_long=3456,
-        muon_lr=0.015, muon_weight_decay=0.018, adam_lr=0.004,
+        muon_lr=0.015, muon_weight_decay=0.018, adam_lr=0.004, fp8_mlp=False,
     ),
 }
 
@@ -412,7 +412,7 @@ class Hardware(NamedTuple):
     compile: bool
     attention: str               # "varlen" (FlashAttention inside torch) or "reference"
     kernels: str                 # "tma", "pointer" or "reference": see "Kernels"
-    fp8: bool                    # head in float8
+    fp8: bool                    # products in float8
     graphs: bool                 # training micro-batches as CUDA graphs
     warmup: bool
     reasons: dict                # decision -> why, for the log
@@ -458,8 +458,6 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
         if cfg.graphs == "on":
             raise UserError("--graphs=on: needs --warmup=on, which records them")
         chosen["graphs"], reasons["graphs"] = "off", "on needs --warmup=on"
-    if cfg.fp8_mlp and chosen["fp8"] == "off" and not cfg.checkpoint:
-        raise UserError("--fp8_mlp: needs --fp8=on or a GPU where that is the default")
     reasons |= {name: "forced" for name in ("dtype", "warmup") if getattr(cfg, name) != "auto"}
     return Hardware(device, torch.bfloat16 if bfloat16 else torch.float32, chosen["compile"] == "on",
                     chosen["attention"], chosen["kernels"], chosen["fp8"] == "on", chosen["graphs"] == "on",

@@ -31,8 +31,9 @@ MLP = ("mlp_forward", "mlp_backward")
 VARIANTS = {  # name: (flags, kernels replaced by torch.compile of their references)
     "default": ((), ()),
     "CUDA graphs off": (("--graphs=off",), ()),
-    "float8 head off": (("--fp8=off",), ()),
-    "fused MLP off": ((), MLP),
+    "float8 MLP off": (("--fp8_mlp=off",), ()),
+    "float8 MLP and head off": (("--fp8=off",), ()),
+    "float8 MLP and fused MLP off": (("--fp8_mlp=off",), MLP),
     "cross-entropy kernel off": ((), ("cross_entropy",)),
     "polynomial kernel off": ((), ("polynomial",)),
     "scatter kernel off": ((), ("add_rows",)),

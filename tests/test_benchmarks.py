@@ -105,9 +105,9 @@ def run_step(*arguments):
 
 def test_step_times_every_stage_of_the_default_and_a_variant_and_counts_compilations(tmp_path):
     out = tmp_path / "out.json"
-    run = run_step("--compare=float8 head off", f"--out={out}")
+    run = run_step("--compare=float8 MLP and head off", f"--out={out}")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("| default | 2,048 |") == run.stdout.count("| float8 head off | 2,048 |") == 1
+    assert run.stdout.count("| default | 2,048 |") == run.stdout.count("| float8 MLP and head off | 2,048 |") == 1
     assert "compilations within timed steps: 0" in run.stdout
     stage = json.loads(out.read_text())["default"]["stages"][0]
     assert 0 < stage["low"] <= stage["ms"] <= stage["high"] and stage["n"] == 1

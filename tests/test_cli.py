@@ -135,7 +135,6 @@ MISTAKES = {
     "tma_on_cpu": (["--device=cpu", "--kernels=tma"], "--kernels=tma", "Hopper"),
     "pointer_on_cpu": (["--device=cpu", "--kernels=pointer"], "--kernels=pointer", "Triton"),
     "fp8_on_cpu": (["--device=cpu", "--fp8=on"], "--fp8=on", "compute capability"),
-    "fp8_mlp_on_cpu": (["--device=cpu", "--fp8_mlp"], "--fp8_mlp", "--fp8=on"),
     "graphs_on_cpu": (["--device=cpu", "--graphs=on"], "--graphs=on", "a GPU"),
     "batch_not_divisible": (["--micro_batches=3"], "3 micro-batches", "256"),
 }
@@ -294,15 +293,6 @@ def test_hardware_says_what_was_forced(gpu, capability, name, value):
     for wanted in (value, "auto"):
         hardware = train_gpt.choose_hardware(replace(SMALL, **{name: wanted}), train_gpt.World())
         assert (hardware.reasons[name] == "forced") == (wanted == value)
-
-
-@pytest.mark.parametrize("capability, fp8", [(None, "auto"), ((8, 0), "auto"), ((9, 0), "off")])
-def test_fp8_mlp_without_float8_is_refused_in_training_alone(gpu, capability, fp8):
-    gpu(capability)
-    cfg = replace(SMALL, fp8_mlp=True, fp8=fp8)
-    with pytest.raises(train_gpt.UserError, match="^--fp8_mlp: needs --fp8=on or a GPU"):
-        train_gpt.choose_hardware(cfg, train_gpt.World())
-    assert not train_gpt.choose_hardware(replace(cfg, checkpoint="file"), train_gpt.World()).fp8
 
 
 def test_without_triton_there_are_no_kernels(gpu, monkeypatch):
