@@ -774,24 +774,6 @@ def polynomial(x_NRR: Tensor, a: float, b: float, c: float, mode: str = "referen
     return out_NRR
 
 
-@jit
-def add_rows_kernel(total, tokens, rows, D, BLOCK: constexpr):
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    x = tl.load(rows + row * D + columns, columns < D, other=0.0)
-    tl.atomic_add(total + tl.load(tokens + row) * D + columns, x.to(total.dtype.element_ty), columns < D,
-                  sem="relaxed")
-
-
-def add_rows(total_VD: Tensor, tokens_N: Tensor, rows_ND: Tensor, mode: str = "reference"):
-    """total[tokens[i]] += rows[i] for every i, in the precision of total and, on a GPU, in any order."""
-    if mode == "reference":
-        total_VD.index_add_(0, tokens_N, rows_ND.to(total_VD.dtype))
-    else:
-        N, D = rows_ND.shape
-        block = triton.next_power_of_2(D)
-        add_rows_kernel[N,](total_VD, tokens_N, rows_ND.contiguous(), D, block, num_warps=4)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Model
 
@@ -857,15 +839,15 @@ class Lookup(torch.autograd.Function):
     """Rows of a table in `dtype`: (..., D). Their gradients are added to the table's, which stays dense."""
 
     @staticmethod
-    def forward(ctx, tokens: Tensor, table_VD: nn.Parameter, dtype: torch.dtype, kernels: str) -> Tensor:
-        ctx.table, ctx.kernels = table_VD, kernels
+    def forward(ctx, tokens: Tensor, table_VD: nn.Parameter, dtype: torch.dtype, regions: dict) -> Tensor:
+        ctx.table, ctx.regions = table_VD, regions
         ctx.save_for_backward(tokens)
         return F.embedding(tokens, table_VD).to(dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (tokens,) = ctx.saved_tensors
-        add_rows(gradient(ctx.table), tokens.flatten(), grad.flatten(0, -2), ctx.kernels)
+        ctx.regions["add_rows_region"](gradient(ctx.table), tokens.flatten(), grad.flatten(0, -2))
         return None, None, None, None
 
 
@@ -1062,6 +1044,11 @@ def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
     return (y_THE * factor_TH[..., None]).type_as(y_THE).flatten(1)
 
 
+def add_rows_region(total_VD, tokens_T, rows_TD):
+    """total[tokens[t]] += rows[t] for every t, in the precision of total and, on a GPU, in any order."""
+    total_VD.index_add_(0, tokens_T, rows_TD.to(total_VD.dtype))
+
+
 def branch_region(x_TD, o_TD):
     """Residual stream after attention, the same normed, and what it was multiplied by, (T, 1)."""
     sum_TD = x_TD + o_TD
@@ -1146,9 +1133,9 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, gate_region, branch_region,
-                                   branch_backward_region, final_region, loss_region, float8_region,
-                                   cross_entropy_region)}
+REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, gate_region, add_rows_region,
+                                   branch_region, branch_backward_region, final_region, loss_region,
+                                   float8_region, cross_entropy_region)}
 
 
 def compile_region(function):
@@ -1235,7 +1222,7 @@ class GPT(nn.Module):
         names = "attn_bank", "mlp_bank"  # without a backward pass nothing reads the gradients
         attn_grad, mlp_grad = (gradient(getattr(self, n)) if training else weights[n] for n in names)
         starts_T = tokens_T == cfg.bos
-        embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype, self.kernels)
+        embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype, self.regions)
         gate, smear_lambda = (self.smear_gate, self.smear_lambda) if cfg.smear else (None, None)
         x_TD = x0_TD = self.regions["embed_region"](embed_TD, gate, smear_lambda, starts_T, cfg.cut_smear)
         values = self.value_rows(tokens_T)
@@ -1315,7 +1302,7 @@ class GPT(nn.Module):
         if not self.cfg.value_tables:
             return ()
         first = torch.arange(self.cfg.value_tables, device=tokens_T.device)[:, None] * self.cfg.padded_vocab
-        return Lookup.apply(tokens_T + first, self.value_embeds, self.dtype, self.kernels).unbind(0)
+        return Lookup.apply(tokens_T + first, self.value_embeds, self.dtype, self.regions).unbind(0)
 
     def skip_input(self, i: int, outputs: dict) -> tuple:
         if i not in self.skips:

@@ -46,7 +46,6 @@ class Case(NamedTuple):
     exact: tuple                 # float64: the first rows of each result
     bound: float                 # of the error
     flop: float = 0
-    bytes: int = 0               # 0: those of arguments and results
     dense: Callable | None = None  # compared with instead of plain torch
 
 
@@ -132,22 +131,6 @@ def polynomial(s: Setting, stage: tg.Stage):
         yield Case(f"{count} x {D} x {D}", run, (exact,), 5e-3, count * D * D * (D + 1))
 
 
-def add_rows(s: Setting, stage: tg.Stage, tables: int = 3):
-    T, V, D, tokens_T = s.tokens(stage), s.cfg.padded_vocab, s.cfg.width, s.batch(stage)[0][:-1]
-    tokens_N = (tokens_T + V * torch.arange(tables, device=tokens_T.device)[:, None]).flatten()
-    total_VD, rows_ND = s.random(tables * V, D).float(), s.random(tables * T, D)
-    first = tokens_N < ROWS
-    exact = total_VD[:ROWS].double().index_add_(0, tokens_N[first], rows_ND[first].double())
-    moved = rows_ND.nbytes + tokens_N.nbytes + 2 * total_VD[0].nbytes * tokens_N.unique().numel()
-
-    def added(total_VD, tokens_N, rows_ND, mode):
-        tg.add_rows(total_VD, tokens_N, rows_ND, mode)
-        return total_VD
-
-    run = partial(added, total_VD, tokens_N, rows_ND)
-    yield Case(f"{tables} x {T:,} x {D}", run, (exact,), 1e-5, bytes=moved)
-
-
 def attention(s: Setting, stage: tg.Stage):
     """Forward, at the short and the long window."""
     T, H, E, docs = s.tokens(stage), s.cfg.heads, s.cfg.head_dim, s.batch(stage)[1]
@@ -173,7 +156,7 @@ KERNELS = {
     "mlp_forward": partial(mlp, backward=False), "mlp_backward": partial(mlp, backward=True),
     "cross_entropy_float8": partial(cross_entropy, dtype=torch.float8_e5m2, bound=0.06),
     "cross_entropy_bfloat16": partial(cross_entropy, dtype=torch.bfloat16, bound=5e-3),
-    "transpose": transpose, "polynomial": polynomial, "add_rows": add_rows, "attention": attention,
+    "transpose": transpose, "polynomial": polynomial, "attention": attention,
 }
 ALIKE = {"cross_entropy_float8", "cross_entropy_bfloat16", "transpose", "polynomial"}  # at every stage
 
@@ -194,7 +177,7 @@ def measure(s: Setting, name: str, case: Case, flop_rate: float, byte_rate: floa
     results = case.run(mode=s.mode)
     results = results if isinstance(results, tuple) else (results,)
     errors = [relative_error(*pair) for pair in zip(results, case.exact, strict=True)]
-    moved = case.bytes or sum(x.nbytes for x in (*case.run.args, *results) if isinstance(x, Tensor))
+    moved = sum(x.nbytes for x in (*case.run.args, *results) if isinstance(x, Tensor))
     row = {"kernel": name, "shape": case.shape, "flop": case.flop, "bytes": moved,
            "error": torch.stack(errors).max().item(), "bound": case.bound,  # the maximum with a NaN is NaN
            "floor_us": 1e6 * max(case.flop / flop_rate, moved / byte_rate), "compiled_us": None}

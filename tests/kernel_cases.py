@@ -213,22 +213,14 @@ def check_polynomial(rng, N, R, coefficients, dtype, mode):
     assert torch.equal(y, y.mT)
 
 
-def check_add_rows(rng, V, D, N, dtype, mode):
-    """N rows for a few of V tokens, so most are repeated."""
-    total, rows, few = normal(rng, V, D), normal(rng, N, D, dtype=dtype), max(1, N // 8)
-    tokens, expected = integers(rng, 0, V, few)[integers(rng, 0, few, N)], total.double()
-    t.add_rows(expected, tokens, rows.double())
-    t.add_rows(total, tokens, rows, mode)
-    check(total, expected, torch.float32)
-
-
-def check_lookup(rng, V, D, N, dtype, mode):
-    """Rows of the table, and their gradients added to those of an earlier backward."""
-    table, tokens = torch.nn.Parameter(normal(rng, V, D)), integers(rng, 0, V, N)
+def check_lookup(rng, V, D, N, dtype, regions=t.REGIONS):
+    """N rows for a few of V tokens, and their gradients added to those of an earlier backward."""
+    few = max(1, N // 8)
+    table, tokens = torch.nn.Parameter(normal(rng, V, D)), integers(rng, 0, V, few)[integers(rng, 0, few, N)]
     wide = table.detach().double().requires_grad_()
     for _ in range(2):
         grad = normal(rng, N, D, dtype=dtype)
-        rows = t.Lookup.apply(tokens, table, dtype, mode)
+        rows = t.Lookup.apply(tokens, table, dtype, regions)
         assert torch.equal(rows, table.detach()[tokens].to(dtype))
         rows.backward(grad)
         wide[tokens].backward(grad.double())

@@ -708,7 +708,7 @@ def plain_mlp(x, h, weight, grad, eight, slope, kernels):
 
 
 PLAIN = {
-    "Lookup": lambda tokens, table, dtype, kernels: table[tokens].to(dtype),
+    "Lookup": lambda tokens, table, dtype, regions: table[tokens].to(dtype),
     "Linear": lambda x, weight, grad: x @ weight.T,
     "Branch": lambda x, o, regions: (x + o, rms_normed(x + o)),
     "MLP": plain_mlp,
@@ -774,7 +774,7 @@ def test_gradients_are_finite_differences_of_the_loss(exact):
 
 REPEATED = torch.tensor([[3, 1, 3], [3, 0, 1]])
 FUNCTIONS = {  # of a Function or its plain form, a weight, its gradient and inputs; shapes of the tensors
-    "Lookup": (lambda apply, w, grad: apply(REPEATED, w, w.dtype, "reference"), (5, 4)),
+    "Lookup": (lambda apply, w, grad: apply(REPEATED, w, w.dtype, t.REGIONS), (5, 4)),
     "Linear": (lambda apply, w, grad, x: apply(x, w, grad), (3, 4), (7, 4)),
     "Branch": (lambda apply, w, grad, x, o: torch.cat(apply(w * x, o, t.REGIONS)), (7, 4), (7, 4), (7, 4)),
 }
@@ -824,7 +824,7 @@ def test_gradients_of_bfloat16_products_and_rows_are_summed_in_float32():
     t.Linear.apply(x, weight.detach().bfloat16(), t.gradient(weight)).backward(direction)
     assert_close(weight.grad, direction.float().T @ x.detach().float())
     tokens = torch.arange(1000) % 2
-    rows = t.Lookup.apply(tokens, table, torch.bfloat16, "reference")
+    rows = t.Lookup.apply(tokens, table, torch.bfloat16, t.REGIONS)
     rows.backward(x.detach())
     assert rows.dtype == torch.bfloat16
     assert_close(table.grad, torch.stack([x.detach()[tokens == i].float().sum(0) for i in range(3)]))

@@ -169,16 +169,10 @@ def test_polynomial_equals_float64_and_is_symmetric_to_the_bit(dtype, R, N, coef
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("V, D, N", ROWS)
-def test_add_rows_adds_every_row_of_a_repeated_token_onto_what_is_there(V, D, N, dtype):
-    cases.check_add_rows(seeded(N, DEVICE), V, D, N, dtype, "tma")
-
-
-@needs_gpu
 @pytest.mark.parametrize("V, D, N", ROWS)
 def test_lookup_adds_the_rows_gradients_to_the_table(V, D, N):
-    cases.check_lookup(seeded(N, DEVICE), V, D, N, BF16, "tma")
+    regions = {"add_rows_region": t.compile_region(t.add_rows_region)}
+    cases.check_lookup(seeded(N, DEVICE), V, D, N, BF16, regions)
 
 
 @needs_gpu
