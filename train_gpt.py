@@ -25,6 +25,7 @@ import os
 import platform
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -88,14 +89,16 @@ class Config:
     track: str = "tiny"
     check: bool = False          # only check configuration and data
     checkpoint: str = ""         # a checkpoint or export to sample from, export or evaluate; no training
-    resume: str = ""             # a checkpoint to continue
+    resume: str = ""             # a checkpoint to continue; auto: the last one of an unfinished run like this
     sample: str = ""             # prompt of the sampled text; "" takes a default after training
     sample_tokens: int = 200
     temperature: float = 0.7
     export: str = ""             # file for the trained weights, without auxiliary heads
     save_every: int = 0          # steps between checkpoints; 0: only at the end; -1: never
+    keep: int = 2                # checkpoints of this run that stay, the last ones; 0: all
     stop_after: int = 0          # stop after this many steps of the unchanged schedule; 0: run to its end
     profile: int = 0             # steps to profile, from the third on
+    watchdog: float = 600.0      # seconds without progress after which a run ends and names the rank; 0: off
     seed: int = 0
     log_folder: str = ""         # "": logs/ beside this file
     # hardware: "auto" is decided once at the start and logged with its reason
@@ -107,6 +110,7 @@ class Config:
     fp8: str = "auto"            # auto, on, off: products in float8: the head's and, with fp8_mlp, the MLP's
     graphs: str = "auto"         # auto, on, off: a micro-batch is launched as one CUDA graph
     warmup: str = "auto"         # auto, on, off: untimed steps on synthetic tokens, state restored after
+    deterministic: bool = False  # sums in one fixed order: the same bits again, on any number of processes
     # data
     data: str = ""               # folder with *_train_*.bin and *_val_*.bin; "": data/<dataset>
     dataset: str = "sample"
@@ -297,8 +301,8 @@ CHOICES = {
 }
 # Flags that change neither the model nor its schedule: what goes with --checkpoint and --resume.
 RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temperature", "seed", "export",
-             "save_every", "stop_after", "profile", "log_folder", "device", "dtype", "compile", "attention",
-             "kernels", "fp8", "graphs", "warmup", "data", "tokenizer")
+             "save_every", "keep", "stop_after", "profile", "log_folder", "device", "dtype", "compile", "attention",
+             "kernels", "fp8", "graphs", "warmup", "deterministic", "watchdog", "data", "tokenizer")
 MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
     ("epochs", "micro_batches", "val_chunk", "val_every", "scheduled_steps", "width", "heads", "mlp_ratio",
      "loss_chunk", "adam_every", "sample_tokens", "gate_inputs"), 1)  # every other number: 0
@@ -325,6 +329,10 @@ def parse_config(argv: list[str]) -> Config:
     With --checkpoint or --resume the file's own configuration, where only RUN_FLAGS can be overridden.
     """
     overrides = parse_overrides(argv)
+    if overrides.get("resume") == "auto":
+        fresh = {name: value for name, value in overrides.items() if name != "resume"}
+        cfg = resolve_config(replace(TRACKS[overrides.get("track", "tiny")], **fresh))
+        overrides = fresh | {"resume": find_unfinished(cfg)}
     saved = overrides.get("checkpoint") or overrides.get("resume")
     if not saved:
         return resolve_config(replace(TRACKS[overrides.get("track", "tiny")], **overrides))
@@ -388,6 +396,11 @@ def config_from_json(values: dict) -> Config:
 # Hardware
 
 
+# torch 2.13 renamed these two and warns about the old names.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class World(NamedTuple):
     """This process among its peers. At size 1 every collective is the identity: the same path everywhere."""
 
@@ -400,6 +413,14 @@ class World(NamedTuple):
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every rank's tensor: (size, *x.shape)."""
+        if self.size == 1:
+            return x[None]
+        out = x.new_empty(self.size, *x.shape)
+        all_gather(out.view(-1), x.contiguous().view(-1))
+        return out
 
     def barrier(self):
         if self.size > 1:
@@ -443,8 +464,8 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
         "fp8": [("on", modern and capability >= (8, 9) and all_multiples_of_16(cfg, world),
                  "compute capability 8.9, bfloat16, and widths and micro-batches that are multiples of 16"),
                 ("off", True, "")],
-        "graphs": [("on", cuda and varlen and cfg.attention != "reference", "a GPU and --attention=varlen"),
-                   ("off", True, "")],
+        "graphs": [("on", cuda and varlen and cfg.attention != "reference" and not cfg.deterministic,
+                    "a GPU and --attention=varlen, and --deterministic off"), ("off", True, "")],
     }
     chosen, reasons = {}, {"device": torch.cuda.get_device_name(device) if cuda else "no GPU found",
                            "dtype": "tensor cores with bfloat16" if modern else "no fast bfloat16"}
@@ -487,6 +508,16 @@ def newest_flash_attention(capability: tuple) -> str:
         torch.nn.attention.activate_flash_attention_impl("FA3")
         return "FlashAttention 3"
     return "FlashAttention 2 in torch"
+
+
+def make_deterministic(hardware: Hardware):
+    """The same bits in every run of the same operations. Before anything runs on a GPU."""
+    if hardware.device.type == "cpu":
+        torch.set_num_threads(1)  # sums are split among threads
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @cache
@@ -1337,11 +1368,6 @@ def build_model(cfg: Config, hardware: Hardware) -> GPT:
 # Optimizer
 
 
-# torch 2.13 renamed these two and warns about the old names.
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
 class Row(NamedTuple):
     """How one parameter is trained: one row of the optimizer table."""
 
@@ -1402,9 +1428,13 @@ def frobenius(x_NRC: Tensor) -> Tensor:
     return x_NRC.norm(dim=(-2, -1), keepdim=True)
 
 
-def nesterov(g_NRC, momentum_NRC, mu, dtype: torch.dtype) -> Tensor:
+# The updates change nothing unless ok, a () bool: not weights nor moments. They only add and multiply, whose
+# results don't depend on where a shard begins, as those of lerp_ do on a CPU.
+
+
+def nesterov(g_NRC, momentum_NRC, mu, ok, dtype: torch.dtype) -> Tensor:
     """Update the momentum in place; the direction to orthogonalise, of Frobenius norm below 1, in `dtype`."""
-    momentum_NRC.add_((1 - mu) * (g_NRC - momentum_NRC))
+    momentum_NRC.add_(torch.where(ok, (1 - mu) * (g_NRC - momentum_NRC), 0.0))
     x_NRC = g_NRC + mu * (momentum_NRC - g_NRC)
     return (x_NRC / (1.02 * frobenius(x_NRC) + 1e-12)).to(dtype)
 
@@ -1418,16 +1448,17 @@ def polar_express(x_NRC: Tensor, kernels: str = "reference") -> Tensor:
     return x.mT if tall else x
 
 
-def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2: float):
+def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, ok, beta2: float):
     """Divide each row of x by its running RMS, keep each matrix's norm, and step with cautious decay."""
     x = x_NRC.to(p_NRC.dtype)
-    second_NR1.lerp_(x.square().mean(-1, keepdim=True), 1 - beta2)
+    change_NR1 = (1 - beta2) * (x.square().mean(-1, keepdim=True) - second_NR1)
+    second_NR1.add_(torch.where(ok, change_NR1, 0.0))
     scaled = x * second_NR1.clamp_min(1e-10).rsqrt()
     x = scaled * (frobenius(x) / frobenius(scaled).clamp_min(1e-10))
-    p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
+    p_NRC.sub_(torch.where(ok, lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)), 0.0))
 
 
-def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, beta2: float, dtype,
+def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, ok, beta2: float, dtype,
                    kernels: str = "reference", parts=(nesterov, apply_update)):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
@@ -1436,21 +1467,22 @@ def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, be
     an input of down, which is stored transposed. mu, decay: () float32; lr_N11: one per matrix.
     parts: the steps before and after the orthogonalisation, compiled or not.
     """
-    x_NRC = polar_express(parts[0](g_NRC, momentum_NRC, mu, dtype), kernels)
-    parts[1](p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2)
+    x_NRC = polar_express(parts[0](g_NRC, momentum_NRC, mu, ok, dtype), kernels)
+    parts[1](p_NRC, x_NRC, second_NR1, lr_N11, decay, ok, beta2)
 
 
-def adam_update(p, g, first, second, lr, bias1, bias2, beta1: float, beta2: float):
+def adam_update(p, g, first, second, lr, bias1, bias2, ok, beta1: float, beta2: float):
     """One Adam step in place; bias = 1 - beta^t. eps is far below any gradient of the mean loss."""
-    first.lerp_(g, 1 - beta1)
-    second.lerp_(g.square(), 1 - beta2)
-    p.sub_(lr * (first / bias1) / ((second / bias2).sqrt() + 1e-15))
+    first.add_(torch.where(ok, (1 - beta1) * (g - first), 0.0))
+    second.add_(torch.where(ok, (1 - beta2) * (g * g - second), 0.0))
+    p.sub_(torch.where(ok, lr * (first / bias1) / ((second / bias2).sqrt() + 1e-15), 0.0))
 
 
 class RowState(NamedTuple):
     row: Row
     parameter: nn.Parameter
     units: int                   # equal parts that sharding may separate: matrices, or elements
+    share: int                   # units of a rank; the last ones may have fewer
     lo: int                      # own units: lo..hi
     hi: int
     buffers: dict                # name -> own part of a moment, float32
@@ -1461,12 +1493,17 @@ class Optimizer:
     """NorMuon and Adam over one table; state is sharded over ranks.
 
     A step launches all reductions, updates own parts as they arrive (Adam first, while the banks' reductions
-    fly), launches each gather at once and waits for the gathers at the end. Gradients are summed in float32:
-    the loss is already divided by the tokens of the whole step.
+    fly), launches each gather at once and waits for the gathers at the end. A rank sums its gradients in
+    float32; those of sharded rows are summed over ranks in the activations' dtype. Nothing is divided then:
+    the loss already is, by the tokens of the whole step.
+    From the first loss or gradient on that isn't finite, on any rank, no step changes anything.
+    deterministic: gradients come summed over all ranks, and matrices are updated one by one, as the results
+    for a stack of them depend on their number.
     Raises ValueError unless every parameter of the model is in exactly one row.
     """
 
-    def __init__(self, model: GPT, table: list[Row], world: World, compile: bool = False):
+    def __init__(self, model: GPT, table: list[Row], world: World, compile: bool = False,
+                 deterministic: bool = False):
         parameters = dict(model.named_parameters())
         names = [row.name for row in table]
         if sorted(names) != sorted(parameters):
@@ -1474,10 +1511,11 @@ class Optimizer:
             unknown = set(names) - set(parameters)
             raise ValueError(f"optimizer table: missing {missing}, twice {twice}, not in the model {unknown}")
         self.world, self.dtype, self.kernels = world, model.dtype, model.kernels
+        self.deterministic = deterministic
+        self.healthy = torch.ones((), dtype=torch.bool, device=model.embed.device)
         parts = nesterov, apply_update
         self.normuon_parts = [torch.compile(part, dynamic=False) for part in parts] if compile else parts
-        self.adam = {"replicated": adam_update,
-                     "sharded": torch.compile(adam_update, dynamic=True) if compile else adam_update}
+        self.adam = torch.compile(adam_update, dynamic=True) if compile else adam_update
         self.states = [self.make_state(row, parameters[row.name]) for row in table]
 
     def make_state(self, row: Row, p: nn.Parameter) -> RowState:
@@ -1493,12 +1531,26 @@ class Optimizer:
             lr = torch.tensor(row.lr, device=p.device).repeat(p.size(0))[lo:hi].view(-1, 1, 1)
         else:
             buffers, lr = {"first": zeros(shape), "second": zeros(shape)}, row.lr[0]
-        return RowState(row, p, units, lo, hi, buffers, lr)
+        return RowState(row, p, units, share, lo, hi, buffers, lr)
+
+    def due(self, step: int) -> list[RowState]:
+        """Rows that are updated at the end of `step` (0, 1, ..)."""
+        return [s for s in self.states if (step + 1) % s.row.every == 0]
 
     @torch.no_grad()
-    def step(self, step: int, lr_multiplier: float, momentum: float):
-        """Update the rows that are due at the end of `step` (0, 1, ..) and clear their gradients."""
-        due = [s for s in self.states if (step + 1) % s.row.every == 0]
+    def step(self, step: int, lr_multiplier: float, momentum: float, share: Tensor) -> Tensor:
+        """Update the rows that are due at the end of `step` and clear their gradients.
+
+        share: what else to sum over ranks, of which nothing may be infinite or NaN either. Returns its sum,
+        and for each due row the number of ranks whose gradient isn't finite: (share.numel() + rows,).
+        """
+        due = self.due(step)
+        for state in due:
+            if state.parameter.grad is None:
+                raise RuntimeError(f"parameter {state.row.name} is trained but got no gradient")
+        norms = torch.stack(torch._foreach_norm([s.parameter.grad for s in due]))
+        report = self.world.all_reduce(torch.cat([share, (~norms.isfinite()).type_as(share)]))
+        self.healthy &= report.isfinite().all() & ~report[share.numel() :].any()
         reduced = [self.reduce(s) for s in due]
         gathers = []
         for state, (grad, work) in zip(due, reduced):
@@ -1509,44 +1561,51 @@ class Optimizer:
             state.parameter.grad.zero_()  # in place: graphs know its address
         for finish in gathers:
             finish()
+        return report
 
     def reduce(self, state: RowState):
         """Start summing the gradient over ranks: (own part once the work is done, work or None)."""
-        if state.parameter.grad is None:
-            raise RuntimeError(f"parameter {state.row.name} is trained but got no gradient")
         grad = self.as_units(state, state.parameter.grad)
-        if self.world.size == 1:
-            return grad, None
+        if self.world.size == 1 or self.deterministic:
+            return grad[state.lo : state.hi], None
         if state.row.comms == "replicated":
             return grad, dist.all_reduce(grad, async_op=True)
-        own = torch.empty_like(self.own_padded(state, grad))
-        return own[: state.hi - state.lo], reduce_scatter(own, self.padded(grad), async_op=True)
+        grad = self.padded(grad.to(self.dtype))
+        own = torch.empty_like(grad[: state.share])
+        return own[: state.hi - state.lo], reduce_scatter(own, grad, async_op=True)
 
     def update(self, state: RowState, grad: Tensor, step: int, lr_multiplier: float, momentum: float):
         row, scalar = state.row, partial(torch.tensor, dtype=torch.float32)  # on the CPU: no recompilation
         p = self.as_units(state, state.parameter.data)[state.lo : state.hi]
+        grad = grad.to(p.dtype)
         if row.algorithm == "normuon":
-            decay = scalar(row.weight_decay * lr_multiplier)
-            numbers = state.lr * lr_multiplier, decay, scalar(momentum), row.betas[1]
-            normuon_update(p, grad, *state.buffers.values(), *numbers, self.dtype, self.kernels,
-                           self.normuon_parts)
+            numbers = scalar(row.weight_decay * lr_multiplier), scalar(momentum), self.healthy, row.betas[1]
+            one_by_one = [slice(i, i + 1) for i in range(len(p))]
+            for own in one_by_one if self.deterministic else [slice(None)]:
+                tensors = (x[own] for x in (p, grad, *state.buffers.values(), state.lr * lr_multiplier))
+                normuon_update(*tensors, *numbers, self.dtype, self.kernels, self.normuon_parts)
         else:
             updates = (step + 1) // row.every
             bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
             lr = scalar(state.lr * lr_multiplier)
-            self.adam[row.comms](p, grad, *state.buffers.values(), lr, bias1, bias2, *row.betas)
+            self.adam(p, grad, *state.buffers.values(), lr, bias1, bias2, self.healthy, *row.betas)
 
     def gather(self, state: RowState):
         """Start sharing the updated parts; returns the function that finishes it."""
         if self.world.size == 1 or state.row.comms == "replicated":
             return lambda: None
         p = self.as_units(state, state.parameter.data)
-        full = self.padded(torch.empty_like(p))
-        work = all_gather(full, self.own_padded(state, p).clone(), async_op=True)
+        whole = state.share * self.world.size
+        full = p if whole == state.units else p.new_empty(whole, *p.shape[1:])
+        own = full[state.share * self.world.rank : state.share * (self.world.rank + 1)]
+        if full is not p:
+            own[: state.hi - state.lo] = p[state.lo : state.hi]
+        work = all_gather(full, own, async_op=True)  # own is a part of full: nothing is copied
 
         def finish():
             work.wait()
-            p.copy_(full[: state.units])
+            if full is not p:
+                p.copy_(full[: state.units])
 
         return finish
 
@@ -1559,10 +1618,6 @@ class Optimizer:
         short = -x.size(0) % self.world.size
         return x if not short else torch.cat([x, x.new_zeros(short, *x.shape[1:])])
 
-    def own_padded(self, state: RowState, x: Tensor) -> Tensor:
-        share = -(-state.units // self.world.size)
-        return self.padded(x)[share * self.world.rank : share * (self.world.rank + 1)]
-
     def state_dict(self, step: int) -> dict:
         """Full, unsharded state after `step` steps, the same at every world size; collective."""
         out = {}
@@ -1570,18 +1625,17 @@ class Optimizer:
             for name, part in s.buffers.items():
                 out[f"optimizer.{s.row.name}.{name}"] = self.unshard(s, part)
             if step % s.row.every:  # gradients of a row that is not due yet are state, too
-                out[f"optimizer.{s.row.name}.grad"] = self.world.all_reduce(s.parameter.grad.clone())
+                summed = self.deterministic or self.world.size == 1
+                grad = s.parameter.grad.clone()
+                out[f"optimizer.{s.row.name}.grad"] = grad if summed else self.world.all_reduce(grad)
         return out
 
     def unshard(self, state: RowState, part: Tensor) -> Tensor:
         if self.world.size == 1 or state.row.comms == "replicated":
             return part.clone()
-        share = -(-state.units // self.world.size)
-        own = part.new_zeros(share, *part.shape[1:])
+        own = part.new_zeros(state.share, *part.shape[1:])
         own[: part.size(0)] = part
-        full = part.new_empty(share * self.world.size, *part.shape[1:])
-        all_gather(full, own)
-        return full[: state.units].clone()
+        return self.world.all_gather(own).flatten(0, 1)[: state.units].clone()
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict):
@@ -1595,7 +1649,7 @@ class Optimizer:
                 part.copy_(tensors[key][s.lo : s.hi])
             grad = tensors.get(f"optimizer.{s.row.name}.grad")
             gradient(s.parameter).zero_()
-            if grad is not None and self.world.rank == 0:  # it is summed over ranks when due
+            if grad is not None and (self.deterministic or self.world.rank == 0):  # else summed when due
                 s.parameter.grad.copy_(grad)
 
 
@@ -1660,17 +1714,45 @@ def find_shards(cfg: Config, split: str) -> list[Path]:
     return shards
 
 
-def open_shard(path: Path, cfg: Config) -> np.ndarray:
-    """Tokens of a checked shard, (count,) uint16, memory-mapped. Raises UserError that names the file."""
-    size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 256) if size >= 1024 else np.zeros(3, "<i4")
+class TokenFile:
+    """Tokens of a shard, (count,) uint16, read as slices of it are asked for.
+
+    Raises UserError if the file has become shorter; a memory map would end the process (SIGBUS).
+    """
+
+    def __init__(self, path: Path, count: int):
+        self.path, self.count, self.file = path, count, open(path, "rb", buffering=0)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        lo, hi, _ = part.indices(self.count)
+        data = os.pread(self.file.fileno(), 2 * max(hi - lo, 0), 1024 + 2 * lo)
+        if len(data) != 2 * max(hi - lo, 0):
+            raise UserError(f"{self.path}: was cut short while in use, at token {lo + len(data) // 2:,} of "
+                            f"{self.count:,}: fetch or make it again, then resume")
+        return np.frombuffer(data, "<u2")
+
+    def blocks(self):
+        """(first token, tokens) of consecutive parts of moderate size."""
+        return ((i, self[i : i + 2**24]) for i in range(0, self.count, 2**24))
+
+
+def open_shard(path: Path, cfg: Config) -> TokenFile:
+    """A checked shard. Raises UserError that names the file."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, "<i4", 256) if size >= 1024 else np.zeros(3, "<i4")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: fetch or make it again") from None
     mend = "fetch or make it again"
     if size < 1024 or header[0] != 20240520 or header[1] != 1:
         raise UserError(f"{path}: not a version 1 token shard ({size} bytes, magic {header[0]}): {mend}")
     if size != 1024 + 2 * int(header[2]) or header[2] <= 0:
         raise UserError(f"{path}: header says {header[2]} tokens, the file has {(size - 1024) / 2:g}: {mend}")
-    tokens = np.memmap(path, "<u2", mode="r", offset=1024)
-    largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
+    tokens = TokenFile(path, int(header[2]))
+    largest = max(int(block.max()) for _, block in tokens.blocks())
     if largest >= cfg.vocab_size:
         raise UserError(f"{path}: token {largest} >= {cfg.vocab_size}: damaged, or the wrong --tokenizer")
     return tokens
@@ -1685,10 +1767,11 @@ class Shards:
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, i: int) -> tuple[TokenFile, np.ndarray]:
         if i not in self.opened:
             tokens = open_shard(self.paths[i], self.cfg)
-            starts = np.flatnonzero(tokens == self.cfg.bos)
+            parts = [first + np.flatnonzero(block == self.cfg.bos) for first, block in tokens.blocks()]
+            starts = np.concatenate(parts)
             if not len(starts):
                 raise UserError(f"{self.paths[i]}: no document start ({self.cfg.bos}): wrong --tokenizer?")
             self.opened[i] = tokens, starts
@@ -2002,17 +2085,45 @@ def to_device(batch: MicroBatch, device) -> MicroBatch:
     return MicroBatch(tokens.to(device, non_blocking=True), docs._replace(cu_seqlens=cu_seqlens))
 
 
-def train_step(model: GPT, optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int) -> Tensor:
-    """One optimizer step over this rank's micro-batches; returns this rank's share of the training loss, ().
+def train_step(model: GPT, optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int,
+               guard=None) -> Tensor:
+    """One optimizer step over this rank's micro-batches. The one step function: warm-up and training call it.
 
-    The one step function: warm-up and training both call it.
+    Returns what all ranks agree on, on the device: the training loss, how many of them were asked to stop,
+    and for each row of optimizer.due(step) the number whose gradient isn't finite: (2 + rows,).
     """
-    device = model.embed.device
+    device, world = model.embed.device, optimizer.world
     weights, loss = loss_weights(model.cfg, plan, device), torch.zeros((), device=device)
     model.refresh()
+    run = partial(run_micro_batch, model, plan=plan, rotary=rotary, weights=weights)
+    if optimizer.deterministic:
+        loss = add_in_order(model, batches, run, world) * (world.rank == 0)
+    else:
+        for batch in batches:
+            loss += run(batch)
+    stop = torch.full_like(loss, bool(guard and guard.signal))
+    if guard:
+        guard.at(step, "exchange")
+    return optimizer.step(step, plan.lr, plan.momentum, torch.stack([loss, stop]))
+
+
+def add_in_order(model: GPT, batches: list, run, world: World) -> Tensor:
+    """Loss and gradients of all ranks' micro-batches, added one by one in the order of the stream.
+
+    Returns the loss, (); leaves the gradients in every rank's parameters. The same bits at every world size.
+    """
+    parameters = list(model.parameters())
+    totals, loss = [gradient(p).clone() for p in parameters], torch.zeros((), device=model.embed.device)
     for batch in batches:
-        loss += run_micro_batch(model, batch, plan, rotary, weights)
-    optimizer.step(step, plan.lr, plan.momentum)
+        for p in parameters:
+            p.grad.zero_()
+        for share in world.all_gather(run(batch)):
+            loss = loss + share
+        for p, total in zip(parameters, totals):
+            for grad in world.all_gather(p.grad):
+                total += grad
+    for p, total in zip(parameters, totals):
+        p.grad.copy_(total)
     return loss
 
 
@@ -2044,20 +2155,24 @@ class Validation:
             if i % world.size == world.rank:
                 tokens = self.tokens[lo : min(lo + self.cfg.val_chunk, self.count) + 1]
                 inner = np.flatnonzero(tokens[1:-1].numpy() == self.cfg.bos) + 1
-                yield MicroBatch(tokens, to_documents(np.append(0, inner), len(tokens) - 1))
+                yield i, MicroBatch(tokens, to_documents(np.append(0, inner), len(tokens) - 1))
 
     @torch.no_grad()
-    def run(self, model: GPT, windows: dict, rotary: Rotary, world: World) -> dict:
-        """{"val_loss": nats per token, "val_bpb": bits per byte of text, or None without a tokenizer}."""
-        total = torch.zeros((), dtype=torch.float64, device=model.embed.device)
-        one = torch.ones(1, device=total.device)
+    def run(self, model: GPT, windows: dict, rotary: Rotary, world: World, beat=lambda: None) -> dict:
+        """{"val_loss": nats per token, "val_bpb": bits per byte of text, or None without a tokenizer}.
+
+        beat is called after each chunk: a sign of life.
+        """
+        count, device = -(-self.count // self.cfg.val_chunk), model.embed.device
+        totals, one = torch.zeros(count, dtype=torch.float64, device=device), torch.ones(1, device=device)
         model.refresh()
-        for batch in self.chunks(world):
-            tokens, docs = to_device(batch, total.device)
+        for i, batch in self.chunks(world):
+            tokens, docs = to_device(batch, device)
             x_TD, targets_TK = model(tokens[:-1], docs, windows, rotary), tokens[1:, None]
             for x, targets in zip(x_TD.split(self.cfg.loss_chunk), targets_TK.split(self.cfg.loss_chunk)):
-                total += model.regions["loss_region"](x, model.head, targets, one, self.cfg.softcap)
-        nats = world.all_reduce(total).item()
+                totals[i] += model.regions["loss_region"](x, model.head, targets, one, self.cfg.softcap)
+            beat()
+        nats = world.all_reduce(totals).sum().item()  # in the order of chunks, at every world size
         bpb = nats / math.log(2) / self.bytes if self.bytes else None
         return {"val_loss": nats / self.count, "val_bpb": bpb}
 
@@ -2122,6 +2237,9 @@ def write_safetensors(path: Path, tensors: dict, meta: dict):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the name, too
+        os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -2155,13 +2273,49 @@ def load_weights(model: GPT, tensors: dict, path: str):
             parameter.copy_(found[name])
 
 
-def save_checkpoint(path: Path, model: GPT, optimizer: Optimizer, world: World, progress: dict):
-    """All a run needs to go on; `progress`: step, position, train_seconds. Collective, rank 0 writes."""
-    state = optimizer.state_dict(progress["step"])
+def save_checkpoint(path: Path, model: GPT, optimizer: Optimizer, world: World, progress: dict) -> str:
+    """All a run needs to go on; `progress`: step, position, train_seconds.
+
+    Collective: rank 0 writes, and removes all but the last cfg.keep of the folder. Returns why it couldn't,
+    "" if it could.
+    """
+    from safetensors import SafetensorError
+
+    state, failed = optimizer.state_dict(progress["step"]), ""
     if world.rank == 0:
         weights = {f"model.{name}": p for name, p in model.named_parameters()}
-        write_safetensors(path, weights | state, {"config": config_to_json(model.cfg)} | progress)
-    world.barrier()
+        try:
+            write_safetensors(path, weights | state, {"config": config_to_json(model.cfg)} | progress)
+            for old in checkpoints(path.parent)[: -model.cfg.keep or 0]:
+                old.unlink()
+        except (OSError, SafetensorError, UserError) as error:
+            failed = " ".join(str(error).split())[:200] or type(error).__name__
+    ranks = world.all_reduce(torch.tensor(float(bool(failed)), device=model.embed.device)).item()
+    return failed or ("rank 0 couldn't write it" if ranks else "")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of one run, by step."""
+    return sorted(folder.glob("checkpoint_*.safetensors"))
+
+
+def find_unfinished(cfg: Config) -> str:
+    """Newest complete checkpoint of a run with this configuration that isn't over; "" if there is none."""
+    folders = sorted({path.parent for path in log_root(cfg).glob("*/checkpoint_*.safetensors")},
+                     key=lambda folder: max(path.stat().st_mtime for path in checkpoints(folder)))
+    same = {f.name for f in dataclasses.fields(cfg)} - set(RUN_FLAGS) | {"seed"}
+    for folder in reversed(folders):
+        for path in reversed(checkpoints(folder)):
+            try:
+                meta = read_safetensors(str(path), tensors=False)[1]
+            except UserError:  # damaged
+                continue
+            if any(getattr(meta["config"], name) != getattr(cfg, name) for name in same):
+                break
+            if meta.get("step", cfg.total_steps) < cfg.total_steps:
+                return str(path)
+            break
+    return ""
 
 
 def export_model(path: Path, model: GPT):
@@ -2221,14 +2375,19 @@ def make_folder(root: Path, name: str) -> Path:
     raise OSError(17, f"{name} exists 1000 times")
 
 
+def log_root(cfg: Config) -> Path:
+    return Path(cfg.log_folder) if cfg.log_folder else Path(__file__).resolve().parent / "logs"
+
+
 class Log:
     """log.txt and metrics.jsonl in a folder of their own, and the console; silent except on rank 0."""
 
     def __init__(self, cfg: Config, world: World):
         self.active, self.folder = world.rank == 0, None
+        self.stopped, self.unsaved = False, ""  # by a signal before the end; why a checkpoint couldn't be
         if not self.active:
             return
-        root = Path(cfg.log_folder) if cfg.log_folder else Path(__file__).resolve().parent / "logs"
+        root = log_root(cfg)
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -2241,13 +2400,20 @@ class Log:
 
     def line(self, text: str, console: bool = True):
         if self.active:
-            print(text, file=self.text, flush=True)
+            self.write(self.text, text)
             if console:
                 print(text, flush=True)
 
     def metric(self, **values):
         if self.active:
-            print(json.dumps(values), file=self.metrics, flush=True)
+            self.write(self.metrics, json.dumps(values))
+
+    def write(self, file, text: str):
+        """A log that can't be written, as on a full disk, doesn't end the run."""
+        try:
+            print(text, file=file, flush=True)
+        except OSError as error:
+            print(f"can't write {file.name}: {error.strerror}; training goes on", file=sys.stderr)
 
 
 def source_sha256() -> str:
@@ -2305,19 +2471,21 @@ def memory_mib(hardware: Hardware) -> int:
 
 
 class StepLog:
-    """Training lines. On a GPU one step late: a loss is read while the next step runs, so nothing stalls."""
+    """Training lines, and what follows from a step's report: an end, if it isn't finite or one is asked for.
+
+    On a GPU one step late: a report is read while the next step runs, so nothing stalls.
+    """
 
     def __init__(self, log: Log, clock: Clock, model: GPT, hardware: Hardware, world: World):
         self.log, self.clock, self.model, self.hardware, self.world = log, clock, model, hardware, world
-        self.pending, self.before = None, clock.read()
+        self.pending, self.before, self.stop, self.losses = None, clock.read(), False, []
 
-    def add(self, step: int, loss: Tensor, plan: StepPlan):
-        """Queue the line of `step` (1, 2, ..) and print the one before it."""
-        self.world.all_reduce(loss)
-        if not loss.is_cuda:
-            return self.print(step, loss, plan)
+    def add(self, step: int, report: Tensor, rows: list, plan: StepPlan):
+        """Queue the line of `step` (1, 2, ..) and print the one before it. rows: names of those due."""
+        if not report.is_cuda:
+            return self.print(step, report, rows, plan)
         event = torch.cuda.Event()
-        previous, self.pending = self.pending, (step, loss.to("cpu", non_blocking=True), plan, event)
+        previous, self.pending = self.pending, (step, report.to("cpu", non_blocking=True), rows, plan, event)
         event.record()
         if previous:
             self.print(*previous)
@@ -2327,15 +2495,17 @@ class StepLog:
             self.print(*self.pending)
         self.pending = None
 
-    def print(self, step: int, loss: Tensor, plan: StepPlan, event=None):
+    def print(self, step: int, report: Tensor, rows: list, plan: StepPlan, event=None):
         if event is not None:
             event.synchronize()
         now, total = self.clock.read(), self.model.cfg.total_steps
         tokens, self.before, seconds = plan.stage.batch_tokens, now, now - self.before
         speed = step_metrics(self.model, self.hardware, self.world, tokens, seconds)
-        loss = loss.item() / sum(plan.weights)
-        if not math.isfinite(loss):
-            raise UserError(f"training loss is {loss} at step {step}: lower the learning rates")
+        loss, stop, *bad = report.tolist()
+        self.check(step, loss, dict(zip(rows, bad)))
+        self.stop = self.stop or stop > 0
+        loss /= sum(plan.weights)
+        self.note_spike(step, loss)
         self.log.line(f"step:{step}/{total} train_loss:{loss:.4f} train_time:{now * 1e3:.0f}ms "
                       f"step_avg:{now * 1e3 / step:.2f}ms", console=False)
         self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
@@ -2346,6 +2516,97 @@ class StepLog:
             rate = f"{speed['tokens_per_s']:,} tokens/s eta:{left:.0f}s "
             end = "\r" if terminal else "\n"
             print(f"step:{step}/{total} train_loss:{loss:.4f} {rate}", end=end, flush=True)
+
+    def check(self, step: int, loss: float, bad: dict):
+        """Raise UserError if the step's report says that it, and all after it, changed nothing."""
+        names = [f"the gradient of {name} on {ranks:.0f} of {self.world.size} ranks"
+                 for name, ranks in bad.items() if ranks]
+        names = names if math.isfinite(loss) else [f"the training loss is {loss}", *names]
+        if names:
+            text = f"step {step} wasn't applied: not finite: {', '.join(names)}"
+            self.log.line(text, console=False)
+            raise UserError(f"{text}; the weights are those before it; lower the learning rates")
+
+    def note_spike(self, step: int, loss: float):
+        """A line where the loss is more than 1 nat above the mean of the 20 steps before."""
+        mean = sum(self.losses) / 20
+        if len(self.losses) == 20 and loss > mean + 1:
+            self.log.line(f"loss spike at step {step}: {loss:.4f}, the 20 steps before {mean:.4f}")
+        self.losses = [*self.losses[-19:], loss]
+
+
+class Guard:
+    """While in force: signals ask for a stop after the running step, and a run without progress is ended.
+
+    The first SIGTERM or SIGINT is noted in `signal`, of which the ranks inform each other; a second SIGINT,
+    more than 3 s later, ends the process at once. Ranks publish how far they are in the key-value store that
+    they met at; one that is stuck for `seconds` names those behind, or those without a sign of life, and
+    ends the process with code 3.
+    """
+
+    PHASES = "data", "computation", "exchange", "validation", "checkpoint"
+
+    def __init__(self, seconds: float, world: World):
+        self.seconds, self.world, self.signal, self.over = seconds, world, "", threading.Event()
+        self.signalled, self.before = 0.0, {}
+        self.at(0, "data")
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            numbers = signal.SIGTERM, signal.SIGINT
+            self.before = {number: signal.signal(number, self.note) for number in numbers}
+        if self.seconds:
+            threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if number == signal.SIGINT and self.signal and time.monotonic() - self.signalled > 3:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self.signalled = signal.Signals(number).name, time.monotonic()
+
+    def at(self, step: int, phase: str):
+        """A sign of progress."""
+        self.progress, self.since = (step, self.PHASES.index(phase)), time.monotonic()
+
+    def watch(self):
+        store, pause = self.connect(), min(1.0, self.seconds / 5)
+        beats = 0
+        while not self.over.wait(pause):
+            beats += 1
+            if store:
+                store.set(f"progress/{self.world.rank}", json.dumps([beats, *self.progress]))
+            if time.monotonic() - self.since > self.seconds:
+                self.end(store, pause)
+
+    def connect(self):
+        if self.world.size == 1:
+            return None
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(*address, is_master=False, wait_for_workers=False)
+
+    def end(self, store, pause: float):
+        """Name the culprits in one line and end this process."""
+        def ask():
+            keys = [f"progress/{rank}" for rank in range(self.world.size)] if store else []
+            return [json.loads(store.get(key)) if store.check([key]) else [0, 0, 0] for key in keys]
+
+        first = ask()
+        time.sleep(3 * pause)
+        last = ask() or [[0, *self.progress]]
+        silent = [rank for rank, (a, b) in enumerate(zip(first, last)) if a == b and rank != self.world.rank]
+        least = min(tuple(progress[1:]) for progress in last)
+        behind = [rank for rank, progress in enumerate(last) if tuple(progress[1:]) == least]
+        culprits, what = (silent, "without a sign of life") if silent else (behind, "behind or stuck")
+        where = [f"rank {rank} in step {last[rank][1]}, {self.PHASES[last[rank][2]]}" for rank in culprits]
+        print(f"train_gpt.py: no progress for {self.seconds:g} s; {what}: {'; '.join(where)}: "
+              "restart with --resume=auto", file=sys.stderr, flush=True)
+        os._exit(3)
 
 
 class Launch:
@@ -2501,11 +2762,13 @@ def optional_tokenizer(cfg: Config, log_line=print) -> Tokenizer | None:
     return tokenizer
 
 
-def validate(val: Validation, model: GPT, rotary: Rotary, step: int, clock: Clock, log: Log, world: World):
+def validate(val: Validation, model: GPT, rotary: Rotary, step: int, clock: Clock, log: Log, world: World,
+             guard: Guard):
     """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
     cfg, seconds = model.cfg, clock.read()
     windows = final_windows(cfg) if step == cfg.total_steps else plan_step(cfg, step).windows
-    result = val.run(model, windows, rotary, world)
+    guard.at(step, "validation")
+    result = val.run(model, windows, rotary, world, partial(guard.at, step, "validation"))
     lambdas = model.lambdas()
     average = seconds * 1e3 / max(step, 1)
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
@@ -2534,9 +2797,11 @@ def set_up(cfg: Config, hardware: Hardware, world: World, launch: Launch):
         progress = {name: meta[name] for name in progress} | {"position": Position(*meta["position"])}
         if progress["step"] >= last_step(cfg):
             raise UserError(f"{cfg.resume}: is at step {progress['step']} of {last_step(cfg)}: nothing left")
+    if torch.unique(world.all_gather(torch.tensor(progress["step"], device=hardware.device))).numel() > 1:
+        raise UserError("the ranks found different checkpoints: --resume=auto needs a shared --log_folder")
     launch.mark("data")
     model = build_model(cfg, hardware)
-    optimizer = Optimizer(model, optimizer_table(cfg), world, hardware.compile)
+    optimizer = Optimizer(model, optimizer_table(cfg), world, hardware.compile, cfg.deterministic)
 
     def restore():
         if cfg.resume:
@@ -2546,6 +2811,9 @@ def set_up(cfg: Config, hardware: Hardware, world: World, launch: Launch):
     restore()  # refuses what doesn't fit before anything is written
     log = Log(cfg, world)
     log_header(log, hardware, world, model, shards, val)
+    if cfg.resume:
+        log.line(f"resumed: {cfg.resume} at step {progress['step']}; the clock goes on from "
+                 f"{progress['train_seconds']:.1f} s, so steps after it in the earlier run don't count")
     launch.mark("model")
     if hardware.warmup:
         warm_up(model, optimizer, val, hardware, world)
@@ -2564,36 +2832,41 @@ def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tupl
     steps = StepLog(log, clock, model, hardware, world)
     stop = last_step(cfg)
     stage, rotary = None, None
-    for step in range(start, stop + 1):
-        plan = plan_step(cfg, min(step, cfg.total_steps - 1))
-        if plan.stage_index != stage:
-            stage = plan.stage_index
-            rotary = build_rotary(cfg, stage, val.positions, hardware.device)
-        validating = step == stop or step % cfg.val_every == 0
-        saving = step > start and (step == stop and cfg.save_every >= 0
-                                   or cfg.save_every > 0 and step % cfg.save_every == 0)
-        if validating or saving or step == start:
-            steps.flush()
-            clock.pause()
-            if model.graphs and validating:
-                model.graphs.release()  # validation needs the memory
-            if saving:  # before a validation that might fail
-                path = log.folder and log.folder / f"checkpoint_{step:06d}.safetensors"
-                done = {"step": step, "position": position, "train_seconds": clock.seconds}
-                save_checkpoint(path, model, optimizer, world, done)
-            if validating:
-                validate(val, model, rotary, step, clock, log, world)
-            if model.graphs and step < stop:
-                model.graphs.capture()
-            if step == start:
-                launch.mark("validation and graphs")
-                log.line(str(launch))
-        if step < stop:
-            clock.resume()
-            batches, position = next(loader)
-            loss = train_step(model, optimizer, batches, plan, rotary, step)
-            steps.add(step + 1, loss, plan)
-            profiler.step(last=step == stop - 1)
+    with Guard(cfg.watchdog, world) as guard:
+        for step in range(start, stop + 1):
+            plan = plan_step(cfg, min(step, cfg.total_steps - 1))
+            if plan.stage_index != stage:
+                stage = plan.stage_index
+                rotary = build_rotary(cfg, stage, val.positions, hardware.device)
+            validating, saving = pauses(cfg, step, start)
+            if validating or saving or steps.stop or step == start:
+                steps.flush()
+                clock.pause()
+                log.stopped = steps.stop and step < stop
+                if saving or log.stopped and step > start and cfg.save_every >= 0:
+                    guard.at(step, "checkpoint")  # before a validation that might fail
+                    done = {"step": step, "position": position, "train_seconds": clock.seconds}
+                    log.unsaved = save(done, model, optimizer, log, world)
+                if log.stopped:
+                    log.line(f"stopped after step {step}: a signal asked for it; --resume=auto goes on")
+                    return model, log
+                if validating:
+                    if model.graphs:
+                        model.graphs.release()  # validation needs the memory
+                    validate(val, model, rotary, step, clock, log, world, guard)
+                if model.graphs and step < stop:
+                    model.graphs.capture()
+                if step == start:
+                    launch.mark("validation and graphs")
+                    log.line(str(launch))
+            if step < stop:
+                clock.resume()
+                guard.at(step, "data")
+                batches, position = next(loader)
+                guard.at(step, "computation")
+                report = train_step(model, optimizer, batches, plan, rotary, step, guard)
+                steps.add(step + 1, report, [s.row.name for s in optimizer.due(step)], plan)
+                profiler.step(last=step == stop - 1)
     log.line(f"compilations after the first step: {compilations() - compiled}")
     log.line(f"peak memory: {memory_mib(hardware)} MiB")
     if baseline_line(shards):
@@ -2601,9 +2874,25 @@ def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tupl
     return model, log
 
 
+def pauses(cfg: Config, step: int, start: int) -> tuple[bool, bool]:
+    """Whether to validate, and to save, before `step`, in a run that begins at step `start`."""
+    last = step == last_step(cfg)
+    periodic = cfg.save_every > 0 and step % cfg.save_every == 0
+    return last or step % cfg.val_every == 0, step > start and (last and cfg.save_every >= 0 or periodic)
+
+
+def save(progress: dict, model: GPT, optimizer: Optimizer, log: Log, world: World) -> str:
+    """Write a checkpoint into the log's folder; a line, and the reason returned, if that fails."""
+    path = log.folder and log.folder / f"checkpoint_{progress['step']:06d}.safetensors"
+    failed = save_checkpoint(path, model, optimizer, world, progress)
+    if failed:
+        log.line(f"checkpoint of step {progress['step']} not written: {failed}")
+    return failed
+
+
 def finish(cfg: Config, model: GPT, log: Log, world: World):
     """After training: sample, export, plot; rank 0 only."""
-    if world.rank != 0:
+    if world.rank != 0 or log.stopped:
         return
     tokenizer = optional_tokenizer(cfg)
     if tokenizer:
@@ -2615,6 +2904,8 @@ def finish(cfg: Config, model: GPT, log: Log, world: World):
     plot = write_plot(log.folder)
     log.line(f"log: {log.folder / 'log.txt'}")
     log.line(f"plot: {plot or 'not drawn, matplotlib is not installed'}")
+    if log.unsaved:
+        raise UserError(f"the last checkpoint couldn't be written: {log.unsaved}; make room and train again")
 
 
 def use_checkpoint(cfg: Config, hardware: Hardware):
@@ -2659,6 +2950,8 @@ def run(argv: list[str]):
         return
     if hardware.device.type == "cpu" and world.size > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
+    if cfg.deterministic:
+        make_deterministic(hardware)
     if cfg.checkpoint:
         use_checkpoint(cfg, hardware)
         return

@@ -94,7 +94,7 @@ class Bench:
         self.batches = [tg.MicroBatch(t.pin_memory() if self.cuda else t, docs) for t, docs in batches]
 
     def train(self, plan: tg.StepPlan) -> torch.Tensor:
-        loss = tg.train_step(self.model, self.optimizer, self.batches, plan, self.rotary, self.step)
+        loss, *_ = tg.train_step(self.model, self.optimizer, self.batches, plan, self.rotary, self.step)
         self.step += 1
         return loss
 

@@ -489,7 +489,7 @@ def test_mtp_heads_learn_reach_the_trunk_and_are_left_out_of_the_export():
     assert attn == embed == 0 and heads > 0
     for step in range(cfg.scheduled_steps):
         micro_backward(model, batch)
-        optimizer.step(step, plan.lr, plan.momentum)
+        optimizer.step(step, plan.lr, plan.momentum, torch.zeros(2))
     assert all(norm > 0 for norm in from_heads_alone())
     with torch.no_grad():
         x = latents(model, batch.tokens[:-1], batch.docs)
@@ -954,7 +954,7 @@ def test_every_parameter_receives_a_gradient_within_three_steps():
         for name, p in model.named_parameters():
             parts = p.grad.reshape(shapes.get(name, (-1, 1))).any(-1)
             reached[name] = parts | reached[name]
-        optimizer.step(step, 1.0, 0.9)
+        optimizer.step(step, 1.0, 0.9, torch.zeros(2))
     assert {name: parts.all().item() for name, parts in reached.items()} == dict.fromkeys(reached, True)
 
 
