@@ -15,8 +15,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ablation  # noqa: E402
 import kernels  # noqa: E402
+import scaling  # noqa: E402
 
-from small import write_corpus  # noqa: E402
+from small import train_gpt, write_corpus  # noqa: E402
 
 
 def result(loss: float) -> dict:
@@ -128,3 +129,42 @@ def test_step_fails_if_a_variant_has_another_loss(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["step.py", *flags])
     with pytest.raises(SystemExit, match="other: loss"):
         step.main()
+
+
+def test_only_exchanging_is_communication_without_anything_beside_it(tmp_path):
+    def event(name, ts, dur, cat="kernel"):
+        return {"name": name, "ts": ts, "dur": dur, "cat": cat}
+
+    events = [event("matmul", 0, 1000), event("ncclDevKernel_AllGather", 500, 1000),
+              event("ncclDevKernel_ReduceScatter", 1200, 800), event("Memcpy DtoD", 1800, 100, "gpu_memcpy"),
+              event("ncclKernel", 0, 9000, "cpu_op")]  # fmt: skip
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    assert scaling.exposed_ms(tmp_path / "trace.json") == pytest.approx(0.9)
+
+
+def test_medians_are_of_pairs_within_a_stage_without_validations_and_profiled_steps():
+    cfg = train_gpt.parse_config(["--track=sprint"])
+    plans = [train_gpt.plan_step(cfg, step).stage_index for step in range(cfg.total_steps)]
+    seconds = {step + 1: 1.0 + plan for step, plan in enumerate(plans)}
+    seconds |= {step + 1: 50.0 for step in range(0, 210, 50)} | {5: 30.0}  # what must not count
+    times, now = {0: 0.0}, 0.0
+    for step, spent in seconds.items():
+        now += spent
+        times[step] = now
+    medians = scaling.stage_medians(times, cfg, skip={5})
+    assert [s["seconds"] for s in medians] == pytest.approx([1, 2, 3, 4])
+    assert [s["steps"] for s in medians] == [67, 67, 66, 10] and all(s["pairs"] > 3 for s in medians)
+
+
+def test_scaling_compares_one_process_with_two(tmp_path):
+    data, out = write_corpus(tmp_path / "data", 70_000), tmp_path / "out.json"
+    flags = ["--track=tiny", "--device=cpu", f"--data={data}", "--width=32", "--val_chunk=512", "--val_every=12",
+             "--scheduled_steps=12", "--micro_batches=2", "--gpus=1,2", "--profile", f"--out={out}"]
+    command = [sys.executable, ROOT / "benchmarks" / "scaling.py", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert run.returncode == 0, run.stderr
+    one, two = json.loads(out.read_text())
+    assert (one["gpus"], two["gpus"]) == (1, 2) and one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-3)
+    assert len(one["stages"]) == len(two["stages"]) == 3 and all(s["seconds"] > 0 for s in two["stages"])
+    assert run.stdout.count("| 1 |") == run.stdout.count("| 2 |") == 1
