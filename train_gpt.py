@@ -1515,7 +1515,8 @@ class Optimizer:
         self.healthy = torch.ones((), dtype=torch.bool, device=model.embed.device)
         parts = nesterov, apply_update
         self.normuon_parts = [torch.compile(part, dynamic=False) for part in parts] if compile else parts
-        self.adam = torch.compile(adam_update, dynamic=True) if compile else adam_update
+        self.adam = {"replicated": adam_update,  # single numbers, which torch 2.11 compiles to an error
+                     "sharded": torch.compile(adam_update, dynamic=True) if compile else adam_update}
         self.states = [self.make_state(row, parameters[row.name]) for row in table]
 
     def make_state(self, row: Row, p: nn.Parameter) -> RowState:
@@ -1588,7 +1589,8 @@ class Optimizer:
             updates = (step + 1) // row.every
             bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
             lr = scalar(state.lr * lr_multiplier)
-            self.adam(p, grad, *state.buffers.values(), lr, bias1, bias2, self.healthy, *row.betas)
+            numbers = lr, bias1, bias2, self.healthy, *row.betas
+            self.adam[row.comms](p, grad, *state.buffers.values(), *numbers)
 
     def gather(self, state: RowState):
         """Start sharing the updated parts; returns the function that finishes it."""
@@ -2285,6 +2287,9 @@ def save_checkpoint(path: Path, model: GPT, optimizer: Optimizer, world: World, 
     if world.rank == 0:
         weights = {f"model.{name}": p for name, p in model.named_parameters()}
         try:
+            for name, x in (weights | state).items():
+                if not x.isfinite().all():  # a gradient that isn't due: a run couldn't go on from it
+                    raise UserError(f"{name} isn't finite")
             write_safetensors(path, weights | state, {"config": config_to_json(model.cfg)} | progress)
             for old in checkpoints(path.parent)[: -model.cfg.keep or 0]:
                 old.unlink()
@@ -2575,38 +2580,66 @@ class Guard:
         self.progress, self.since = (step, self.PHASES.index(phase)), time.monotonic()
 
     def watch(self):
-        store, pause = self.connect(), min(1.0, self.seconds / 5)
-        beats = 0
+        store, pause = in_time(self.connect), min(1.0, self.seconds / 5)
         while not self.over.wait(pause):
-            beats += 1
-            if store:
-                store.set(f"progress/{self.world.rank}", json.dumps([beats, *self.progress]))
+            in_time(partial(self.publish, store, time.time()))
             if time.monotonic() - self.since > self.seconds:
                 self.end(store, pause)
 
     def connect(self):
-        if self.world.size == 1:
-            return None
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(*address, is_master=False, wait_for_workers=False)
+        return dist.TCPStore(*address, is_master=False, wait_for_workers=False) if self.world.size > 1 else None
+
+    def publish(self, store, beat: float):
+        """beat: differs each time; 0 from a rank that ends itself, so that the others don't blame it."""
+        if store:
+            store.set(f"progress/{self.world.rank}", json.dumps([beat, *self.progress]))
+
+    def ask(self, store) -> list:
+        """What each rank published last, (beat, step, phase)."""
+        if not store:
+            return [(0, *self.progress)] if self.world.size == 1 else []
+        keys = [f"progress/{rank}" for rank in range(self.world.size)]
+        return [json.loads(store.get(key)) if store.check([key]) else (-1, 0, 0) for key in keys]
 
     def end(self, store, pause: float):
         """Name the culprits in one line and end this process."""
-        def ask():
-            keys = [f"progress/{rank}" for rank in range(self.world.size)] if store else []
-            return [json.loads(store.get(key)) if store.check([key]) else [0, 0, 0] for key in keys]
-
-        first = ask()
-        time.sleep(3 * pause)
-        last = ask() or [[0, *self.progress]]
-        silent = [rank for rank, (a, b) in enumerate(zip(first, last)) if a == b and rank != self.world.rank]
-        least = min(tuple(progress[1:]) for progress in last)
-        behind = [rank for rank, progress in enumerate(last) if tuple(progress[1:]) == least]
-        culprits, what = (silent, "without a sign of life") if silent else (behind, "behind or stuck")
-        where = [f"rank {rank} in step {last[rank][1]}, {self.PHASES[last[rank][2]]}" for rank in culprits]
-        print(f"train_gpt.py: no progress for {self.seconds:g} s; {what}: {'; '.join(where)}: "
-              "restart with --resume=auto", file=sys.stderr, flush=True)
+        first = in_time(partial(self.ask, store))
+        for _ in range(3):
+            time.sleep(pause)
+            in_time(partial(self.publish, store, time.time()))
+        last = in_time(partial(self.ask, store))
+        culprits = self.blame(first, last) if first and last else (
+            "without a sign of life: rank 0, or torchrun, which holds what the ranks know of each other")
+        in_time(partial(self.publish, store, 0))
+        print(f"train_gpt.py: no progress for {self.seconds:g} s; {culprits}: restart with --resume=auto",
+              file=sys.stderr, flush=True)
         os._exit(3)
+
+    def blame(self, first: list, last: list) -> str:
+        """The ranks that published nothing from `first` to `last`; if all did, those that are least far."""
+        silent = [rank for rank, (a, b) in enumerate(zip(first, last)) if a == b and a[0]]
+        least = min(tuple(progress) for _, *progress in last)
+        behind = [rank for rank, (_, *progress) in enumerate(last) if tuple(progress) == least]
+        what = "without a sign of life" if silent else "behind or stuck"
+        where = [f"rank {rank} in step {last[rank][1]}, {self.PHASES[last[rank][2]]}" for rank in silent or behind]
+        return f"{what}: {'; '.join(where)}"
+
+
+def in_time(function, seconds: float = 5.0):
+    """function(), or None if it hasn't returned by then or has lost its peer."""
+    results = []
+
+    def call():
+        try:
+            results.append(function())
+        except RuntimeError:
+            pass
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
 
 
 class Launch:
@@ -2904,8 +2937,6 @@ def finish(cfg: Config, model: GPT, log: Log, world: World):
     plot = write_plot(log.folder)
     log.line(f"log: {log.folder / 'log.txt'}")
     log.line(f"plot: {plot or 'not drawn, matplotlib is not installed'}")
-    if log.unsaved:
-        raise UserError(f"the last checkpoint couldn't be written: {log.unsaved}; make room and train again")
 
 
 def use_checkpoint(cfg: Config, hardware: Hardware):
@@ -2963,6 +2994,15 @@ def run(argv: list[str]):
     world.barrier()
     if world.size > 1:
         dist.destroy_process_group()
+    if log.unsaved:
+        raise UserError(f"the last checkpoint couldn't be written: {log.unsaved}; --resume=auto goes on from "
+                        "the one before")
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed as it does when another process is gone."""
+    signs = "gloo/transport", "ncclRemoteError", "ncclSystemError"
+    return isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in signs)
 
 
 def main():
@@ -2973,6 +3013,12 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        print("train_gpt.py: lost contact with another rank: restart with --resume=auto",
+              f"({' '.join(str(error).split())[:200]})", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Runs the sprint with torchrun once for each number of GPUs, one after the other,
 median milliseconds of a step in each stage, over pairs of steps, as Adam works at every other one; the
 efficiency, time on one GPU / (GPUs x time on them), in each stage and for the schedule at these medians; and
 the final loss. --profile adds the milliseconds a step in which a GPU did nothing but exchange, from a trace of
-four steps of the first stage, which don't enter the medians. Other flags go to train_gpt.py.
+four steps of the first stage, which don't enter the medians. Numbers of GPUs that --out (JSON) has already
+aren't run again. Other flags go to train_gpt.py.
 """
 
 import argparse
@@ -112,9 +113,10 @@ def main():
     flags = flags if any(flag.startswith("--track") for flag in flags) else ["--track=sprint", *flags]
     if not all(number.isdigit() and int(number) for number in args.gpus.split(",")):
         parser.error(f"--gpus={args.gpus}: expected numbers, as 1,2,4")
-    results = []
+    results = json.loads(args.out.read_text()) if args.out and args.out.is_file() else []
+    done = {result["gpus"] for result in results}
     with tempfile.TemporaryDirectory() as folder:
-        for gpus in map(int, args.gpus.split(",")):
+        for gpus in sorted(set(map(int, args.gpus.split(","))) - done):
             results.append(run(gpus, flags, args.profile, Path(folder) / str(gpus)))
             if args.out:
                 args.out.write_text(json.dumps(results, indent=1))

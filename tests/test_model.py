@@ -628,7 +628,8 @@ def test_final_windows_are_used_by_the_validation_after_training_and_by_no_other
     val = SimpleNamespace(run=lambda model, windows, *rest: seen.append(windows) or result)
     log = SimpleNamespace(line=lambda text: None, metric=lambda **values: None)
     for step in (0, cfg.total_steps - 1, cfg.total_steps):
-        t.validate(val, t.GPT(cfg), None, step, SimpleNamespace(read=lambda: 0.0), log, t.World())
+        t.validate(val, t.GPT(cfg), None, step, SimpleNamespace(read=lambda: 0.0), log, t.World(),
+                   SimpleNamespace(at=lambda *_: None))
     assert seen == [{"short": 4, "long": 8}, {"short": 8, "long": 16}, {"short": 10, "long": 20}]
 
 
