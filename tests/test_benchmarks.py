@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -168,3 +169,23 @@ def test_scaling_compares_one_process_with_two(tmp_path):
     assert (one["gpus"], two["gpus"]) == (1, 2) and one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-3)
     assert len(one["stages"]) == len(two["stages"]) == 3 and all(s["seconds"] > 0 for s in two["stages"])
     assert run.stdout.count("| 1 |") == run.stdout.count("| 2 |") == 1
+
+
+def test_step_goes_on_after_a_variant_that_does_not_fit(monkeypatch, capsys, tmp_path):
+    import step
+
+    bench, flags = step.Bench, ["--track=tiny", "--device=cpu", "--width=32", "--val_chunk=512", "--steps=2"]
+
+    def build(cfg):
+        if cfg.leaky_slope == 0.25:
+            raise torch.OutOfMemoryError("tried to allocate. more")
+        return bench(cfg)
+
+    variants = {"default": ((), ()), "large": (("--leaky_slope=0.25",), ()), "other": ((), ())}
+    monkeypatch.setattr(step, "VARIANTS", variants)
+    monkeypatch.setattr(step, "Bench", build)
+    monkeypatch.setattr(sys, "argv", ["step.py", *flags, "--compare=all", f"--out={tmp_path / 'out'}"])
+    step.main()
+    out = capsys.readouterr().out
+    assert "| large | doesn't fit |" in out and "| other | 2,048 |" in out
+    assert json.loads((tmp_path / "out").read_text())["large"]["stages"] == []
