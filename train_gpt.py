@@ -13,6 +13,7 @@ Shape suffixes: x_TD is (T, D).   T tokens of one packed micro-batch   D model w
 """
 
 import base64
+import contextlib
 import dataclasses
 import difflib
 import glob
@@ -81,6 +82,13 @@ class Stage(NamedTuple):
     window_long: int
     lr: float                    # multiplier on every learning rate
     targets: tuple = ((1, 1),)   # loss weights of targets t+1, t+2, ..: each (at the stage's start, end)
+
+
+class Target(NamedTuple):
+    """Loss weight of one target."""
+
+    first: float                 # at the stage's start
+    last: float                  # towards its end
 
 
 @dataclass(frozen=True)
@@ -301,8 +309,9 @@ CHOICES = {
 }
 # Flags that change neither the model nor its schedule: what goes with --checkpoint and --resume.
 RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temperature", "seed", "export",
-             "save_every", "keep", "stop_after", "profile", "log_folder", "device", "dtype", "compile", "attention",
-             "kernels", "fp8", "graphs", "warmup", "deterministic", "watchdog", "data", "tokenizer")
+             "save_every", "keep", "stop_after", "profile", "log_folder", "device", "dtype", "compile",
+             "attention", "kernels", "fp8", "graphs", "warmup", "deterministic", "watchdog", "data",
+             "tokenizer")
 MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
     ("epochs", "micro_batches", "val_chunk", "val_every", "scheduled_steps", "width", "heads", "mlp_ratio",
      "loss_chunk", "adam_every", "sample_tokens", "gate_inputs"), 1)  # every other number: 0
@@ -347,9 +356,13 @@ def parse_config(argv: list[str]) -> Config:
     return resolve_config(replace(base, **fresh | overrides))
 
 
+def flag_kinds() -> dict:
+    """Name -> type of each field that is a flag."""
+    return {f.name: f.type for f in dataclasses.fields(Config) if f.type in (str, int, float, bool)}
+
+
 def parse_overrides(argv: list[str]) -> dict:
-    fields = {f.name: f.type for f in dataclasses.fields(Config) if f.type in (str, int, float, bool)}
-    overrides = {}
+    fields, overrides = flag_kinds(), {}
     for arg in argv:
         name, given, text = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
@@ -375,6 +388,12 @@ def resolve_config(cfg: Config) -> Config:
         raise UserError(f"--backout_from={cfg.backout_from}: the model has layers 0 to {len(cfg.layers) - 1}")
     if not cfg.attention_layers or any(layer.skip_from >= i for i, layer in enumerate(cfg.layers)):
         raise UserError("layer table: needs a layer with attention, and skips only from earlier layers")
+    if any(layer.window not in ("short", "long", "none") for layer in cfg.layers):
+        raise UserError("layer table: a window is short, long or none")
+    if not cfg.stages or cfg.stages[0].start != 0:
+        raise UserError("stage table: the first stage must start at 0")
+    if any(min(stage.batch_tokens, stage.max_doc) < 1 or not stage.targets for stage in cfg.stages):
+        raise UserError("stage table: batch_tokens and max_doc must be 1 or more, and targets one or more")
     if cfg.gate_inputs > cfg.width:
         raise UserError(f"--gate_inputs={cfg.gate_inputs}: at most the width, {cfg.width}")
     return cfg
@@ -386,10 +405,19 @@ def config_to_json(cfg: Config) -> dict:
 
 
 def config_from_json(values: dict) -> Config:
-    """Inverse of config_to_json. Raises KeyError or TypeError on fields that Config doesn't have."""
+    """Inverse of config_to_json. Raises KeyError, TypeError, ValueError or UserError on anything else."""
     layers = tuple(Layer(**row) for row in values["layers"])
     stages = tuple(Stage(**row | {"targets": tuple(map(tuple, row["targets"]))}) for row in values["stages"])
-    return Config(**values | {"layers": layers, "stages": stages})
+    for row in (*layers, *stages, *(Target(*pair) for stage in stages for pair in stage.targets)):
+        for value, kind in zip(row, row.__annotations__.values()):
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise TypeError(f"{value!r} in {row}")
+    cfg = Config(**values | {"layers": layers, "stages": stages})
+    for name, kind in flag_kinds().items():
+        value = getattr(cfg, name)
+        if parse_value(name, kind, str(value)) != value:
+            raise TypeError(f"{name} {value!r}")
+    return cfg
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1549,10 +1577,14 @@ class Optimizer:
         for state in due:
             if state.parameter.grad is None:
                 raise RuntimeError(f"parameter {state.row.name} is trained but got no gradient")
+        reduced = [self.reduce(due[0])]  # which hides the search for what isn't finite
         norms = torch.stack(torch._foreach_norm([s.parameter.grad for s in due]))
-        report = self.world.all_reduce(torch.cat([share, (~norms.isfinite()).type_as(share)]))
+        report = torch.cat([share, (~norms.isfinite()).type_as(share)])
+        reported = dist.all_reduce(report, async_op=True) if self.world.size > 1 else None
+        reduced += [self.reduce(s) for s in due[1:]]
+        if reported:
+            reported.wait()
         self.healthy &= report.isfinite().all() & ~report[share.numel() :].any()
-        reduced = [self.reduce(s) for s in due]
         gathers = []
         for state, (grad, work) in zip(due, reduced):
             if work is not None:
@@ -1627,9 +1659,12 @@ class Optimizer:
             for name, part in s.buffers.items():
                 out[f"optimizer.{s.row.name}.{name}"] = self.unshard(s, part)
             if step % s.row.every:  # gradients of a row that is not due yet are state, too
-                summed = self.deterministic or self.world.size == 1
-                grad = s.parameter.grad.clone()
-                out[f"optimizer.{s.row.name}.grad"] = grad if summed else self.world.all_reduce(grad)
+                grad = s.parameter.grad
+                if not self.deterministic:  # from now on as after a resume: rank 0 has them all
+                    self.world.all_reduce(grad)
+                out[f"optimizer.{s.row.name}.grad"] = grad.clone()
+                if not self.deterministic and self.world.rank:
+                    grad.zero_()
         return out
 
     def unshard(self, state: RowState, part: Tensor) -> Tensor:
@@ -1795,6 +1830,10 @@ class DocumentStream:
         self.shards, self.cfg, self.position = shards, cfg, position
         if position == Position():
             self.position = Position(0, 0, int(shards[0][1][0]))
+        _, shard, offset = self.position
+        if shard > len(shards) or offset > (len(shards[shard][0]) - 1 if shard < len(shards) else 0):
+            raise UserError(f"training goes on at token {offset:,} of shard {shard}, which the {len(shards)} "
+                            "shards don't have: are they those that it began with?")
 
     def next_piece(self, limit: int) -> np.ndarray:
         """At most `limit` tokens of the next document. Raises UserError when the shards are used up."""
@@ -1920,14 +1959,17 @@ def steps_covered(cfg: Config, world: World, lengths: np.ndarray) -> int:
 
 def check_supply(cfg: Config, world: World, shards: Shards):
     """Raise UserError if the schedule needs more documents than there are; opens the shards it needs."""
-    starts, total, steps = [], 0, 0
+    starts, total = [], 0
     for i in range(len(shards)):
         tokens, first = shards[i]
         starts.append(first + total)
         total += len(tokens)
         last = i == len(shards) - 1
         lengths = np.diff(np.concatenate(starts), append=[total] if last else [])
-        steps = steps_covered(cfg, world, np.tile(lengths, cfg.epochs) if last else lengths)
+        steps, epochs = steps_covered(cfg, world, lengths), 1
+        while last and steps < cfg.total_steps and epochs < cfg.epochs:  # no more than it takes
+            epochs = min(2 * epochs, cfg.epochs)
+            steps = steps_covered(cfg, world, np.tile(lengths, epochs))
         if steps == cfg.total_steps:
             shards[min(i + 1, len(shards) - 1)]  # the last document may be read up to the next shard's first
             return
@@ -2099,7 +2141,8 @@ def train_step(model: GPT, optimizer, batches: list, plan: StepPlan, rotary: Rot
     model.refresh()
     run = partial(run_micro_batch, model, plan=plan, rotary=rotary, weights=weights)
     if optimizer.deterministic:
-        loss = add_in_order(model, batches, run, world) * (world.rank == 0)
+        everyones = add_in_order(model, batches, run, world)
+        loss = everyones if world.rank == 0 else loss  # to be counted once
     else:
         for batch in batches:
             loss += run(batch)
@@ -2255,11 +2298,21 @@ def read_safetensors(path: str, tensors: bool = True) -> tuple[dict, dict]:
             meta = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
             found = {k: file.get_tensor(k) for k in file.keys()} if tensors else {}
         meta["config"] = config_from_json(meta["config"])
+        if "step" in meta:
+            check_progress(**{k: v for k, v in meta.items() if k != "config"})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: no checkpoint: {' '.join(str(error).split())[:120]}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a checkpoint of this script: {type(error).__name__} {error}") from None
+    except (KeyError, TypeError, ValueError, RecursionError, UserError) as error:
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:120]}"
+        raise UserError(f"{path}: not a checkpoint of this script: {reason}") from None
     return found, meta
+
+
+def check_progress(step, position, train_seconds):
+    """Raise ValueError or TypeError unless these are what save_checkpoint was given."""
+    whole = [step, *Position(*position)]
+    if any(type(n) is not int or n < 0 for n in whole) or not 0 <= train_seconds < math.inf:
+        raise ValueError(f"step {step}, position {position}, {train_seconds} seconds")
 
 
 def load_weights(model: GPT, tensors: dict, path: str):
@@ -2304,22 +2357,40 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint_*.safetensors"))
 
 
+def last_complete(folder: Path) -> tuple[Path | None, dict]:
+    """The last checkpoint of a run that can be read, and its metadata."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            meta = read_safetensors(str(path), tensors=False)[1]
+        except UserError:  # damaged
+            continue
+        if "step" in meta:
+            return path, meta
+    return None, {}
+
+
+def modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # a run just removed it
+        return 0.0
+
+
 def find_unfinished(cfg: Config) -> str:
-    """Newest complete checkpoint of a run with this configuration that isn't over; "" if there is none."""
-    folders = sorted({path.parent for path in log_root(cfg).glob("*/checkpoint_*.safetensors")},
-                     key=lambda folder: max(path.stat().st_mtime for path in checkpoints(folder)))
+    """Last complete checkpoint of the newest run with this configuration that is neither over nor continued.
+
+    "" if there is none.
+    """
+    folders = {path.parent for path in log_root(cfg).glob("*/checkpoint_*.safetensors")}
     same = {f.name for f in dataclasses.fields(cfg)} - set(RUN_FLAGS) | {"seed"}
-    for folder in reversed(folders):
-        for path in reversed(checkpoints(folder)):
-            try:
-                meta = read_safetensors(str(path), tensors=False)[1]
-            except UserError:  # damaged
-                continue
-            if any(getattr(meta["config"], name) != getattr(cfg, name) for name in same):
-                break
-            if meta.get("step", cfg.total_steps) < cfg.total_steps:
-                return str(path)
-            break
+    continued = set()
+    for folder in sorted(folders, key=lambda folder: -max(map(modified, checkpoints(folder)), default=0)):
+        path, meta = last_complete(folder)
+        if not path or any(getattr(meta["config"], name) != getattr(cfg, name) for name in same):
+            continue
+        if meta["step"] < cfg.total_steps and folder.resolve() not in continued:
+            return str(path)
+        continued.add(Path(meta["config"].resume).resolve().parent)
     return ""
 
 
@@ -2407,18 +2478,21 @@ class Log:
         if self.active:
             self.write(self.text, text)
             if console:
-                print(text, flush=True)
+                self.write(sys.stdout, text)
 
     def metric(self, **values):
         if self.active:
             self.write(self.metrics, json.dumps(values))
 
-    def write(self, file, text: str):
-        """A log that can't be written, as on a full disk, doesn't end the run."""
+    def write(self, file, text: str, end: str = "\n"):
+        """What can't be written, as on a full disk or to a closed pipe, doesn't end the run."""
         try:
-            print(text, file=file, flush=True)
+            print(text, file=file, end=end, flush=True)
         except OSError as error:
-            print(f"can't write {file.name}: {error.strerror}; training goes on", file=sys.stderr)
+            if file is sys.stdout:
+                sys.stdout = open(os.devnull, "w")  # Python's own last flush would fail, too
+            with contextlib.suppress(OSError):
+                print(f"can't write {file.name}: {error.strerror}; training goes on", file=sys.stderr)
 
 
 def source_sha256() -> str:
@@ -2520,7 +2594,7 @@ class StepLog:
             left = now / step * (total - step)
             rate = f"{speed['tokens_per_s']:,} tokens/s eta:{left:.0f}s "
             end = "\r" if terminal else "\n"
-            print(f"step:{step}/{total} train_loss:{loss:.4f} {rate}", end=end, flush=True)
+            self.log.write(sys.stdout, f"step:{step}/{total} train_loss:{loss:.4f} {rate}", end)
 
     def check(self, step: int, loss: float, bad: dict):
         """Raise UserError if the step's report says that it, and all after it, changed nothing."""
@@ -2587,8 +2661,10 @@ class Guard:
                 self.end(store, pause)
 
     def connect(self):
+        if self.world.size == 1:
+            return None
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(*address, is_master=False, wait_for_workers=False) if self.world.size > 1 else None
+        return dist.TCPStore(*address, is_master=False, wait_for_workers=False)
 
     def publish(self, store, beat: float):
         """beat: differs each time; 0 from a rank that ends itself, so that the others don't blame it."""
@@ -2604,14 +2680,16 @@ class Guard:
 
     def end(self, store, pause: float):
         """Name the culprits in one line and end this process."""
-        first = in_time(partial(self.ask, store))
-        for _ in range(3):
-            time.sleep(pause)
-            in_time(partial(self.publish, store, time.time()))
-        last = in_time(partial(self.ask, store))
-        culprits = self.blame(first, last) if first and last else (
-            "without a sign of life: rank 0, or torchrun, which holds what the ranks know of each other")
-        in_time(partial(self.publish, store, 0))
+        first = last = in_time(partial(self.ask, store))
+        if first:
+            for _ in range(3):
+                time.sleep(pause)
+                in_time(partial(self.publish, store, time.time()))
+            last = in_time(partial(self.ask, store))
+        culprits = "without a sign of life: rank 0, or torchrun, where the ranks tell how far they are"
+        if last:
+            culprits = self.blame(first, last)
+            in_time(partial(self.publish, store, 0))
         print(f"train_gpt.py: no progress for {self.seconds:g} s; {culprits}: restart with --resume=auto",
               file=sys.stderr, flush=True)
         os._exit(3)
@@ -2621,9 +2699,9 @@ class Guard:
         silent = [rank for rank, (a, b) in enumerate(zip(first, last)) if a == b and a[0]]
         least = min(tuple(progress) for _, *progress in last)
         behind = [rank for rank, (_, *progress) in enumerate(last) if tuple(progress) == least]
-        what = "without a sign of life" if silent else "behind or stuck"
-        where = [f"rank {rank} in step {last[rank][1]}, {self.PHASES[last[rank][2]]}" for rank in silent or behind]
-        return f"{what}: {'; '.join(where)}"
+        where = [f"rank {rank} in step {last[rank][1]}, {self.PHASES[last[rank][2]]}"
+                 for rank in silent or behind]
+        return f"{'without a sign of life' if silent else 'behind or stuck'}: {'; '.join(where)}"
 
 
 def in_time(function, seconds: float = 5.0):
@@ -2934,9 +3012,12 @@ def finish(cfg: Config, model: GPT, log: Log, world: World):
     if cfg.export:
         export_model(Path(cfg.export), model)
         log.line(f"export: {cfg.export}")
-    plot = write_plot(log.folder)
+    try:
+        plot = write_plot(log.folder) or "not drawn, matplotlib is not installed"
+    except (OSError, ValueError) as error:  # of a disk that is full, or was when metrics.jsonl was written
+        plot = f"not drawn: {error}"
     log.line(f"log: {log.folder / 'log.txt'}")
-    log.line(f"plot: {plot or 'not drawn, matplotlib is not installed'}")
+    log.line(f"plot: {plot}")
 
 
 def use_checkpoint(cfg: Config, hardware: Hardware):
