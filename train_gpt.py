@@ -37,6 +37,7 @@ STARTED = time.time()  # before torch is imported: that is part of the launch
 # ruff: noqa: E402
 
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -96,7 +97,7 @@ class Config:
     # what to do
     track: str = "tiny"
     check: bool = False          # only check configuration and data
-    checkpoint: str = ""         # a checkpoint or export to sample from, export or evaluate; no training
+    checkpoint: str = ""         # a checkpoint or export to sample from or export; no training
     resume: str = ""             # a checkpoint to continue; auto: the last one of an unfinished run like this
     sample: str = ""             # prompt of the sampled text; "" takes a default after training
     sample_tokens: int = 200
@@ -349,7 +350,9 @@ def parse_config(argv: list[str]) -> Config:
     for name, value in overrides.items():
         if name not in RUN_FLAGS and value != getattr(base, name):
             raise UserError(f"--{name}: fixed by {saved}, where it is {getattr(base, name)}; leave it out")
-    kept = {"data", "seed", "tokenizer"} | ({"sample", "dtype", "fp8"} if overrides.get("resume") else set())
+    kept = {"data", "seed", "tokenizer"}
+    if overrides.get("resume"):
+        kept |= {"sample", "dtype", "fp8", "deterministic"}
     fresh = {name: getattr(Config, name) for name in RUN_FLAGS if name not in kept}
     if overrides.get("checkpoint") and overrides.get("resume"):
         raise UserError("--checkpoint is used without training, --resume to train on: give one of them")
@@ -546,6 +549,7 @@ def make_deterministic(hardware: Hardware):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    torch._inductor.config.deterministic = True  # nothing is chosen by its speed
 
 
 @cache
@@ -1104,7 +1108,7 @@ def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
 
 
 def add_rows_region(total_VD, tokens_T, rows_TD):
-    """total[tokens[t]] += rows[t] for every t, in the precision of total and, on a GPU, in any order."""
+    """total[tokens[t]] += rows[t] for every t, in total's precision; on a GPU usually in any order."""
     total_VD.index_add_(0, tokens_T, rows_TD.to(total_VD.dtype))
 
 
@@ -1653,41 +1657,47 @@ class Optimizer:
         return x if not short else torch.cat([x, x.new_zeros(short, *x.shape[1:])])
 
     def state_dict(self, step: int) -> dict:
-        """Full, unsharded state after `step` steps, the same at every world size; collective."""
+        """Full, unsharded state after `step` steps, on the CPU, the same at every world size; collective."""
         out = {}
         for s in self.states:
             for name, part in s.buffers.items():
                 out[f"optimizer.{s.row.name}.{name}"] = self.unshard(s, part)
             if step % s.row.every:  # gradients of a row that is not due yet are state, too
                 grad = s.parameter.grad
-                if not self.deterministic:  # from now on as after a resume: rank 0 has them all
-                    self.world.all_reduce(grad)
-                out[f"optimizer.{s.row.name}.grad"] = grad.clone()
+                summed = grad if self.deterministic else self.world.all_reduce(grad)
+                out[f"optimizer.{s.row.name}.grad"] = summed.to("cpu", copy=True)
                 if not self.deterministic and self.world.rank:
-                    grad.zero_()
+                    grad.zero_()  # from now on as after a resume: rank 0 has them all
         return out
 
     def unshard(self, state: RowState, part: Tensor) -> Tensor:
         if self.world.size == 1 or state.row.comms == "replicated":
-            return part.clone()
+            return part.to("cpu", copy=True)
         own = part.new_zeros(state.share, *part.shape[1:])
         own[: part.size(0)] = part
-        return self.world.all_gather(own).flatten(0, 1)[: state.units].clone()
+        return self.world.all_gather(own).flatten(0, 1)[: state.units].cpu()
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: dict):
-        """Take own parts of a full state. Raises UserError on a missing tensor or a wrong shape."""
+    def load_state_dict(self, tensors: dict, step: int):
+        """Take own parts of the full state after `step` steps.
+
+        Raises UserError on a missing tensor or a wrong shape.
+        """
+        def find(s: RowState, name: str, shape) -> Tensor:
+            key = f"optimizer.{s.row.name}.{name}"
+            if key not in tensors or tensors[key].shape != shape:
+                found = tuple(tensors[key].shape) if key in tensors else "missing"
+                raise UserError(f"{key} is {found}, not {tuple(shape)}: damaged, or of another version")
+            return tensors[key]
+
         for s in self.states:
             for name, part in s.buffers.items():
-                key, shape = f"optimizer.{s.row.name}.{name}", (s.units, *part.shape[1:])
-                if key not in tensors or tensors[key].shape != shape:
-                    found = tuple(tensors[key].shape) if key in tensors else "missing"
-                    raise UserError(f"{key} is {found}, not {shape}: damaged, or of another version")
-                part.copy_(tensors[key][s.lo : s.hi])
-            grad = tensors.get(f"optimizer.{s.row.name}.grad")
+                part.copy_(find(s, name, (s.units, *part.shape[1:]))[s.lo : s.hi])
             gradient(s.parameter).zero_()
-            if grad is not None and (self.deterministic or self.world.rank == 0):  # else summed when due
-                s.parameter.grad.copy_(grad)
+            if step % s.row.every:
+                grad = find(s, "grad", s.parameter.shape)
+                if self.deterministic or self.world.rank == 0:  # else they are summed when due
+                    s.parameter.grad.copy_(grad)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1765,10 +1775,13 @@ class TokenFile:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         lo, hi, _ = part.indices(self.count)
-        data = os.pread(self.file.fileno(), 2 * max(hi - lo, 0), 1024 + 2 * lo)
-        if len(data) != 2 * max(hi - lo, 0):
-            raise UserError(f"{self.path}: was cut short while in use, at token {lo + len(data) // 2:,} of "
-                            f"{self.count:,}: fetch or make it again, then resume")
+        data, wanted = bytearray(), 2 * max(hi - lo, 0)
+        while len(data) < wanted:  # one read gives 2 GiB at most
+            more = os.pread(self.file.fileno(), wanted - len(data), 1024 + 2 * lo + len(data))
+            if not more:
+                raise UserError(f"{self.path}: was cut short while in use, at token {lo + len(data) // 2:,} "
+                                f"of {self.count:,}: fetch or make it again, then resume")
+            data += more
         return np.frombuffer(data, "<u2")
 
     def blocks(self):
@@ -2138,21 +2151,21 @@ def train_step(model: GPT, optimizer, batches: list, plan: StepPlan, rotary: Rot
     """
     device, world = model.embed.device, optimizer.world
     weights, loss = loss_weights(model.cfg, plan, device), torch.zeros((), device=device)
+    at = partial(guard.at, step) if guard else lambda phase: None
     model.refresh()
     run = partial(run_micro_batch, model, plan=plan, rotary=rotary, weights=weights)
     if optimizer.deterministic:
-        everyones = add_in_order(model, batches, run, world)
+        everyones = add_in_order(model, batches, run, world, at)
         loss = everyones if world.rank == 0 else loss  # to be counted once
     else:
         for batch in batches:
             loss += run(batch)
     stop = torch.full_like(loss, bool(guard and guard.signal))
-    if guard:
-        guard.at(step, "exchange")
+    at("exchange")
     return optimizer.step(step, plan.lr, plan.momentum, torch.stack([loss, stop]))
 
 
-def add_in_order(model: GPT, batches: list, run, world: World) -> Tensor:
+def add_in_order(model: GPT, batches: list, run, world: World, at=lambda phase: None) -> Tensor:
     """Loss and gradients of all ranks' micro-batches, added one by one in the order of the stream.
 
     Returns the loss, (); leaves the gradients in every rank's parameters. The same bits at every world size.
@@ -2160,9 +2173,12 @@ def add_in_order(model: GPT, batches: list, run, world: World) -> Tensor:
     parameters = list(model.parameters())
     totals, loss = [gradient(p).clone() for p in parameters], torch.zeros((), device=model.embed.device)
     for batch in batches:
+        at("computation")
         for p in parameters:
             p.grad.zero_()
-        for share in world.all_gather(run(batch)):
+        own = run(batch)
+        at("exchange")
+        for share in world.all_gather(own):
             loss = loss + share
         for p, total in zip(parameters, totals):
             for grad in world.all_gather(p.grad):
@@ -2345,7 +2361,8 @@ def save_checkpoint(path: Path, model: GPT, optimizer: Optimizer, world: World, 
                     raise UserError(f"{name} isn't finite")
             write_safetensors(path, weights | state, {"config": config_to_json(model.cfg)} | progress)
             for old in checkpoints(path.parent)[: -model.cfg.keep or 0]:
-                old.unlink()
+                with contextlib.suppress(OSError):  # the new one is written all the same
+                    old.unlink()
         except (OSError, SafetensorError, UserError) as error:
             failed = " ".join(str(error).split())[:200] or type(error).__name__
     ranks = world.all_reduce(torch.tensor(float(bool(failed)), device=model.embed.device)).item()
@@ -2382,7 +2399,7 @@ def find_unfinished(cfg: Config) -> str:
     "" if there is none.
     """
     folders = {path.parent for path in log_root(cfg).glob("*/checkpoint_*.safetensors")}
-    same = {f.name for f in dataclasses.fields(cfg)} - set(RUN_FLAGS) | {"seed"}
+    same = {f.name for f in dataclasses.fields(cfg)} - set(RUN_FLAGS) | {"seed", "data", "tokenizer"}
     continued = set()
     for folder in sorted(folders, key=lambda folder: -max(map(modified, checkpoints(folder)), default=0)):
         path, meta = last_complete(folder)
@@ -2522,7 +2539,7 @@ def log_header(log: Log, hardware: Hardware, world: World, model: GPT, shards: S
     log.line(f"validation: tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
     size = sum(p.numel() for p in model.parameters())
     log.line(f"model: {size:,} parameters, {len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}")
-    log.line("timed: training steps with their data")
+    log.line("timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses")
     log.line("untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
              "checkpoints, sampling")
 
@@ -2654,8 +2671,9 @@ class Guard:
         self.progress, self.since = (step, self.PHASES.index(phase)), time.monotonic()
 
     def watch(self):
-        store, pause = in_time(self.connect), min(1.0, self.seconds / 5)
+        store, pause = None, min(1.0, self.seconds / 5)
         while not self.over.wait(pause):
+            store = store or in_time(self.connect)
             in_time(partial(self.publish, store, time.time()))
             if time.monotonic() - self.since > self.seconds:
                 self.end(store, pause)
@@ -2816,6 +2834,7 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
     for state in optimizer.states:
         for buffer in state.buffers.values():
             buffer.zero_()
+    optimizer.healthy.fill_(True)  # synthetic steps may have gone beyond what is finite
     hardware.synchronize()
 
 
@@ -2906,10 +2925,10 @@ def set_up(cfg: Config, hardware: Hardware, world: World, launch: Launch):
         if "step" not in meta:
             raise UserError(f"{cfg.resume}: an export, which has no optimizer state: give a checkpoint")
         progress = {name: meta[name] for name in progress} | {"position": Position(*meta["position"])}
-        if progress["step"] >= last_step(cfg):
-            raise UserError(f"{cfg.resume}: is at step {progress['step']} of {last_step(cfg)}: nothing left")
     if torch.unique(world.all_gather(torch.tensor(progress["step"], device=hardware.device))).numel() > 1:
         raise UserError("the ranks found different checkpoints: --resume=auto needs a shared --log_folder")
+    if progress["step"] >= last_step(cfg):
+        raise UserError(f"{cfg.resume}: is at step {progress['step']} of {last_step(cfg)}: nothing left")
     launch.mark("data")
     model = build_model(cfg, hardware)
     optimizer = Optimizer(model, optimizer_table(cfg), world, hardware.compile, cfg.deterministic)
@@ -2917,7 +2936,7 @@ def set_up(cfg: Config, hardware: Hardware, world: World, launch: Launch):
     def restore():
         if cfg.resume:
             load_weights(model, tensors, cfg.resume)
-            optimizer.load_state_dict(tensors)
+            optimizer.load_state_dict(tensors, progress["step"])
 
     restore()  # refuses what doesn't fit before anything is written
     log = Log(cfg, world)
@@ -2954,6 +2973,8 @@ def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tupl
                 steps.flush()
                 clock.pause()
                 log.stopped = steps.stop and step < stop
+                if model.graphs and (saving or validating or log.stopped):
+                    model.graphs.release()  # what follows needs the memory
                 if saving or log.stopped and step > start and cfg.save_every >= 0:
                     guard.at(step, "checkpoint")  # before a validation that might fail
                     done = {"step": step, "position": position, "train_seconds": clock.seconds}
@@ -2962,8 +2983,6 @@ def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tupl
                     log.line(f"stopped after step {step}: a signal asked for it; --resume=auto goes on")
                     return model, log
                 if validating:
-                    if model.graphs:
-                        model.graphs.release()  # validation needs the memory
                     validate(val, model, rotary, step, clock, log, world, guard)
                 if model.graphs and step < stop:
                     model.graphs.capture()
@@ -3068,13 +3087,15 @@ def run(argv: list[str]):
         use_checkpoint(cfg, hardware)
         return
     if world.size > 1:
-        dist.init_process_group("nccl" if hardware.device.type == "cuda" else "gloo")
+        cuda, patience = hardware.device.type == "cuda", 2 * cfg.watchdog + 600 if cfg.watchdog else 86_400
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
+                                timeout=timedelta(seconds=patience))  # the watchdog comes first
     launch.mark("process group")
     model, log = train(cfg, hardware, world, launch)
-    finish(cfg, model, log, world)
     world.barrier()
     if world.size > 1:
         dist.destroy_process_group()
+    finish(cfg, model, log, world)  # nobody waits for rank 0 meanwhile
     if log.unsaved:
         raise UserError(f"the last checkpoint couldn't be written: {log.unsaved}; --resume=auto goes on from "
                         "the one before")

@@ -372,14 +372,14 @@ def test_auto_takes_the_newest_of_the_runs_that_were_stopped(tiny, tmp_path):
     assert found_by_auto(tmp_path) == str(first)
 
 
-@pytest.mark.parametrize("flags", [("--val_every=2",), ("--seed=1",), ("--width=64",)])
+@pytest.mark.parametrize("flags", [("--val_every=2",), ("--seed=1",), ("--width=64",), ("--data=elsewhere",)])
 def test_auto_starts_afresh_where_nothing_fits(tiny, tmp_path, flags):
     write_run(tmp_path / "logs", "run", [3])
     assert found_by_auto(tmp_path / "logs", *flags) == found_by_auto(tmp_path / "none", *flags) == ""
 
 
 def test_auto_goes_on_whatever_flags_say_that_change_no_result(tiny, tmp_path):
-    (path,) = write_run(tmp_path, "run", [3], save_every=5, sample="a", data="somewhere")
+    (path,) = write_run(tmp_path, "run", [3], save_every=5, sample="a")
     flags = "--save_every=2", "--sample=b", "--sample_tokens=3", "--watchdog=0", "--keep=1"
     assert found_by_auto(tmp_path, *flags) == str(path)
 
@@ -429,16 +429,16 @@ def test_run_stopped_by_a_signal_is_continued_to_the_same_bits(runs, tmp_path, s
     assert f"resumed: {begun.saved[0]} at step {stop}" in ended.log
     assert begun.losses + ended.losses == whole.losses
     assert_same_checkpoint(ended.saved[-1], whole.saved[-1])
-    assert found_by_auto(logs) == ""
+    assert found_by_auto(logs, f"--data={tmp_path / 'data'}") == ""
 
 
 def test_auto_does_not_go_back_to_a_run_that_another_went_on_from(runs, tmp_path):
     logs = tmp_path / "logs"
     runs("--stop_after=3", logs=logs)
     (path,) = runs("--resume=auto", "--stop_after=5", logs=logs).saved
-    assert found_by_auto(logs) == str(path)
+    assert found_by_auto(logs, f"--data={tmp_path / 'data'}") == str(path)
     runs("--resume=auto", logs=logs)
-    assert found_by_auto(logs) == ""
+    assert found_by_auto(logs, f"--data={tmp_path / 'data'}") == ""
 
 
 @pytest.mark.parametrize("flags, steps", [([], [5, 6]), (["--keep=0"], [1, 2, 3, 4, 5, 6]),

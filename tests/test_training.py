@@ -250,7 +250,7 @@ def test_gradients_stay_at_their_addresses(step):
     state = optimizer.state_dict(step + 1)
     left = [grad.clone() for grad in grads]
     add_gradients(model, random_gradients(model, torch.Generator().manual_seed(7)))
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(state, step + 1)
     assert all(p.grad is grad for p, grad in zip(model.parameters(), grads))
     assert [grad.data_ptr() for grad in grads] == addresses
     assert all(map(torch.equal, grads, left))
@@ -980,8 +980,16 @@ def test_warm_up_restores_weights_gradients_and_state():
     train_gpt.warm_up(model, optimizer, Validation(cfg, tokens), CPU, World())
     assert len(moved) == 6 and not torch.equal(moved[-1], before["embed"])
     assert_equal(weights_of(model), before)
+    assert optimizer.healthy
     assert not any(p.grad.any() for p in model.parameters())
     assert not any(buffer.any() for state in optimizer.states for buffer in state.buffers.values())
+
+
+def test_warm_up_beyond_what_is_finite_does_not_keep_training_from_updating(runs, monkeypatch):
+    rates = [f"--{name}=9e11" for name in ("muon_lr", "adam_lr", "embed_lr_ratio", "muon_weight_decay")]
+    for warmup in ("on", "off"):  # training comes to the same end
+        with pytest.raises(UserError, match="step [23] wasn't applied: not finite"):
+            runs(f"--warmup={warmup}", *rates)
 
 
 # --------------------------------------------------------------------- graphs
@@ -1053,7 +1061,8 @@ def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graph
     whole = runs("--val_every=2", "--save_every=1", "--keep=0", "--warmup=on", *flags)
     step, check = ["replay"] * SMALL.micro_batches, ["release", "validate"]
     warm_up, to_validation = ["validate"], ["capture", *step, *step]
-    assert whole.model.graphs.events == warm_up + (check + to_validation) * 3 + check
+    to_save = ["capture", *step, "release"]  # each step's checkpoint, too, is given the memory
+    assert whole.model.graphs.events == warm_up + (check + to_save + ["capture", *step]) * 3 + check
     sizes = [len(inputs[0]) for _, inputs in whole.model.graphs.recipes.values()]
     assert sorted(whole.model.graphs.recipes) == [(0, 3), (1, 2), (2, 1)] and sizes == [129, 129, 65]
     resumed = runs(f"--resume={whole.checkpoint(1)}", "--warmup=on", *flags[:1])

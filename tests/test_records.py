@@ -1,0 +1,657 @@
+"""Every committed record verifies, and no digit of a record can change unnoticed."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from small import SCRIPT, write_corpus
+
+sys.path.insert(0, str(SCRIPT.parent / "records"))
+
+import record  # noqa: E402
+import runs as runs_of_a_record  # noqa: E402
+from record import Group, Mismatch, UserError, verify  # noqa: E402
+from runs import check_plan, p_below, p_below_known, parse_log, runs_needed, welch  # noqa: E402
+
+# Stands in for train_gpt.py: the same logs in 50 ms. BASE and SPEED are its loss and milliseconds per step.
+TRAINER = '''
+import hashlib, json, math, os, random, sys, time
+from pathlib import Path
+
+BASE, SPEED = 3.2770, 60.0
+TRACKS = {t: {"track": t, "seed": 0, "log_folder": "", "data": "", "dataset": "text", "save_every": 0,
+              "layers": [], "scheduled_steps": 20, "extension_steps": 4, "val_every": 6, "muon_lr": 0.023,
+              "smear": True, "val_tokens": 10485760} for t in ("tiny", "sprint", "short")}
+config_to_json = dict
+
+
+def main():
+    given = dict(arg[2:].split("=") for arg in sys.argv[1:])
+    cfg = dict(TRACKS[given["track"]])
+    for name, text in given.items():
+        cfg[name] = type(cfg[name])(text) if not isinstance(cfg[name], bool) else text == "on"
+    seed, total = cfg["seed"], cfg["scheduled_steps"] + cfg["extension_steps"]
+    rng = random.Random(seed)
+    if os.environ.get("FAIL") == str(seed):
+        sys.exit("out of memory")
+    stop = total // 2 if os.environ.get("STOP") == str(seed) else total
+    folder = Path(cfg["log_folder"]) / f"20260102-030405-{cfg['track']}-seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").write_bytes(Path(__file__).read_bytes())
+    log, rows = open(folder / "log.txt", "w"), open(folder / "metrics.jsonl", "w")
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    sha = hashlib.sha256(b"tokens").hexdigest()
+    print(f"source sha256:{source} git:none", "config " + json.dumps(cfg),
+          f"python:3.11.7 torch:2.13.0+cu130 cuda:13.0 world_size:1 seed:{seed}",
+          "device: cuda:0 (NVIDIA H100 80GB HBM3)", "compile: True (the fastest)",
+          f"data: /data/text shards:9 manifest_sha256:{sha}",
+          f"validation: tokens:{cfg['val_tokens']} bytes:47185920 sha256:{sha}",
+          "model: 275,742,772 parameters, 11 x 768, vocabulary 50304",
+          "timed: training steps with their data", "untimed: set-up, validation", sep="\\n", file=log)
+    seconds, luck = 0.0, rng.gauss(0, 0.0013) + float(os.environ.get("SHIFT", 0))
+    for step in range(stop + 1):
+        loss = BASE + luck + 7 * math.exp(-9 * step / total) - 7 * math.exp(-9)
+        at = f"train_time:{seconds * 1e3:.0f}ms step_avg:{seconds * 1e3 / max(step, 1):.2f}ms"
+        if step:
+            noisy = loss + rng.gauss(0, 0.05)
+            print(f"step:{step}/{total} train_loss:{noisy:.4f} {at}", file=log)
+            print(json.dumps({"step": step, "train_loss": noisy, "train_time": seconds}), file=rows)
+        if step % cfg["val_every"] == 0 or step == stop:
+            bpb = f"val_bpb:{loss / 3:.4f}"
+            print(f"step:{step}/{total} val_loss:{loss:.4f} {bpb} {at} lambda:+0.1", file=log)
+            lambdas = {"smear_mtp_lambda": [0.01 * step], "skip_lambdas": [0.5, rng.random()]}
+            print(json.dumps({"step": step, "val_loss": loss, "val_bpb": loss / 3,
+                              "train_time": round(seconds, 4), "lambdas": lambdas}), file=rows)
+        seconds += SPEED / 1e3 * rng.uniform(0.99, 1.01)
+    print("peak memory: 19745 MiB", "sample:", "    step:1/9 val_loss:1.0 train_time:1ms step_avg:1ms",
+          sep="\\n", file=log)
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+def write_trainer(path: Path, base=3.2770, speed=60.0) -> Path:
+    path.write_text(TRAINER.replace("= 3.2770, 60.0", f"= {base}, {speed}"))
+    return path
+
+
+def cli(*arguments) -> SimpleNamespace:
+    """record.py in this process."""
+    out, err, before, code = StringIO(), StringIO(), sys.argv, 0
+    sys.argv = ["record.py", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            record.main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = before
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A record of three runs of the short track, where it is, and the stand-in trainer."""
+    place = tmp_path_factory.mktemp("made")
+    trainer = write_trainer(place / "trainer.py")
+    result = cli("new", "idea", "--track=short", "--runs=3", f"--script={trainer}",
+                 f"--records={place / 'records'}", "--", "--muon_lr=0.03", "--smear=off")
+    assert result.code == 0, result.err
+    folder = next(place.glob("records/track_1_short/*_idea"))
+    return SimpleNamespace(folder=folder, place=place, trainer=trainer)
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return Path(shutil.copytree(made.folder, tmp_path / made.folder.name))
+
+
+def without_pictures(monkeypatch):
+    for name in ("draw_losses", "draw_lambdas"):
+        monkeypatch.setattr(record, name, lambda groups, path, *_: path.write_bytes(b""))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is committed, and what was published
+
+
+def test_committed_records_verify():
+    result = cli("verify")
+    assert result.code == 0, result.err
+    assert f"records verified: {len(list(record.RECORDS.glob('track_*/*/record.json')))}" in result.out
+    for path in record.all_records(record.RECORDS):
+        verify(path)
+
+
+def test_p_value_of_the_partial_key_offset_record():
+    """Short track, December 2025: losses and p-value as its author published them."""
+    losses = [3.2788, 3.2774, 3.2786, 3.2792, 3.2762, 3.2769, 3.2781, 3.2778, 3.2761, 3.2783, 3.2809]
+    assert f"{p_below(losses, 3.28):.4f}" == "0.0004"
+    assert runs_of_a_record.sd(losses) == pytest.approx(0.0014, abs=5e-5)
+
+
+def test_p_value_of_the_smear_mtp_record():
+    """Medium track, November 2025: losses, sd and p-value as its author published them."""
+    losses = [2.921089, 2.918772, 2.919393, 2.920201, 2.919555, 2.918825, 2.91906, 2.918602, 2.919583,
+              2.920038, 2.91947, 2.918655, 2.919565, 2.919967, 2.919333, 2.919548, 2.919505, 2.918065,
+              2.91992, 2.919905, 2.918552, 2.919111, 2.918989, 2.919336, 2.91804, 2.91896]
+    assert f"{p_below(losses, 2.92):.4e}" == "1.1266e-05"
+    assert f"{runs_of_a_record.sd(losses):.6f}" == "0.000678"
+
+
+def test_p_value_of_the_varlen_attention_submission():
+    """parameter-golf, April 2026: a Welch test with a threshold; its stated sds divide by n."""
+    baseline, new = [1.8828, 1.8816, 1.8822], [1.87397897, 1.87277334, 1.87202097]
+    stated = (1.88220, 0.000490, 1.872924, 0.000806)
+    found = np.mean(baseline), np.std(baseline), np.mean(new), np.std(new)
+    assert found == pytest.approx(stated, abs=6e-7)
+    gap = welch(baseline, new)
+    assert f"{gap.mean:.6f}" == "-0.009276"
+    assert f"{gap.p_less(0.005):.6f}" == "0.002870"
+    by_n_minus_1 = (3 / 2) ** 0.5
+    rounded = stats.ttest_ind_from_stats(stated[2], stated[3] * by_n_minus_1, 3, stated[0] - 0.005,
+                                         stated[1] * by_n_minus_1, 3, equal_var=False, alternative="less")
+    assert gap.p_less(0.005) == pytest.approx(rounded.pvalue, rel=5e-3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_welch_agrees_with_scipy(seed):
+    rng = np.random.default_rng(seed)
+    a, b = (rng.normal(3.28, 0.002, rng.integers(2, 9)) for _ in range(2))
+    gap, scipy = welch(a, b), stats.ttest_ind(b, a, equal_var=False)
+    assert gap.bounds() == pytest.approx(tuple(scipy.confidence_interval(0.95)))
+    assert gap.p_less() == pytest.approx(stats.ttest_ind(b, a, equal_var=False, alternative="less").pvalue)
+
+
+def test_known_sd():
+    """By the field's rule, (3.28 - mean) sqrt(n) >= 0.003025 is p <= 0.01 at an sd of 0.0013."""
+    expected = stats.norm.cdf(-0.00175 * 2**0.5 / 0.0013)
+    assert p_below_known([3.278, 3.2785], 3.28, 0.0013) == pytest.approx(expected)
+    for n in (1, 4, 9):
+        assert p_below_known([3.28 - 0.0030243 / n**0.5] * n, 3.28, 0.0013) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("margin, n", [(0.001, 10), (0.0015, 5), (0.002, 3)])
+def test_runs_needed_by_the_field_s_formula(margin, n):
+    assert runs_needed(margin, 0.0013, power=0.5, known=True) == n
+
+
+def test_runs_needed_reach_the_power():
+    assert runs_needed(0.001, 0.0013, 0.5, True, sides=2) == 19
+    n = runs_needed(0.0015, 0.0013, power=0.8, known=False)
+    rng = np.random.default_rng(0)
+    reached = [np.mean(stats.ttest_1samp(rng.normal(-0.0015, 0.0013, (20_000, k)), 0, axis=1,
+                                         alternative="less").pvalue < 0.01) for k in (n - 1, n)]
+    assert reached[0] < 0.8 < reached[1] + 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A record
+
+
+def test_new_record_holds_everything(made):
+    stored = verify(made.folder)
+    assert {path.name for path in made.folder.iterdir()} == {
+        "README.md", "record.json", "train_gpt.py", "loss.png", "lambdas.png",
+        "seed0.txt", "seed1.txt", "seed2.txt"}  # fmt: skip
+    assert stored["plan"]["flags"] == ["--muon_lr=0.03", "--smear=off"]
+    assert stored["plan"]["seeds"] == [0, 1, 2]
+    losses = [row["loss"] for row in stored["runs"]]
+    p = stats.ttest_1samp(losses, 3.28, alternative="less").pvalue
+    assert stored["results"]["p_t_test"] == pytest.approx(p, rel=1e-3)
+    assert stored["results"]["loss"]["sd"] == pytest.approx(np.std(losses, ddof=1), abs=1e-6)
+    text = (made.folder / "README.md").read_text()
+    assert "Registered" in text and "one-sided t-test p =" in text and "Timed: training steps" in text
+    assert "def " not in (made.folder / "seed0.txt").read_text()  # the source is stored once
+
+
+def digits_of(path: Path) -> list[int]:
+    return [i for i, byte in enumerate(path.read_bytes()) if 48 <= byte <= 57]
+
+
+def changed_digit(path: Path, at: int, rng: random.Random) -> bytes:
+    content = bytearray(path.read_bytes())
+    content[at] = rng.choice([d for d in b"0123456789" if d != content[at]])
+    return bytes(content)
+
+
+def unnoticed(folder: Path, name: str, positions: list) -> list:
+    """Positions at which another digit gets past verify."""
+    path, rng, missed = folder / name, random.Random(1), []
+    before = path.read_bytes()
+    for at in positions:
+        path.write_bytes(changed_digit(path, at, rng))
+        try:
+            verify(folder)
+            missed.append(at)
+        except Mismatch as error:
+            assert str(error).startswith(str(folder)) and "\n" not in str(error)
+        path.write_bytes(before)
+    verify(folder)
+    return missed
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_every_digit_of_record_json_counts(folder, part):
+    positions = digits_of(folder / "record.json")
+    assert len(positions) > 400
+    assert unnoticed(folder, "record.json", positions[part::4]) == []
+
+
+@pytest.mark.parametrize("name", ["seed0.txt", "seed1.txt", "seed2.txt", "train_gpt.py"])
+def test_every_digit_of_logs_and_script_counts(folder, name):
+    positions = digits_of(folder / name)
+    assert len(positions) > (80 if name == "train_gpt.py" else 1000)
+    assert unnoticed(folder, name, positions) == []
+
+
+def test_every_digit_of_the_generated_readme_counts(folder):
+    path = folder / "README.md"
+    start = path.read_text().index(record.MARKER)
+    assert unnoticed(folder, "README.md", [i for i in digits_of(path) if i > start]) == []
+
+
+def test_author_s_part_of_the_readme_is_kept(folder):
+    path = folder / "README.md"
+    path.write_text("# Mine\n\nIn 2026 I thought of 3 things.\n\n" + path.read_text().partition("\n\n")[2])
+    verify(folder)
+    assert cli("refresh", folder).code == 0
+    assert path.read_text().startswith("# Mine\n\nIn 2026 I thought of 3 things.\n\n")
+    path.write_text(path.read_text().replace("validation loss", "loss", 1))
+    assert "README.md: generated text" in cli("verify", folder).err
+    assert cli("refresh", folder).code == cli("verify", folder).code == 0
+
+
+CHANGES = {
+    "order of step lines": [(r"step:7/24 train.*\n", "")],
+    "the end of the log": [(r"step:24/24 (.*\n)", "")],
+    "train_time of step 9": [(r"(step:9/24 .*)train_time:.*", r"\1train_time:9ms step_avg:1.00ms")],
+    "step_avg of step 11": [(r"(step:11/24 .*step_avg:)\d", r"\g<1>9")],
+    "schedule of step 5": [("step:5/24", "step:5/25")],
+    "loss of step 4": [(r"step:4/24 train_loss:\S+", "step:4/24 train_loss:nan")],
+    "validation rows": [(r"step:12/24 val_loss:\d", "step:12/24 val_loss:9")],
+    "train_time of validation 18": [(r'("step": 18, "val_loss".*"train_time": )1\.', r"\g<1>2.")],
+    "torch": [("torch:2.13.0", "torch:2.11.0")],
+    "device": [("H100", "H200")],
+    "compile": [("compile: True", "compile: False")],
+    "world_size": [("world_size:1", "world_size:2")],
+    "config.val_tokens": [('"val_tokens": 10485760', '"val_tokens": 10485761')],
+    "config.muon_lr": [('"muon_lr": 0.03', '"muon_lr": 0.04')],
+    "validation tokens": [("tokens:10485760", "tokens:1048576")],
+    "validation (against": [(r"(validation: .*sha256:)\w", r"\1f")],
+    "data": [("shards:9", "shards:8")],
+    "untimed": [("untimed: set-up", "untimed: data, set-up")],
+    "header of train_gpt.py": [("timed: training.*\n", "")],
+    "source sha256": [("source sha256:.{4}", "source sha256:0000")],
+    "track": [('"track": "short"', '"track": "sprint"')],
+    "seeds": [("seed:1\n", "seed:7\n"), ('"seed": 1', '"seed": 7')],
+    "not JSON": [("config {", "config {{")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_checks_hold_without_the_hashes(folder, reason):
+    """An author who seals a changed log anew is still refused."""
+    path = folder / "seed1.txt"
+    text = path.read_text()
+    for pattern, new in CHANGES[reason]:
+        text, count = re.subn(pattern, new, text)
+        assert count
+    path.write_text(text)
+    with pytest.raises(Mismatch, match=re.escape(reason)):
+        check_logs(folder)
+
+
+def check_logs(folder: Path):
+    plan = json.loads((folder / "record.json").read_text())["plan"]
+    check_plan([parse_log(folder / f"seed{seed}.txt") for seed in range(3)], plan, "short")
+
+
+def test_the_same_run_twice_is_refused(folder):
+    text = (folder / "seed0.txt").read_text().replace("seed:0\n", "seed:1\n")
+    (folder / "seed1.txt").write_text(text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(Mismatch, match="times: found those of .*seed0.txt"):
+        check_logs(folder)
+
+
+def test_runs_can_t_be_left_out_or_added(folder):
+    shutil.copy(folder / "seed2.txt", folder / "seed3.txt")
+    assert "logs: found ['seed0.txt', 'seed1.txt', 'seed2.txt', 'seed3.txt']" in cli("verify", folder).err
+    for seed in (2, 3):
+        (folder / f"seed{seed}.txt").unlink()
+    result = cli("verify", folder)
+    assert result.code == 1 and "expected ['seed0.txt', 'seed1.txt', 'seed2.txt']" in result.err
+    stored = json.loads((folder / "record.json").read_text())
+    stored["plan"] |= {"runs": 2, "seeds": [0, 2]}
+    (folder / "record.json").write_text(record.dump(stored))
+    assert "seeds: found [0, 2], expected [0, 1]" in cli("verify", folder).err
+
+
+def test_records_stand_where_they_belong(folder, tmp_path):
+    for place in ("track_0_sprint/" + folder.name, "track_1_short/" + folder.name + "x"):
+        shutil.copytree(folder, tmp_path / place)
+        assert f"place: found {place}, expected track_1_short/20" in cli("verify", tmp_path / place).err
+
+
+def test_a_target_that_is_missed_is_said(folder):
+    plan = json.loads((folder / "record.json").read_text())["plan"]
+    last = r"(step:24/24 val_loss:3\.|step\": 24, \"val_loss\": 3\.)2"
+    for seed in plan["seeds"]:
+        path = folder / f"seed{seed}.txt"
+        path.write_text(re.sub(last, r"\g<1>3", path.read_text()))
+    record.write_record(folder)
+    result = cli("verify", folder)
+    assert result.code == 0 and "**Not shown to be reached**" in result.out
+    assert "(target not shown)" in record.history([(folder, verify(folder))], folder)
+
+
+def test_start_before_the_registration_is_refused(folder):
+    stored = json.loads((folder / "record.json").read_text())
+    stored["runs"][1]["started"] = "2020-01-01T00:00:00Z"
+    (folder / "record.json").write_text(record.dump(stored))
+    assert "found 2020-01-01T00:00:00Z, expected one after the registration" in cli("verify", folder).err
+
+
+def test_records_of_a_track_share_their_validation_tokens(folder, made, monkeypatch):
+    stored = verify(made.folder)
+    other = stored | {"environment": stored["environment"] | {"validation": "tokens:1"}}
+    monkeypatch.setattr(record, "verify", lambda path: stored if path == made.folder else other)
+    assert "found tokens:1, expected tokens:10485760" in cli("verify", made.folder, folder).err
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Running
+
+
+def test_new_with_the_real_trainer(tmp_path):
+    """The tiny track squeezed to four steps, twice, then verified from the folder alone."""
+    data = write_corpus(tmp_path / "data")
+    flags = [f"--data={data}", "--scheduled_steps=4", "--val_every=2", "--width=32", "--epochs=50",
+             "--sample_tokens=1", "--device=cpu"]
+    run = subprocess.run([sys.executable, record.__file__, "new", "real", "--track=tiny", "--runs=2",
+                          f"--records={tmp_path}", "--", *flags], capture_output=True, text=True, timeout=120,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "no target loss, so no p-value" in run.stdout
+    folder = next(tmp_path.glob("track_3_tiny/*_real"))
+    shutil.rmtree(data)
+    stored = verify(folder)
+    assert stored["results"].keys() == {"n", "sd_divides_by", "loss", "seconds"}
+    assert stored["environment"]["device"].startswith("cpu")
+    assert (folder / "lambdas.png").stat().st_size > 10_000
+    assert sum(path.stat().st_size for path in folder.glob("*.txt")) < 20_000
+    assert (folder / "train_gpt.py").read_bytes() == SCRIPT.read_bytes()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def start(made, place, *more):
+    return cli("new", "idea", "--track=short", "--runs=3", f"--script={made.trainer}", f"--records={place}",
+               *more)
+
+
+def test_new_goes_on_where_it_stopped(made, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    monkeypatch.setenv("FAIL", "1")
+    result = start(made, tmp_path)
+    assert result.code == 2 and "ended with exit code 1" in result.err and result.err.count("\n") == 1
+    folder = next(tmp_path.glob("track_1_short/*"))
+    first = (folder / "seed0.txt").stat()
+    assert cli("verify", folder).code == 1  # not yet a record
+    monkeypatch.delenv("FAIL")
+    monkeypatch.setenv("STOP", "2")
+    result = start(made, tmp_path)
+    assert result.code == 1 and "order of step lines" in result.err
+    assert (folder / "seed2.txt").exists()
+    monkeypatch.delenv("STOP")
+    assert start(made, tmp_path).code == 0
+    stored = verify(folder)
+    assert [row["attempts"] for row in stored["runs"]] == [1, 2, 2]
+    assert (folder / "seed0.txt").stat().st_mtime_ns == first.st_mtime_ns
+    before = (folder / "record.json").read_bytes()
+    assert start(made, tmp_path).code == 0  # nothing left to do
+    assert (folder / "record.json").read_bytes() == before
+
+
+def test_plan_is_written_before_the_first_run_and_binds(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "0")
+    start(made, tmp_path, "--", "--muon_lr=0.03")
+    stored = json.loads(next(tmp_path.glob("track_1_short/*/record.json")).read_text())
+    assert stored["plan"]["seeds"] == [0, 1, 2] and stored["plan"]["flags"] == ["--muon_lr=0.03"]
+    assert stored["plan"]["registered"] <= stored["runs"][0]["started"]
+    assert stored["runs"][1]["started"] is None
+    monkeypatch.delenv("FAIL")
+    for reason, *arguments in (("flags", "--", "--muon_lr=0.04"),
+                               ("runs", "--runs=4", "--", "--muon_lr=0.03")):
+        result = start(made, tmp_path, *arguments)
+        assert result.code == 2 and f"is registered with {reason}" in result.err
+    other = write_trainer(tmp_path / "other.py", base=3.0)
+    result = start(made, tmp_path, f"--script={other}", "--", "--muon_lr=0.03")
+    assert result.code == 2 and "isn't the script" in result.err
+    frozen = next(tmp_path.glob("track_1_short/*/train_gpt.py"))
+    frozen.write_text(frozen.read_text() + "\n")
+    result = start(made, tmp_path, "--", "--muon_lr=0.03")
+    assert result.code == 1 and "train_gpt.py: sha256: found" in result.err
+
+
+def test_several_gpus_go_through_torchrun(made, tmp_path, monkeypatch):
+    commands = []
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(record.subprocess, "run", lambda command: commands.append(command) or failed)
+    assert start(made, tmp_path, "--gpus=8").code == 2
+    assert commands[0][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
+    assert "--seed=0" in commands[0] and "--track=short" in commands[0]
+
+
+def finished_logs(made, place, seeds=(4, 9), track="short"):
+    for seed in seeds:
+        command = [sys.executable, made.trainer, f"--track={track}", f"--seed={seed}", "--muon_lr=0.01",
+                   f"--log_folder={place}"]
+        subprocess.run(command, check=True)
+    return sorted(place.glob("2*"))
+
+
+def test_imported_logs_are_marked(made, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    logs = finished_logs(made, tmp_path / "logs")
+    result = cli("import", *logs, "late", "--records", tmp_path / "records")
+    assert result.code == 0, result.err
+    folder = tmp_path / "records" / "track_1_short" / "2026-01-02_late"
+    stored = verify(folder)
+    assert stored["plan"]["registered"] is None and stored["plan"]["seeds"] == [4, 9]
+    assert stored["plan"]["flags"] == ["--muon_lr=0.01"]
+    assert "**Not pre-registered**" in (folder / "README.md").read_text()
+    assert "Not pre-registered" in cli("verify", folder).out
+    again = cli("import", *logs, "late", "--records", tmp_path / "records")
+    assert again.code == 2 and "is there already" in again.err
+    (logs[0] / "train_gpt.py").write_text("pass")
+    assert "train_gpt.py: sha256" in cli("import", *logs, "later", "--records", tmp_path / "records").err
+
+
+def test_reproduce(folder, monkeypatch):
+    result = cli("reproduce", folder, "--seed=5")
+    assert result.code == 0 and result.out.endswith("reproduced\n"), result.err
+    monkeypatch.setenv("SHIFT", "0.2")
+    result = cli("reproduce", folder)
+    assert result.code == 1 and "not reproduced: loss" in result.err
+    assert "99 % prediction interval" in result.err
+
+
+def test_race_interleaves_and_goes_on(made, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    order, train = [], record.train
+
+    def noted(script, *rest):
+        order.append(script.parent.name)
+        return train(script, *rest)
+
+    monkeypatch.setattr(record, "train", noted)
+    a, b = write_trainer(tmp_path / "a.py"), write_trainer(tmp_path / "b.py", base=3.2670, speed=54.0)
+    race = "race", a, b, "--runs=3", "--out", tmp_path / "race"
+    monkeypatch.setenv("FAIL", "2")
+    assert cli(*race).code == 2
+    monkeypatch.delenv("FAIL")
+    result = cli(*race)
+    assert result.code == 0, result.err
+    assert order == ["A_a", "B_b"] * 2 + ["A_a"] + ["A_a", "B_b"]
+    assert "verdict on B: better" in result.out and "paired" in result.out
+    assert "  by seed: -0.01000" in result.out
+    assert verify(tmp_path / "race" / "A_a")["plan"]["interleaved"] == ["A_a", "B_b"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Comparing, listing, drawing
+
+
+def group(name, losses, seconds, first_seed=0):
+    """Runs whose curves fall by 0.1 in the last tenth of their time."""
+    made = []
+    for i, (loss, time) in enumerate(zip(losses, seconds)):
+        rows = [{"step": step, "val_loss": loss + gap, "train_time": time * step / 100}
+                for step, gap in ((0, 7.0), (50, 0.5), (90, 0.1), (100, 0.0))]
+        made.append(runs_of_a_record.Run(Path(f"{name}{i}"), "", "", {}, {"seed": first_seed + i}, [], rows))
+    return Group(name, made)
+
+
+def verdict(b_losses, b_seconds, first_seed=10) -> str:
+    a = group("a", [3.280, 3.281, 3.279], [100.0, 100.1, 99.9])
+    return record.comparison(a, group("b", b_losses, b_seconds, first_seed), threshold=0.005)
+
+
+def test_verdicts():
+    text = verdict([3.270, 3.271, 3.269], [100.0, 100.1, 99.9])
+    assert text.endswith("verdict on B: better") and "-0.01000 (sd 0.00082" in text
+    assert "at equal steps, B - A: 0: -0.0100, 50: -0.0100" in text
+    assert "no worse" in text and ": shown" in text
+    expected = stats.ttest_ind([3.270, 3.271, 3.269], [3.275, 3.276, 3.274], alternative="less").pvalue
+    assert f"at least 0.005 lower: p = {expected:.6f}" in text
+    assert verdict([3.290, 3.291, 3.289], [100.0, 100.1, 99.9]).endswith("worse")
+    assert verdict([3.2801, 3.2811, 3.2791], [100.0, 100.1, 99.9]).endswith("not resolved: under 2 sd")
+    assert ": not shown" in verdict([3.284, 3.285, 3.283], [100.0, 100.1, 99.9])
+    assert verdict([3.2773, 3.2783, 3.2763], [100.0, 100.1, 99.9]).endswith("includes 0: more runs")
+    two = record.comparison(group("a", [3.28, 3.281], [1, 2]), group("b", [3.0, 3.1], [1, 2]))
+    assert two.endswith("not resolved: the baseline has n = 2, an sd needs 3")
+    single = record.comparison(group("a", [3.28], [1]), group("b", [3.0], [1]))
+    assert "(one run each)" in single and single.endswith("an sd needs 3")
+
+
+def test_net_seconds():
+    """The last 0.1 of loss takes 10 s: 100 s per unit, so 0.01 less loss is worth one second."""
+    text = verdict([3.270, 3.271, 3.269], [102.0, 102.1, 101.9])
+    assert "net seconds, B - A: +1.00 s" in text
+    assert "at 100.0 s per unit of loss (A, steps 90 to 100)" in text
+    assert verdict([3.270, 3.271, 3.269], [102.0, 102.1, 101.9], first_seed=0).endswith("worse")
+    flat = group("flat", [3.28] * 3, [1, 2, 3])
+    for run in flat.runs:
+        run.validations[2]["val_loss"] = 3.28
+    assert "net seconds: unknown" in record.comparison(flat, flat)
+
+
+def field_log(path: Path, loss: float, seconds: float) -> Path:
+    """The common form: source, '=' line, environment, '=' line, steps without a training loss, memory."""
+    lines = ["import torch", "print('step:1/2 val_loss:1.0 train_time:1ms step_avg:1ms')", "=" * 100,
+             "Running Python 3.10.12, PyTorch 2.10.0", "=" * 100,
+             "step:0/100 val_loss:10.8258 train_time:0ms step_avg:0.04ms"]
+    for step in range(1, 101):
+        at = f"train_time:{seconds * 10 * step:.0f}ms step_avg:{seconds * 10:.2f}ms"
+        lines += [f"step:{step}/100 {at}"]
+        lines += [f"step:{step}/100 val_loss:{loss + 0.05 * (100 - step):.4f} {at}"] * (step % 25 == 0)
+    path.write_text("\n".join([*lines, "peak memory allocated: 30054 MiB reserved: 44936 MiB", ""]))
+    return path
+
+
+def test_the_field_s_logs(tmp_path, folder):
+    logs = [field_log(tmp_path / f"{i}.txt", 3.278 + i / 1000, 128.8 + i) for i in range(3)]
+    run = parse_log(logs[1])
+    assert run.loss == 3.279 and run.seconds == 129.8 and list(run.curve) == [0, 25, 50, 75, 100]
+    assert run.source == record.sha256("\n".join(logs[0].read_text().split("\n")[:2]) + "\n")
+    (tmp_path / "field").mkdir()
+    for log in logs:
+        log.rename(tmp_path / "field" / log.name)
+    result = cli("compare", tmp_path / "field", folder)
+    assert result.code == 0 and "A = field: n = 3, loss 3.27900" in result.out and "B = idea" in result.out
+    assert cli("plot", tmp_path / "field", folder, "--out", tmp_path / "both.png", "--target=3.28").code == 0
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    planned = cli("plan", "--margin=.001", "--from", tmp_path / "field").out
+    assert "sd 0.001000 (of the 3 runs of field)" in planned
+    assert cli("import", tmp_path / "field", "x", "--records", tmp_path).code == 2
+
+
+def test_comparison_names_other_hardware_and_refuses_other_validation_tokens(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    for seed in range(3):
+        path = tmp_path / "other" / f"seed{seed}.txt"
+        path.write_text(path.read_text().replace("H100", "H200"))
+    (tmp_path / "other" / "record.json").unlink()
+    text = cli("compare", folder, tmp_path / "other").out
+    assert text.startswith("times don't compare: device of A is cuda:0 (NVIDIA H100") and "H200" in text
+    path = tmp_path / "other" / "seed0.txt"
+    path.write_text(path.read_text().replace("validation: tokens:1", "validation: tokens:2"))
+    assert "expected tokens:10485760" in cli("compare", folder, tmp_path / "other").err
+
+
+def test_table(made, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("top\n<!-- records:short -->\nold\n<!-- /records:short -->\nmiddle\n"
+                    "<!-- records:tiny -->\n<!-- /records:tiny -->\nend\n")
+    assert cli("table", "--file", file, "--records", made.place / "records").code == 0
+    text = file.read_text()
+    assert "old" not in text and text.startswith("top\n") and text.endswith("<!-- /records:tiny -->\nend\n")
+    assert f"[idea]({os.path.relpath(made.folder, tmp_path)})" in text and "1 x cuda:0 (NVIDIA H100" in text
+    assert "<!-- records:tiny -->\nNo record yet.\n" in text
+    cli("table", "--file", file, "--records", made.place / "records")
+    assert file.read_text() == text
+    for broken in ("no marker", "<!-- records:tiny -->\n", "<!-- records:big -->\n<!-- /records:big -->"):
+        file.write_text(broken)
+        result = cli("table", "--file", file, "--records", made.place / "records")
+        assert result.code == 2 and result.err.count("\n") == 1 and file.read_text() == broken
+
+
+BAD = [
+    [], ["frobnicate"], ["new"], ["new", "x", "--track=short"], ["new", "x", "--track=short", "--runs=0"],
+    ["new", "x", "--track=short", "--runs=two"], ["new", "x", "--track=none", "--runs=2"],
+    ["new", "../x", "--track=tiny", "--runs=2"],
+    ["new", "x", "--track=tiny", "--runs=2", "--script=/nowhere.py"],
+    ["new", "x", "--track=tiny", "--runs=2", "--", "--seed=3"],
+    ["new", "x", "--track=tiny", "--runs=2", "--", "lr"], ["verify", "--", "--muon_lr=1"],
+    ["new", "x", "--track=short", "--runs=2", "--", "--val_tokens=100"], ["verify", "/nowhere"],
+    ["compare", "/nowhere", "/nowhere"], ["compare", "a"], ["compare", SCRIPT, SCRIPT], ["plan"],
+    ["plan", "--margin=0"], ["plan", "--margin=x"], ["plan", "--margin=.001", "--sd=-1"],
+    ["plan", "--margin=1e-9"], ["plan", "--margin=nan"], ["table", "--file=/nowhere/README.md"],
+    ["plot", "/nowhere"], ["import", "/nowhere", "x"], ["reproduce", "/nowhere"],
+    ["race", "/nowhere", "/nowhere"], ["race", "/nowhere", "/nowhere", "--runs=1"],
+    ["race", SCRIPT, SCRIPT, "--runs=1", "--out=/proc/nowhere"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=lambda arguments: " ".join(map(str, arguments)) or "nothing")
+def test_bad_input_is_one_line(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = [f"--records={tmp_path}"] * (arguments[:1] in (["new"], ["import"]))
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    result = cli(*arguments[:cut], *records, *arguments[cut:])
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("record.py: ") and result.err.count("\n") == 1
+    assert not list(tmp_path.glob("track_*/*"))
+
+
+def test_folders_that_are_no_records(folder, tmp_path):
+    with pytest.raises(UserError):
+        verify(tmp_path)
+    for text in ("{}", "[]", "not JSON", "null"):
+        (folder / "record.json").write_text(text)
+        with pytest.raises(Mismatch):
+            verify(folder)
