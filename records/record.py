@@ -1,0 +1,687 @@
+"""Records that prove themselves: register runs, freeze the script, keep the logs, verify all of it from them.
+
+    python records/record.py new NAME --track short --runs 5 --gpus 8 [-- --flag=value ..]
+    python records/record.py import LOG_FOLDER.. NAME      # finished runs; marked as not pre-registered
+    python records/record.py verify [FOLDER..]             # default: every record beside this file
+    python records/record.py compare A B [--threshold .005]
+    python records/record.py plan --margin .0015 [--sd .0013 | --from FOLDER]
+    python records/record.py race A.py B.py --runs 3       # A, B, A, B, .. on one machine
+    python records/record.py reproduce FOLDER [--data=DIR] # runs the frozen script, judges the result
+    python records/record.py refresh FOLDER..              # README and pictures anew, from logs that verify
+    python records/record.py table [--file README.md]      # history, between the file's markers
+    python records/record.py plot FOLDER.. [--out FILE]
+
+compare and plot take records, folders of this repo's logs, and logs in the field's common form (source, a
+line of '=', step lines). Standard deviations divide by n - 1.
+Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from runs import (
+    LEVEL, NO_WORSE, PER_PLACE, PER_RUN, SET_HERE, TRACKS, Difference, Mismatch, Run, UserError, check_plan,
+    check_run, check_same, comparable, expect, expect_same, expect_text, log_text, mean_curve,
+    paired, parse_log, read, read_json, runs_needed, sd, seconds_per_loss, sha256, summarise, welch, write,
+)  # fmt: skip
+
+RECORDS = Path(__file__).resolve().parent
+ROOT = RECORDS.parent
+MARKER = "<!-- evidence: record.py generates everything below from the logs -->"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# record.json and README.md
+
+
+def complete(record: dict, runs: list[Run]) -> dict:
+    """The record with everything that follows from its logs filled in."""
+    kept = {name: record[name] for name in ("format", "name", "date", "track", "plan")}
+    first = comparable(runs[0], PER_RUN)
+    elsewhere = {name for name in first if name.startswith("config.")} | {"source", "sha256"}
+    environment = {name: value for name, value in first.items() if name not in elsewhere}
+    rows = [{name: row[name] for name in ("seed", "attempts", "started")}
+            | {"log": run.path.name, "log_sha256": run.sha256, "steps": run.steps[-1].step, "loss": run.loss,
+               "seconds": run.seconds} for row, run in zip(record["runs"], runs)]
+    return kept | {"environment": environment, "runs": rows, "results": summarise(runs, record["track"])}
+
+
+def dump(record: dict) -> str:
+    """The text of record.json, sealed with the sha256 of everything else in it."""
+    body = {name: value for name, value in record.items() if name != "sha256"}
+    return json.dumps(body | {"sha256": sha256(json.dumps(body))}, indent=1) + "\n"
+
+
+def load_record(folder: Path) -> dict:
+    """record.json of a folder. Raises UserError if there is none."""
+    if not (folder / "record.json").is_file():
+        raise UserError(f"{folder}: found no record.json in it: give the folder of a record")
+    return read_json(read(folder / "record.json"), folder / "record.json")
+
+
+def number(value: float | None, digits: int) -> str:
+    return "unknown" if value is None else f"{value:.{digits}f}"
+
+
+def target_text(results: dict) -> str:
+    if "target" not in results:
+        return "This track has no target loss, so no p-value is stated."
+    p = results["p_t_test"]
+    text = f"Target {results['target']}: "
+    text += "no t-test with one run" if p is None else f"one-sided t-test p = {p:.4g}"
+    if "known_sd" in results:
+        text += f"; with the field's known sd of {results['known_sd']}: p = {results['p_known_sd']:.4g}"
+    verdict = "Reached" if results["reached"] else "**Not shown to be reached**"
+    return f"{text}. {verdict} (t-test, p < {LEVEL})."
+
+
+def evidence(record: dict) -> str:
+    """The generated part of a record's README; follows from record.json alone."""
+    plan, env, results = record["plan"], record["environment"], record["results"]
+    loss, seconds = results["loss"], results["seconds"]
+    flags = " ".join(plan["flags"]) or "none"
+    when = (f"Registered {plan['registered']}, before the first run" if plan["registered"]
+            else "**Not pre-registered**: imported from finished logs")
+    data = env["data"] + " (no manifest: not identified)" * env["data"].endswith("none")
+    rows = [f"| {r['seed']} | {r['loss']:.5f} | {r['seconds']:.3f} | {r['steps']} | "
+            f"{r['started'] or 'unknown'} | {r['attempts'] or 'unknown'} | [{r['log']}]({r['log']}) |"
+            for r in record["runs"]]
+    return "\n".join([
+        MARKER, "", "## Evidence", "",
+        f"{when}: track {record['track']}, seeds {', '.join(map(str, plan['seeds']))}, flags: {flags}.", "",
+        f"{results['n']} runs, {env['device']}, world size {env['world_size']}, torch {env['torch']}, "
+        f"CUDA {env['cuda']}:",
+        f"validation loss {loss['mean']:.5f}, sd {number(loss['sd'], 5)}; "
+        f"training time {seconds['mean']:.3f} s, sd {number(seconds['sd'], 3)} (sd divides by n - 1).",
+        target_text(results), "",
+        "| seed | validation loss | training s | steps | started | attempts | log |",
+        "|--:|--:|--:|--:|---|--:|---|", *rows, "", "![loss](loss.png)", "",
+        f"- Timed: {env['timed']}.", f"- Untimed: {env['untimed']}.", f"- Data: {data}.",
+        f"- Validation: {env['validation']}.", f"- Script: sha256 {plan['source_sha256']}.", "",
+        "`python records/record.py verify FOLDER` recomputes all of this from the logs, "
+        "`reproduce FOLDER` runs the script again.", ""])
+
+
+def write_record(folder: Path):
+    """Check the logs, then write record.json, README.md and the pictures. Raises Mismatch."""
+    record = load_record(folder)
+    runs = [parse_log(folder / f"seed{seed}.txt") for seed in record["plan"]["seeds"]]
+    check_plan(runs, record["plan"], record["track"])
+    record = complete(record, runs)
+    readme = folder / "README.md"
+    author = read(readme).partition(MARKER)[0] if readme.exists() else (
+        f"# {record['name']}\n\nWhat is new, and why it should help. (Yours to write: it is kept.)\n\n")
+    write(readme, author + evidence(record))
+    draw_losses({record["name"]: runs}, folder / "loss.png", TRACKS[record["track"]].target)
+    draw_lambdas(runs, folder / "lambdas.png")
+    write(folder / "record.json", dump(record))
+    print(f"{folder}: n = {len(runs)}, loss {record['results']['loss']['mean']:.5f}. "
+          f"{target_text(record['results'])}")
+
+
+def check_script(folder: Path, plan: dict):
+    """Raises Mismatch unless the frozen script is the registered one."""
+    found = sha256((folder / "train_gpt.py").read_bytes())
+    expect(folder / "train_gpt.py", "sha256", found, plan["source_sha256"])
+
+
+def verify(folder: Path, readme: bool = True) -> dict:
+    """The record, if everything in it follows from its raw logs. Raises Mismatch at the first that doesn't.
+
+    readme=False leaves out what `refresh` can make anew: README.md and the pictures.
+    """
+    record, place = load_record(folder), folder / "record.json"
+    try:
+        plan = record["plan"]
+        if folder.resolve().parent.name.startswith("track_"):
+            expect(folder, "place", "/".join(folder.resolve().parts[-2:]),
+                   f"{TRACKS[record['track']].folder}/{record['date']}_{record['name']}")
+        check_script(folder, plan)
+        expect(place, "number of seeds", len(plan["seeds"]), plan["runs"])
+        if plan["registered"]:
+            expect(place, "seeds", plan["seeds"], list(range(plan["runs"])))
+        logs = sorted(path.name for path in folder.glob("*.txt"))
+        expect(folder, "logs", logs, sorted(f"seed{seed}.txt" for seed in plan["seeds"]))
+        runs = [parse_log(folder / f"seed{seed}.txt") for seed in plan["seeds"]]
+        for run, row in zip(runs, record["runs"]):
+            expect(run.path, "sha256", run.sha256, row.get("log_sha256"))
+            if plan["registered"] and row["started"] < plan["registered"]:
+                raise Mismatch(f"{place}: start of seed {row['seed']}: found {row['started']}, expected one "
+                               f"after the registration, {plan['registered']}")
+        check_plan(runs, plan, record["track"])
+        rebuilt = complete(record, runs)
+        expect_same(place, "", {k: v for k, v in record.items() if k != "sha256"}, rebuilt)
+        expect(place, "sha256 of its contents", record["sha256"], json.loads(dump(rebuilt))["sha256"])
+        expect_text(place, read(place), dump(rebuilt))
+        if readme:
+            generated = "".join(read(folder / "README.md").partition(MARKER)[1:])
+            expect_text(folder / "README.md", generated, evidence(rebuilt))
+            pictures = ["loss.png"] + ["lambdas.png"] * any(row.get("lambdas") for row in runs[0].validations)
+            expect(folder, "pictures", [name for name in pictures if (folder / name).is_file()], pictures)
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise Mismatch(f"{folder}: not the form of a record: {type(error).__name__} {error}") from None
+    return record
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Running
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def check_flags(flags: list[str], track: str):
+    forbidden = SET_HERE | ({"val_tokens"} if TRACKS[track].val_tokens else set())
+    for flag in flags:
+        name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+        if not flag.startswith("--") or name in forbidden:
+            raise UserError(f"flag {flag!r}: expected --name=value of train_gpt.py, but none of those that a "
+                            f"record sets or rules out: {', '.join(sorted(forbidden))}")
+
+
+def find_folder(records: Path, track: str, name: str, date: str) -> Path:
+    """The folder of this record, whenever it was begun; a new one is named by `date`."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise UserError(f"name {name!r}: expected letters, digits, '_', '-' and '.'")
+    parent = records / TRACKS[track].folder
+    begun = [p for p in parent.glob("*") if re.fullmatch(r"\d{4}-\d\d-\d\d_" + re.escape(name), p.name)]
+    return begun[0] if begun else parent / f"{date}_{name}"
+
+
+def register(folder: Path, name: str, track: str, script: Path | None, plan: dict):
+    """Freeze the script and write down the plan; if that has been done, check that the plan is the same."""
+    if (folder / "record.json").exists():
+        before = load_record(folder)
+        for key, value in plan.items():
+            if before["plan"].get(key) != value and key != "registered":
+                raise UserError(f"{folder}: is registered with {key} {before['plan'].get(key)}, found "
+                                f"{value}: give the registered one, or begin another record")
+        if script and sha256(script.read_bytes()) != before["plan"]["source_sha256"]:
+            raise UserError(f"{script}: isn't the script that {folder} froze: leave it out, or give another "
+                            "name")
+        return
+    script = script or ROOT / "train_gpt.py"
+    if not script.is_file():
+        raise UserError(f"no script {script}: give one with --script=FILE")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(script, folder / "train_gpt.py")
+    plan = plan | {"source_sha256": sha256((folder / "train_gpt.py").read_bytes())}
+    rows = [{"seed": seed, "attempts": 0, "started": None} for seed in plan["seeds"]]
+    date = folder.name.partition("_")[0] if folder.name.endswith(f"_{name}") else now()[:10]
+    write(folder / "record.json", dump({"format": 1, "name": name, "date": date, "track": track, "plan": plan,
+                                        "runs": rows}))
+
+
+def train(script: Path, gpus: int, flags: list[str], work: Path) -> Path:
+    """One run of a script; its log folder. Raises UserError if it fails or stops early."""
+    launcher = [sys.executable]
+    if gpus > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    shutil.rmtree(work, ignore_errors=True)
+    command = [*launcher, str(script), *flags, "--save_every=-1", f"--log_folder={os.path.relpath(work)}"]
+    code = subprocess.run(command).returncode
+    logs = list(work.glob("*/log.txt"))
+    if code or len(logs) != 1:
+        raise UserError(f"{script}: ended with exit code {code} and {len(logs)} logs, expected 0 and 1: see "
+                        "what it printed, then give the same command again")
+    return logs[0].parent
+
+
+def is_done(path: Path, source: str) -> bool:
+    """Whether a log is there and whole."""
+    try:
+        run = parse_log(path)
+        check_run(run)
+        return run.source == source
+    except (UserError, Mismatch, KeyError, TypeError):
+        return False
+
+
+def run_seed(folder: Path, seed: int):
+    """Run one seed of a registered record, unless its log is there and whole."""
+    record, path = load_record(folder), folder / f"seed{seed}.txt"
+    plan = record["plan"]
+    if is_done(path, plan["source_sha256"]):
+        return
+    check_script(folder, plan)
+    row = next(row for row in record["runs"] if row["seed"] == seed)
+    row |= {"attempts": row["attempts"] + 1, "started": now()}
+    write(folder / "record.json", dump(record))
+    print(f"{folder.name}: seed {seed}, attempt {row['attempts']}", flush=True)
+    work = folder / f".run_seed{seed}"
+    flags = [f"--track={record['track']}", *plan["flags"], f"--seed={seed}"]
+    try:
+        write(path, log_text(train(folder / "train_gpt.py", plan["gpus"], flags, work)))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    check_run(parse_log(path))
+
+
+def plan_of(runs: int, flags: list[str], gpus: int) -> dict:
+    return {"registered": now(), "runs": runs, "seeds": list(range(runs)), "flags": flags, "gpus": gpus}
+
+
+def new(options, flags):
+    """Registers a record and runs what it lacks of its seeds."""
+    check_flags(flags, options.track)
+    folder = find_folder(options.records, options.track, options.name, now()[:10])
+    register(folder, options.name, options.track, options.script, plan_of(options.runs, flags, options.gpus))
+    for seed in range(options.runs):
+        run_seed(folder, seed)
+    write_record(folder)
+
+
+CONFIG_OF = "import json, sys, train_gpt as t; print(json.dumps(t.config_to_json(t.TRACKS[sys.argv[1]])))"
+
+
+def flags_of(script: Path, config: dict) -> list[str]:
+    """The flags that turn the script's defaults into this configuration."""
+    run = subprocess.run([sys.executable, "-c", CONFIG_OF, config["track"]], cwd=script.parent, text=True,
+                         capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    if run.returncode:
+        raise UserError(f"{script}: can't be asked for its defaults: {run.stderr.strip().splitlines()[-1]}")
+    defaults = json.loads(run.stdout)
+    derived = SET_HERE | {"vocab_size"}
+    return [f"--{k}={v}" for k, v in config.items() if v != defaults.get(k) and k not in derived
+            and not isinstance(v, list)]
+
+
+def import_logs(options, flags):
+    """A record, not pre-registered, from the folders of finished runs of train_gpt.py."""
+    runs = [parse_log(source / "log.txt") for source in options.logs]
+    for run in runs:
+        check_run(run)
+    check_same(runs)
+    runs.sort(key=lambda run: run.config["seed"])
+    track, script = runs[0].config["track"], runs[0].path.parent / "train_gpt.py"
+    expect(script, "sha256", sha256(read(script)), runs[0].source)
+    stamp = re.match(r"(\d{4})(\d\d)(\d\d)-", runs[0].path.parent.name)
+    date = "-".join(stamp.groups()) if stamp else now()[:10]
+    folder = find_folder(options.records, track, options.name, date)
+    if folder.exists():
+        raise UserError(f"{folder}: is there already: give another name")
+    seeds = [run.config["seed"] for run in runs]
+    plan = {"registered": None, "runs": len(runs), "seeds": seeds, "flags": flags_of(script, runs[0].config),
+            "gpus": int(runs[0].header["world_size"])}
+    register(folder, options.name, track, script, plan)
+    for run in runs:
+        write(folder / f"seed{run.config['seed']}.txt", log_text(run.path.parent))
+    record = load_record(folder)
+    for row in record["runs"]:
+        row["attempts"] = None
+    write(folder / "record.json", dump(record))
+    write_record(folder)
+
+
+def race(options, flags):
+    """Two records whose runs alternate, so that a machine's drift meets both, and their comparison."""
+    check_flags(flags, options.track)
+    place = options.out or ROOT / "logs" / f"race_{options.a.stem}_{options.b.stem}"
+    sides = [(place / f"{side}_{script.stem}", script)
+             for side, script in (("A", options.a), ("B", options.b))]
+    for folder, script in sides:
+        plan = plan_of(options.runs, flags, options.gpus) | {"interleaved": [path.name for path, _ in sides]}
+        register(folder, folder.name, options.track, script, plan)
+    for seed in range(options.runs):
+        for folder, _ in sides:
+            run_seed(folder, seed)
+    for folder, _ in sides:
+        write_record(folder)
+    print(comparison(*(load_group(folder) for folder, _ in sides)))
+
+
+def reproduce(options, flags):
+    """Runs one seed of a record again and judges it.
+
+    Reproduced means: same script, configuration, data and validation tokens, and a loss within the 99 %
+    prediction interval of the record's losses, mean +- t(n - 1) * sd * sqrt(1 + 1/n). Versions and hardware
+    may differ, and are printed. Raises Mismatch if it isn't.
+    """
+    record = verify(options.folder)
+    if record["results"]["n"] < 2:
+        raise UserError(f"{options.folder}: has one run: to judge a reproduction, a record needs 2 or more")
+    old = parse_log(options.folder / record["runs"][0]["log"])
+    seed = old.config["seed"] if options.seed is None else options.seed
+    data = options.data or old.config["data"] or str(ROOT / "data" / old.config["dataset"])
+    gpus = options.gpus or record["plan"]["gpus"]
+    with tempfile.TemporaryDirectory() as work:
+        script = Path(work) / "train_gpt.py"
+        shutil.copyfile(options.folder / "train_gpt.py", script)
+        given = [f"--track={record['track']}", *record["plan"]["flags"], f"--seed={seed}", f"--data={data}"]
+        again = parse_log(train(script, gpus, given, Path(work) / "logs") / "log.txt")
+    check_run(again)
+    before, after = comparable(old, PER_PLACE), comparable(again, PER_PLACE)
+    for name in sorted(before.keys() | after.keys()):
+        if name.startswith("config.") or name in ("source", "data", "validation", "timed", "untimed"):
+            expect("reproduction", name, after.get(name), before.get(name))
+        elif before.get(name) != after.get(name):
+            print(f"differs, may: {name}: {after.get(name)}, in the record {before.get(name)}")
+    losses = [row["loss"] for row in record["runs"]]
+    reach = float(stats.t.ppf(0.995, len(losses) - 1)) * sd(losses) * math.sqrt(1 + 1 / len(losses))
+    low, high = np.mean(losses) - reach, np.mean(losses) + reach
+    found = f"loss {again.loss:.5f}, 99 % prediction interval of the record {low:.5f} to {high:.5f}"
+    seconds = record["results"]["seconds"]["mean"]
+    print(f"seed {seed}: {found}; {again.seconds:.3f} s, in the record {seconds:.3f}")
+    if not low <= again.loss <= high:
+        raise Mismatch(f"{options.folder}: not reproduced: {found}")
+    print("reproduced")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Comparing, planning, listing
+
+
+class Group(NamedTuple):
+    name: str
+    runs: list[Run]
+
+
+def load_group(path: Path) -> Group:
+    """Runs of a record (verified first), a log, or a folder with logs. Raises UserError if there are none."""
+    if (path / "record.json").exists():
+        record = verify(path)
+        return Group(record["name"], [parse_log(path / row["log"]) for row in record["runs"]])
+    ours = [*path.glob("log.txt"), *path.glob("*/log.txt")]
+    logs = [path] if path.is_file() else sorted(ours or path.glob("*.txt"))
+    if not logs:
+        raise UserError(f"{path}: found no record and no log: give a record, a log or a folder with logs")
+    return Group(path.name, [parse_log(log) for log in logs])
+
+
+def in_pairs(a: Group, b: Group) -> bool:
+    """Whether the runs share their seeds: an interleaved race, or two records of equal n."""
+    seeds = [[run.config.get("seed") for run in group.runs] for group in (a, b)]
+    return seeds[0] == seeds[1] and len(seeds[0]) > 1 and None not in seeds[0]
+
+
+def net_seconds(a: Group, b: Group, slope: float) -> Difference:
+    """B's time less A's, with the difference in loss worth `slope` seconds per unit."""
+    if in_pairs(a, b):
+        return paired(*([run.seconds + slope * run.loss for run in group.runs] for group in (a, b)))
+    time_gap = welch([r.seconds for r in a.runs], [r.seconds for r in b.runs])
+    loss_gap = welch([r.loss for r in a.runs], [r.loss for r in b.runs])
+    spread = None if loss_gap.sd is None else math.hypot(time_gap.sd, slope * loss_gap.sd)
+    return Difference(time_gap.mean + slope * loss_gap.mean, spread, min(time_gap.df, loss_gap.df), "Welch")
+
+
+def comparison(a: Group, b: Group, threshold: float | None = None) -> str:
+    """Plain words on B against the baseline A."""
+    out, n, (first, other) = [], len(a.runs), (group.runs[0].header for group in (a, b))
+    if first and other:  # the field's logs have no header
+        expect(b.runs[0].path, "validation", other["validation"], first["validation"])
+        out = [f"times don't compare: {name} of A is {first[name]}, of B {other[name]}"
+               for name in ("device", "world_size", "torch") if first[name] != other[name]]
+    for letter, group in (("A", a), ("B", b)):
+        losses, seconds = [r.loss for r in group.runs], [r.seconds for r in group.runs]
+        out.append(f"{letter} = {group.name}: n = {len(losses)}, loss {np.mean(losses):.5f} sd "
+                   f"{number(sd(losses), 5)}, time {np.mean(seconds):.3f} s sd {number(sd(seconds), 3)}")
+    losses = [[r.loss for r in g.runs] for g in (a, b)]
+    times = [[r.seconds for r in g.runs] for g in (a, b)]
+    gap, timing = welch(*losses), (paired if in_pairs(a, b) else welch)(*times)
+    out.append(f"final loss, B - A: {gap.text('', 5)}: {gap.verdict(n)}")
+    if in_pairs(a, b):
+        out.append(f"  by seed: {paired(*losses).text('', 5)}")
+    if gap.sd:
+        upper = gap.bounds(0.95)[1]
+        out.append(f"  no worse by {NO_WORSE} or more (upper 95 % bound {upper:+.5f}): "
+                   f"{'shown' if upper < NO_WORSE else 'not shown'}")
+        if threshold is not None:
+            out.append(f"  B at least {threshold} lower: p = {gap.p_less(threshold):.6f}")
+    elif threshold is not None:
+        out.append(f"  B at least {threshold} lower: no test without a spread")
+    out.append(f"train time, B - A: {timing.text(' s', 3)}: {timing.verdict(n)}")
+    curves = mean_curve(a.runs), mean_curve(b.runs)
+    shared = [f"{step}: {curves[1][step][0] - loss:+.4f}" for step, (loss, _) in curves[0].items()
+              if step in curves[1]]
+    out.append("loss at equal steps, B - A: " + (", ".join(shared) or "no step in common"))
+    slope = seconds_per_loss(a.runs)
+    if slope is None:
+        return "\n".join([*out, "net seconds: unknown, as A's loss doesn't fall at its end"])
+    net = net_seconds(a, b, slope[0])
+    out.append(f"net seconds, B - A: {net.text(' s', 2)}, at {slope[0]:.1f} s per unit of loss "
+               f"(A, steps {slope[1]} to {slope[2]})")
+    return "\n".join([*out, f"verdict on B: {net.verdict(n)}"])
+
+
+def compare(options, flags):
+    print(comparison(load_group(options.a), load_group(options.b), options.threshold))
+
+
+def plan(options, flags):
+    spread, origin = options.sd, "given"
+    if options.source:
+        group = load_group(options.source)
+        spread = sd([run.loss for run in group.runs])
+        origin = f"of the {len(group.runs)} runs of {group.name}"
+    elif spread is None:
+        spread, origin = TRACKS["short"].sd, "the field's on the short track"
+    if not spread or not 0 < spread < math.inf or not 0 < options.margin < math.inf:
+        raise UserError(f"margin {options.margin}, sd {spread}: expected both above 0 (an sd needs 2 runs)")
+    rows = [[f"{power:.0%}", *(runs_needed(options.margin, spread, power, *how)
+                               for how in ((True,), (False,), (True, 2)))] for power in (0.5, 0.8, 0.9)]
+    print(f"runs for p < {LEVEL}, true gap {options.margin}, sd {spread:.6f} ({origin}):\n\n"
+          "| power | below a target, sd known | below a target, t-test | each of two scripts, sd known |\n"
+          "|--:|--:|--:|--:|")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+
+
+def all_records(records: Path) -> list[Path]:
+    return sorted(path.parent for path in records.glob("track_*/*/record.json"))
+
+
+def verify_all(options, flags):
+    folders = options.folders or all_records(options.records)
+    seen = {}
+    for folder in folders:
+        record = verify(folder)
+        tokens = record["environment"]["validation"]
+        first, expected = seen.setdefault(record["track"], (folder, tokens))
+        expect(folder, f"validation tokens (against {first})", tokens, expected)
+        print(f"{folder}: verified. {target_text(record['results'])}"
+              + ("" if record["plan"]["registered"] else " Not pre-registered."))
+    print(f"records verified: {len(folders)}")
+
+
+def refresh(options, flags):
+    """README.md and pictures anew, as after a change of this program, of records whose logs verify."""
+    for folder in options.folders:
+        verify(folder, readme=False)
+        write_record(folder)
+
+
+def table(options, flags):
+    """Writes the history of each track that the file has markers for."""
+    text = read(options.file)
+    tracks = re.findall(r"<!-- records:(\w+) -->\n", text)
+    for track in tracks:
+        start, end = f"<!-- records:{track} -->\n", f"<!-- /records:{track} -->"
+        before, _, rest = text.partition(start)
+        if track not in TRACKS or end not in rest:
+            raise UserError(f"{options.file}: markers of {track!r}: expected one of {', '.join(TRACKS)} and "
+                            f"the end {end} after it")
+        parent = options.records / TRACKS[track].folder
+        records = [(path, verify(path)) for path in all_records(options.records) if path.parent == parent]
+        rows = history(records, options.file.resolve().parent)
+        text = before + start + rows + end + rest.partition(end)[2]
+    if not tracks:
+        raise UserError(f"{options.file}: found no line <!-- records:TRACK -->: put one where a table goes")
+    write(options.file, text)
+    print(f"{options.file}: tables of {', '.join(tracks)}")
+
+
+def history(records: list, base: Path) -> str:
+    if not records:
+        return "No record yet.\n"
+    rows = ["| date | record | training s | validation loss | n | p (t-test) | hardware | registered |",
+            "|---|---|--:|--:|--:|--:|---|---|"]
+    for folder, record in records:
+        results, env = record["results"], record["environment"]
+        p, missed = results.get("p_t_test"), " (target not shown)" * (not results.get("reached", True))
+        rows.append(
+            f"| {record['date']} | [{record['name']}]({os.path.relpath(folder, base)}) "
+            f"| {results['seconds']['mean']:.2f}, sd {number(results['seconds']['sd'], 2)} "
+            f"| {results['loss']['mean']:.4f}, sd {number(results['loss']['sd'], 4)} | {results['n']} "
+            f"| {'-' if p is None else f'{p:.2g}'}{missed} | {env['world_size']} x {env['device']} "
+            f"| {'before' if record['plan']['registered'] else 'no'} |")
+    return "\n".join(rows) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def figure(columns: int, rows: int = 1, size=(5.0, 3.6)):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
+
+
+def save_figure(picture, path: Path):
+    import matplotlib.pyplot as plt
+
+    picture.tight_layout()
+    picture.savefig(path, dpi=110)
+    plt.close(picture)
+
+
+def draw_losses(groups: dict, path: Path, target: float | None = None):
+    """Validation loss of every run by step and by time with the range of each group, and the final losses."""
+    picture, ((by_step, by_time, final),) = figure(3)
+    for i, (name, runs) in enumerate(groups.items()):
+        curves = mean_curve(runs)
+        steps = [step for step in curves if step]
+        losses = np.array([[run.curve[step][0] for step in steps] for run in runs])
+        for axes, xs in ((by_step, steps), (by_time, [curves[step][1] for step in steps])):
+            axes.plot(xs, losses.T, color=f"C{i}", lw=0.5, alpha=0.5)
+            axes.plot(xs, losses.mean(0), color=f"C{i}", lw=1.5, label=f"{name}, n = {len(runs)}")
+            axes.fill_between(xs, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.2)
+        final.plot([i] * len(runs), [run.loss for run in runs], "o", color=f"C{i}", ms=4, alpha=0.6)
+        final.plot([i - 0.2, i + 0.2], [np.mean([run.loss for run in runs])] * 2, color=f"C{i}")
+    for axes in (by_step, by_time, final):
+        if target:
+            axes.axhline(target, color="black", ls="--", lw=0.8, label=f"target {target}")
+        axes.grid(alpha=0.3)
+    by_step.set(xlabel="step", ylabel="validation loss (nats per token)")
+    by_time.set(xlabel="training seconds")
+    final.set(xticks=range(len(groups)), title="last validation, bar: mean")
+    final.set_xticklabels(groups, fontsize=8)
+    by_step.legend(fontsize=8)
+    save_figure(picture, path)
+
+
+def draw_lambdas(runs: list[Run], path: Path):
+    """Learned scalars at every validation, thin lines for the runs; nothing if the logs hold none."""
+    names = sorted({name for run in runs for row in run.validations for name in row.get("lambdas", {})})
+    if not names:
+        return
+    picture, grid = figure(min(3, len(names)), -(-len(names) // 3), size=(4.0, 3.0))
+    for axes, name in zip(grid.flat, names):
+        for run in runs:
+            rows = [(row["step"], row["lambdas"][name]) for row in run.validations if name in row["lambdas"]]
+            axes.set_prop_cycle(None)
+            axes.plot([step for step, _ in rows], [values for _, values in rows], lw=0.8)
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(names):]:
+        axes.axis("off")
+    save_figure(picture, path)
+
+
+def plot(options, flags):
+    groups = [load_group(path) for path in options.folders]
+    names = [f"{g.name} ({i})" if [h.name for h in groups].count(g.name) > 1 else g.name
+             for i, g in enumerate(groups)]
+    draw_losses({name: group.runs for name, group in zip(names, groups)}, options.out, options.target)
+    print(options.out)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}: see --help")
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return int(text)
+
+
+def parser() -> Parser:
+    top = Parser("record.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(function, name: str, *positional: str, **flags):
+        """A positional argument is `name:nargs`; a flag is a type, or a default of that type."""
+        sub = commands.add_parser(name)
+        sub.set_defaults(run=function)
+        for argument in positional:
+            dest, _, nargs = argument.partition(":")
+            sub.add_argument(dest, type=str if dest == "name" else Path, nargs=nargs or None)
+        for flag, kind in flags.items():
+            default = None if callable(kind) else kind
+            sub.add_argument(f"--{flag}", default=default, type=kind if default is None else type(default))
+        return sub
+
+    def runs_of(sub, track: str | None):
+        sub.add_argument("--track", choices=TRACKS, default=track, required=track is None)
+        sub.add_argument("--runs", type=at_least_one, required=True)
+        sub.add_argument("--gpus", type=at_least_one, default=1)
+
+    runs_of(command(new, "new", "name", script=Path, records=RECORDS), None)
+    runs_of(command(race, "race", "a", "b", out=Path), "sprint")
+    command(import_logs, "import", "logs:+", "name", records=RECORDS)
+    command(verify_all, "verify", "folders:*", records=RECORDS)
+    command(refresh, "refresh", "folders:+")
+    command(compare, "compare", "a", "b", threshold=float)
+    planner = command(plan, "plan", sd=float)
+    planner.add_argument("--margin", type=float, required=True)
+    planner.add_argument("--from", type=Path, dest="source")
+    command(reproduce, "reproduce", "folder", data=str, seed=int, gpus=at_least_one)
+    command(table, "table", file=ROOT / "README.md", records=RECORDS)
+    command(plot, "plot", "folders:+", out=Path("plot.png"), target=float)
+    return top
+
+
+def main():
+    argv = sys.argv[1:]
+    cut = argv.index("--") if "--" in argv else len(argv)
+    try:
+        options = parser().parse_args(argv[:cut])
+        flags = argv[cut + 1:]
+        if flags and options.run not in (new, race):
+            raise UserError(f"found {flags[0]!r} after --: only new and race take flags of train_gpt.py")
+        options.run(options, flags)
+    except (UserError, Mismatch) as error:
+        print("record.py:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except OSError as error:
+        print(f"record.py: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
