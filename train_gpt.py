@@ -1817,6 +1817,13 @@ class Shards:
     def __len__(self):
         return len(self.paths)
 
+    def sha256(self) -> str:
+        """Of names, sizes and document starts of the shards opened so far: those that the schedule needs."""
+        digest = hashlib.sha256()
+        for i, (tokens, starts) in sorted(self.opened.items()):
+            digest.update(f"{self.paths[i].name} {len(tokens)} ".encode() + starts.astype("<i8").tobytes())
+        return digest.hexdigest()
+
     def __getitem__(self, i: int) -> tuple[TokenFile, np.ndarray]:
         if i not in self.opened:
             tokens = open_shard(self.paths[i], self.cfg)
@@ -2533,9 +2540,7 @@ def log_header(log: Log, hardware: Hardware, world: World, model: GPT, shards: S
              f"world_size:{world.size} seed:{cfg.seed}")
     for name, reason in hardware.reasons.items():
         log.line(f"{name}: {getattr(hardware, name)} ({reason})")
-    manifest = shards.paths[0].parent / "manifest.json"
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "none"
-    log.line(f"data: {shards.paths[0].parent} shards:{len(shards)} manifest_sha256:{digest}")
+    log.line(f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}")
     log.line(f"validation: tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
     size = sum(p.numel() for p in model.parameters())
     log.line(f"model: {size:,} parameters, {len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}")

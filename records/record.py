@@ -95,7 +95,6 @@ def evidence(record: dict) -> str:
     flags = " ".join(plan["flags"]) or "none"
     when = (f"Registered {plan['registered']}, before the first run" if plan["registered"]
             else "**Not pre-registered**: imported from finished logs")
-    data = env["data"] + " (no manifest: not identified)" * env["data"].endswith("none")
     rows = [f"| {r['seed']} | {r['loss']:.5f} | {r['seconds']:.3f} | {r['steps']} | "
             f"{r['started'] or 'unknown'} | {r['attempts'] or 'unknown'} | [{r['log']}]({r['log']}) |"
             for r in record["runs"]]
@@ -109,7 +108,7 @@ def evidence(record: dict) -> str:
         target_text(results), "",
         "| seed | validation loss | training s | steps | started | attempts | log |",
         "|--:|--:|--:|--:|---|--:|---|", *rows, "", "![loss](loss.png)", "",
-        f"- Timed: {env['timed']}.", f"- Untimed: {env['untimed']}.", f"- Data: {data}.",
+        f"- Timed: {env['timed']}.", f"- Untimed: {env['untimed']}.", f"- Data: {env['data']}.",
         f"- Validation: {env['validation']}.", f"- Script: sha256 {plan['source_sha256']}.", "",
         "`python records/record.py verify FOLDER` recomputes all of this from the logs, "
         "`reproduce FOLDER` runs the script again.", ""])
@@ -484,10 +483,23 @@ def all_records(records: Path) -> list[Path]:
     return sorted(path.parent for path in records.glob("track_*/*/record.json"))
 
 
+def only_registered(folder: Path) -> bool:
+    """Whether no run of it has begun. Raises Mismatch if its script isn't the one registered."""
+    record = load_record(folder)
+    begun = any(row.get("attempts") for row in record.get("runs", [])) or [*folder.glob("*.txt")]
+    if begun or "results" in record or not record.get("plan", {}).get("registered"):
+        return False
+    check_script(folder, record["plan"])
+    return True
+
+
 def verify_all(options, flags):
     folders = options.folders or all_records(options.records)
     seen = {}
     for folder in folders:
+        if only_registered(folder):
+            print(f"{folder}: registered, nothing run yet")
+            continue
         record = verify(folder)
         tokens = record["environment"]["validation"]
         first, expected = seen.setdefault(record["track"], (folder, tokens))
@@ -515,7 +527,8 @@ def table(options, flags):
             raise UserError(f"{options.file}: markers of {track!r}: expected one of {', '.join(TRACKS)} and "
                             f"the end {end} after it")
         parent = options.records / TRACKS[track].folder
-        records = [(path, verify(path)) for path in all_records(options.records) if path.parent == parent]
+        paths = [path for path in all_records(options.records) if path.parent == parent]
+        records = [(path, verify(path)) for path in paths if not only_registered(path)]
         rows = history(records, options.file.resolve().parent)
         text = before + start + rows + end + rest.partition(end)[2]
     if not tracks:

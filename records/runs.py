@@ -208,7 +208,7 @@ def check_run(run: Run):
 def comparable(run: Run, apart: set) -> dict:
     """What must be the same in every run, by name: configuration, versions, hardware, data, clock."""
     header = {name: value for name, value in run.header.items() if name not in {"seed", "git"}}
-    header["data"] = re.sub(r"^.* (?=shards:)", "", header["data"])  # without the folder's path
+    header["data"] = re.sub(r"^.* (?=shards:)", "", header["data"])  # without the folder
     config = {f"config.{name}": value for name, value in run.config.items() if name not in apart}
     return header | config | {"source": run.source}
 

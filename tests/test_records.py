@@ -56,7 +56,7 @@ def main():
     print(f"source sha256:{source} git:none", "config " + json.dumps(cfg),
           f"python:3.11.7 torch:2.13.0+cu130 cuda:13.0 world_size:1 seed:{seed}",
           "device: cuda:0 (NVIDIA H100 80GB HBM3)", "compile: True (the fastest)",
-          f"data: /data/text shards:9 manifest_sha256:{sha}",
+          f"data: text shards:9 sha256:{sha}",
           f"validation: tokens:{cfg['val_tokens']} bytes:47185920 sha256:{sha}",
           "model: 275,742,772 parameters, 11 x 768, vocabulary 50304",
           "timed: training steps with their data", "untimed: set-up, validation", sep="\\n", file=log)
@@ -655,3 +655,18 @@ def test_folders_that_are_no_records(folder, tmp_path):
         (folder / "record.json").write_text(text)
         with pytest.raises(Mismatch):
             verify(folder)
+
+
+def test_a_record_that_is_only_registered_is_said_to_be_and_hides_no_run(made, tmp_path):
+    folder = tmp_path / "track_3_tiny" / "2026-01-01_Idea"
+    record.register(folder, "Idea", "tiny", made.trainer, record.plan_of(2, [], 1))
+    done = cli("verify", folder)
+    assert done.code == 0 and f"{folder}: registered, nothing run yet" in done.out
+    begun = record.load_record(folder)
+    begun["runs"][0]["attempts"] = 1
+    (folder / "record.json").write_text(record.dump(begun))
+    assert cli("verify", folder).code == 1
+    begun["runs"][0]["attempts"] = 0
+    (folder / "record.json").write_text(record.dump(begun))
+    (folder / "train_gpt.py").write_text("# another")
+    assert cli("verify", folder).code == 1
