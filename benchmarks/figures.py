@@ -27,18 +27,17 @@ def finish(figure, axes, name: str, **labels):
 
 def main():
     runs = json.loads((RESULTS / "sprint_ablation.json").read_text())
-    h100 = json.loads((RESULTS / "sprint_h100.json").read_text())
     seeds = [run for name, run in runs.items() if name.startswith("default")]
 
     figure, axes = plt.subplots(figsize=(7.5, 4))
-    train = runs["default seed 0"]["train_loss"]
-    axes.plot(*points(train), lw=0.8, alpha=0.6, color="C2",
-              label="H200, baseline of the table: training, seed 0")
-    for i, run in enumerate(seeds):
-        axes.plot(*points(run["val_loss"]), "s--", ms=3, lw=1, color="C2", alpha=0.7,
-                  label="H200, baseline of the table: validation, 4 seeds" if not i else None)
-    axes.plot(*points(h100["val_loss"]), "o-", ms=4, lw=1, color="C1",
-              label="H100, kernels, float8 head and CUDA graphs, slope 0, seed 0: validation")
+    kinds = {"everything on": "C1o-", "plain torch": "C2s--"}
+    for name, run in json.loads((RESULTS / "sprint_kernels.json").read_text()).items():
+        kind = name.rpartition(",")[0]
+        if kind in kinds:
+            label = f"validation, {kind}, 3 seeds" if name.endswith("seed 0") else None
+            axes.plot(*points(run["val_loss"]), kinds[kind], ms=3, lw=1, alpha=0.7, label=label)
+    h100 = json.loads((RESULTS / "sprint_h100.json").read_text())
+    axes.plot(*points(h100["train_loss"]), lw=0.8, alpha=0.5, color="C0", label="training, slope 0, seed 0")
     finish(figure, axes, "sprint_loss.png", xlabel="step", ylabel="loss (nats per token)", ylim=(3.4, 7),
            title="sprint: 210 steps on one GPU, substitute corpus")
 
