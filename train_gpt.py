@@ -371,7 +371,7 @@ def parse_overrides(argv: list[str]) -> dict:
         name = name.replace("-", "_")
         if not arg.startswith("--") or name not in fields:
             near = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean --{near[0]}=..?" if near else "the flags are the fields of Config"
+            hint = f"did you mean --{near[0]}=..?" if near else "--help lists the flags"
             raise UserError(f"unknown argument {arg!r}: {hint}")
         if not given and fields[name] is not bool:
             raise UserError(f"{arg}: needs a value, as {arg}={fields[name].__name__}")
@@ -528,7 +528,7 @@ def choose(name: str, wanted: str, ranked: list) -> tuple[str, str]:
 
 
 def all_multiples_of_16(cfg: Config, world: World) -> bool:
-    """Whether every dimension of the head's products is, as float8 needs."""
+    """Whether every dimension of the head's and the MLP's products is, as float8 needs."""
     tokens = [micro_tokens(cfg, world, stage) for stage in cfg.stages]
     return not any(n % 16 for n in (cfg.width, cfg.loss_chunk, *tokens))
 
@@ -1138,7 +1138,7 @@ def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bo
 
 
 def loss_region(x_TD, head_VD, targets_TK, weights_K, softcap: float) -> Tensor:
-    """Sum over tokens of sum_k weight_k * cross entropy with target k: (). Targets of -1 count nothing."""
+    """Validation's: sum over tokens of sum_k weight_k * cross entropy with target k. -1 is no target."""
     logits_TV = cap(x_TD @ head_VD.to(x_TD.dtype).T, softcap)
     return sum(weights_K[k] * F.cross_entropy(logits_TV, targets_TK[:, k], ignore_index=-1, reduction="sum")
                for k in range(targets_TK.size(1)))
@@ -1407,7 +1407,7 @@ class Row(NamedTuple):
     algorithm: str               # "normuon" or "adam"
     comms: str                   # "sharded" (reduce-scatter, update own part, all-gather) or "replicated"
     lr: tuple                    # effective learning rates, one per matrix of a bank's layer, or one
-    betas: tuple = (0.0, 0.95)   # normuon: (unused, second moment); adam: (first moment, second moment)
+    betas: tuple = (0.0, 0.95)   # of the moments; normuon's first is the schedule's momentum instead
     weight_decay: float = 0.0
     every: int = 1               # steps between updates; gradients add up meanwhile
 
@@ -2985,7 +2985,8 @@ def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tupl
                     done = {"step": step, "position": position, "train_seconds": clock.seconds}
                     log.unsaved = save(done, model, optimizer, log, world)
                 if log.stopped:
-                    log.line(f"stopped after step {step}: a signal asked for it; --resume=auto goes on")
+                    log.line(f"stopped after step {step}: a signal asked for it; --resume=auto goes on; "
+                             f"log: {log.folder}")
                     return model, log
                 if validating:
                     validate(val, model, rotary, step, clock, log, world, guard)

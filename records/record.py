@@ -218,11 +218,21 @@ def register(folder: Path, name: str, track: str, script: Path | None, plan: dic
         raise UserError(f"no script {script}: give one with --script=FILE")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(script, folder / "train_gpt.py")
+    try_out(folder / "train_gpt.py", track, plan["flags"])
     plan = plan | {"source_sha256": sha256((folder / "train_gpt.py").read_bytes())}
     rows = [{"seed": seed, "attempts": 0, "started": None} for seed in plan["seeds"]]
     date = folder.name.partition("_")[0] if folder.name.endswith(f"_{name}") else now()[:10]
     write(folder / "record.json", dump({"format": 1, "name": name, "date": date, "track": track, "plan": plan,
                                         "runs": rows}))
+
+
+def try_out(script: Path, track: str, flags: list[str]):
+    """Raise UserError, and remove the script, if it refuses its flags or data: before they are binding."""
+    run = subprocess.run([sys.executable, script, "--check=on", f"--track={track}", *flags], text=True,
+                         capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    if run.returncode:
+        script.unlink()
+        raise UserError(f"nothing registered: {(run.stderr.strip() or 'no reason given').splitlines()[-1]}")
 
 
 def train(script: Path, gpus: int, flags: list[str], work: Path) -> Path:
@@ -483,30 +493,35 @@ def all_records(records: Path) -> list[Path]:
     return sorted(path.parent for path in records.glob("track_*/*/record.json"))
 
 
-def only_registered(folder: Path) -> bool:
-    """Whether no run of it has begun. Raises Mismatch if its script isn't the one registered."""
+def only_registered(folder: Path) -> str:
+    """"k of n runs done" if a registered record isn't complete yet, else "".
+
+    A complete one has results, so a log can't be taken from it again. Raises Mismatch if its script isn't the
+    one registered.
+    """
     record = load_record(folder)
-    begun = any(row.get("attempts") for row in record.get("runs", [])) or [*folder.glob("*.txt")]
-    if begun or "results" in record or not record.get("plan", {}).get("registered"):
-        return False
-    check_script(folder, record["plan"])
-    return True
+    plan = record.get("plan", {})
+    if "results" in record or not plan.get("registered"):
+        return ""
+    check_script(folder, plan)
+    return f"{len([*folder.glob('seed*.txt')])} of {plan.get('runs')} runs done"
 
 
 def verify_all(options, flags):
     folders = options.folders or all_records(options.records)
-    seen = {}
+    seen, verified = {}, 0
     for folder in folders:
         if only_registered(folder):
-            print(f"{folder}: registered, nothing run yet")
+            print(f"{folder}: registered, {only_registered(folder)}")
             continue
+        verified += 1
         record = verify(folder)
         tokens = record["environment"]["validation"]
         first, expected = seen.setdefault(record["track"], (folder, tokens))
         expect(folder, f"validation tokens (against {first})", tokens, expected)
         print(f"{folder}: verified. {target_text(record['results'])}"
               + ("" if record["plan"]["registered"] else " Not pre-registered."))
-    print(f"records verified: {len(folders)}")
+    print(f"records verified: {verified}")
 
 
 def refresh(options, flags):

@@ -38,6 +38,8 @@ config_to_json = dict
 
 
 def main():
+    if "--check=on" in sys.argv:
+        sys.exit("train_gpt.py: no data folder" if os.environ.get("NO_DATA") else 0)
     given = dict(arg[2:].split("=") for arg in sys.argv[1:])
     cfg = dict(TRACKS[given["track"]])
     for name, text in given.items():
@@ -410,7 +412,7 @@ def test_new_goes_on_where_it_stopped(made, tmp_path, monkeypatch):
     assert result.code == 2 and "ended with exit code 1" in result.err and result.err.count("\n") == 1
     folder = next(tmp_path.glob("track_1_short/*"))
     first = (folder / "seed0.txt").stat()
-    assert cli("verify", folder).code == 1  # not yet a record
+    assert "1 of 3 runs done\nrecords verified: 0" in cli("verify", folder).out
     monkeypatch.delenv("FAIL")
     monkeypatch.setenv("STOP", "2")
     result = start(made, tmp_path)
@@ -450,6 +452,7 @@ def test_plan_is_written_before_the_first_run_and_binds(made, tmp_path, monkeypa
 def test_several_gpus_go_through_torchrun(made, tmp_path, monkeypatch):
     commands = []
     failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(record, "try_out", lambda *arguments: None)
     monkeypatch.setattr(record.subprocess, "run", lambda command: commands.append(command) or failed)
     assert start(made, tmp_path, "--gpus=8").code == 2
     assert commands[0][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
@@ -657,16 +660,25 @@ def test_folders_that_are_no_records(folder, tmp_path):
             verify(folder)
 
 
-def test_a_record_that_is_only_registered_is_said_to_be_and_hides_no_run(made, tmp_path):
-    folder = tmp_path / "track_3_tiny" / "2026-01-01_Idea"
-    record.register(folder, "Idea", "tiny", made.trainer, record.plan_of(2, [], 1))
+def test_a_record_that_is_only_registered_is_said_to_be(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "1")
+    arguments = "new", "begun", "--track=tiny", "--runs=3", f"--script={made.trainer}", f"--records={tmp_path}"
+    assert cli(*arguments).code
+    (folder,) = tmp_path.glob("track_3_tiny/*_begun")
     done = cli("verify", folder)
-    assert done.code == 0 and f"{folder}: registered, nothing run yet" in done.out
-    begun = record.load_record(folder)
-    begun["runs"][0]["attempts"] = 1
-    (folder / "record.json").write_text(record.dump(begun))
-    assert cli("verify", folder).code == 1
-    begun["runs"][0]["attempts"] = 0
-    (folder / "record.json").write_text(record.dump(begun))
+    assert done.code == 0 and f"{folder}: registered, 1 of 3 runs done" in done.out
     (folder / "train_gpt.py").write_text("# another")
     assert cli("verify", folder).code == 1
+
+
+def test_a_complete_record_without_a_log_is_not_taken_for_one_that_is_only_registered(folder):
+    for log in folder.glob("seed*.txt"):
+        log.unlink()
+    assert cli("verify", folder).code == 1
+
+
+def test_nothing_is_registered_that_the_script_refuses(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_DATA", "1")
+    done = cli("new", "idea", "--track=tiny", "--runs=2", f"--script={made.trainer}", f"--records={tmp_path}")
+    assert done.code == 2 and "nothing registered: train_gpt.py: no data folder" in done.err
+    assert not [*tmp_path.rglob("*.json"), *tmp_path.rglob("*.py")]
