@@ -1617,10 +1617,11 @@ class Optimizer:
         grad = grad.to(p.dtype)
         if row.algorithm == "normuon":
             numbers = scalar(row.weight_decay * lr_multiplier), scalar(momentum), self.healthy, row.betas[1]
+            tensors = p, grad, *state.buffers.values(), state.lr * lr_multiplier
             one_by_one = [slice(i, i + 1) for i in range(len(p))]
             for own in one_by_one if self.deterministic else [slice(None)]:
-                tensors = (x[own] for x in (p, grad, *state.buffers.values(), state.lr * lr_multiplier))
-                normuon_update(*tensors, *numbers, self.dtype, self.kernels, self.normuon_parts)
+                stack = (x[own] for x in tensors)
+                normuon_update(*stack, *numbers, self.dtype, self.kernels, self.normuon_parts)
         else:
             updates = (step + 1) // row.every
             bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
@@ -1784,13 +1785,9 @@ class TokenFile:
             data += more
         return np.frombuffer(data, "<u2")
 
-    def blocks(self):
-        """(first token, tokens) of consecutive parts of moderate size."""
-        return ((i, self[i : i + 2**24]) for i in range(0, self.count, 2**24))
 
-
-def open_shard(path: Path, cfg: Config) -> TokenFile:
-    """A checked shard. Raises UserError that names the file."""
+def open_shard(path: Path, cfg: Config) -> tuple[TokenFile, np.ndarray]:
+    """A checked shard and where its documents start, read once. Raises UserError that names the file."""
     try:
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", 256) if size >= 1024 else np.zeros(3, "<i4")
@@ -1801,11 +1798,14 @@ def open_shard(path: Path, cfg: Config) -> TokenFile:
         raise UserError(f"{path}: not a version 1 token shard ({size} bytes, magic {header[0]}): {mend}")
     if size != 1024 + 2 * int(header[2]) or header[2] <= 0:
         raise UserError(f"{path}: header says {header[2]} tokens, the file has {(size - 1024) / 2:g}: {mend}")
-    tokens = TokenFile(path, int(header[2]))
-    largest = max(int(block.max()) for _, block in tokens.blocks())
+    tokens, starts, largest = TokenFile(path, int(header[2])), [], 0
+    for first in range(0, len(tokens), 2**24):
+        block = tokens[first : first + 2**24]
+        largest = max(largest, int(block.max()))
+        starts.append(first + np.flatnonzero(block == cfg.bos))
     if largest >= cfg.vocab_size:
         raise UserError(f"{path}: token {largest} >= {cfg.vocab_size}: damaged, or the wrong --tokenizer")
-    return tokens
+    return tokens, np.concatenate(starts)
 
 
 class Shards:
@@ -1826,9 +1826,7 @@ class Shards:
 
     def __getitem__(self, i: int) -> tuple[TokenFile, np.ndarray]:
         if i not in self.opened:
-            tokens = open_shard(self.paths[i], self.cfg)
-            parts = [first + np.flatnonzero(block == self.cfg.bos) for first, block in tokens.blocks()]
-            starts = np.concatenate(parts)
+            tokens, starts = open_shard(self.paths[i], self.cfg)
             if not len(starts):
                 raise UserError(f"{self.paths[i]}: no document start ({self.cfg.bos}): wrong --tokenizer?")
             self.opened[i] = tokens, starts
@@ -2205,7 +2203,7 @@ class Validation:
 
     @classmethod
     def load(cls, cfg: Config, tokenizer: Tokenizer | None = None):
-        shards = [open_shard(path, cfg) for path in find_shards(cfg, "val")]
+        shards = [open_shard(path, cfg)[0] for path in find_shards(cfg, "val")]
         have = sum(map(len, shards)) - 1
         count = cfg.val_tokens or have
         if count > have:
@@ -2980,7 +2978,7 @@ def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tupl
                 log.stopped = steps.stop and step < stop
                 if model.graphs and (saving or validating or log.stopped):
                     model.graphs.release()  # what follows needs the memory
-                if saving or log.stopped and step > start and cfg.save_every >= 0:
+                if saving or (log.stopped and step > start and cfg.save_every >= 0):
                     guard.at(step, "checkpoint")  # before a validation that might fail
                     done = {"step": step, "position": position, "train_seconds": clock.seconds}
                     log.unsaved = save(done, model, optimizer, log, world)

@@ -19,7 +19,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,7 @@ for folder in ("", "tests", "benchmarks"):
 import torch
 import torch.distributed as dist
 
-from small import CPU, SMALL, train_gpt, write_corpus
+from small import CPU, SMALL, free_port, train_gpt, write_corpus
 
 STEPS = 32
 TRACK = replace(SMALL, vocab_size=0, scheduled_steps=STEPS, val_every=1000, sample_tokens=1)
@@ -305,12 +304,6 @@ class TorchRun(Run):
 
     def alive(self) -> bool:
         return self.agent.poll() is None
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 class Scene:

@@ -5,8 +5,8 @@
 Runs the sprint with torchrun once for each number of GPUs, one after the other, and prints a table: the
 median milliseconds of a step in each stage, over pairs of steps, as Adam works at every other one; the
 efficiency, time on one GPU / (GPUs x time on them), in each stage and for the schedule at these medians; and
-the final loss. --profile adds the milliseconds a step in which a GPU did nothing but exchange, from a trace of
-four steps of the first stage, which don't enter the medians. Numbers of GPUs that --out (JSON) has already
+the final loss. --profile adds the milliseconds a step in which a GPU did nothing but exchange, from a trace
+of four steps of the first stage, which don't enter the medians. Numbers of GPUs that --out (JSON) has already
 aren't run again. Other flags go to train_gpt.py.
 """
 

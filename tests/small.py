@@ -1,5 +1,6 @@
 """A model, a schedule and a corpus small enough to train many times in a test."""
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,3 +68,16 @@ def write_corpus(folder, train_tokens=8_000, val_tokens=300, seed=0):
     write_split(folder, "train", [train[:middle], train[middle:]])
     write_split(folder, "val", [random_tokens(rng, val_tokens)])
     return folder
+
+
+def free_port():
+    """Of this machine, where processes can meet."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def checkpoint_of(logs, step):
+    """The one that the only run in `logs` wrote after `step` steps."""
+    (path,) = logs.glob(f"*/checkpoint_{step:06d}.safetensors")
+    return path

@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from small import BOS, SCRIPT, SMALL, random_tokens, train_gpt, write_split
-from test_training import assert_equal, free_port, randomise, relative_error, weights_of
+from small import BOS, SCRIPT, SMALL, checkpoint_of, free_port, random_tokens, train_gpt, write_split
+from test_training import assert_equal, randomise, relative_error, weights_of
 from train_gpt import GPT, Stage, UserError, Validation
 
 # 20 steps in four stages, which begin at steps 6, 12 and 18; two shards' ends lie within documents, and
@@ -56,11 +56,6 @@ class Job(NamedTuple):
     size: int
     flags: tuple = ()
     resumed: tuple = ()          # (name of the job, step)
-
-
-def checkpoint_of(folder, step):
-    (path,) = folder.glob(f"*/checkpoint_{step:06d}.safetensors")
-    return path
 
 
 def keep_results(function, results):

@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import socket
 import types
 from dataclasses import replace
 from fractions import Fraction
@@ -21,7 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 
-from small import BOS, CPU, SMALL, random_tokens, train_gpt, write_corpus, write_shard, write_split
+from small import (
+    BOS, CPU, SMALL, checkpoint_of, free_port, random_tokens, train_gpt, write_corpus, write_shard, write_split,
+)  # fmt: skip
 from train_gpt import (
     POLAR_EXPRESS, TRACKS, DocumentStream, GPT, Loader, Optimizer, Position, Row, Shards, Stage,
     UserError, Validation, World, adam_update, build_rotary, check_supply, gradient, load_tokenizer, nesterov,
@@ -333,12 +334,6 @@ def test_decay_follows_the_learning_rate_and_the_multiplier_twice():
 # ---------------------------------------------------------------------- ranks
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def train_as_rank(rank, jobs):
     """Process `rank` runs the jobs that it has a part in, in turn: (world size, port, logs, arguments)."""
     torch.set_num_threads(1)
@@ -379,11 +374,6 @@ def ranks(tmp_path_factory):
 
 def resume_flag(logs, step):
     return f"--resume={checkpoint_of(logs, step)}"
-
-
-def checkpoint_of(logs, step):
-    (path,) = logs.glob(f"*/checkpoint_{step:06d}.safetensors")
-    return path
 
 
 def metrics_of(logs, key):
