@@ -120,6 +120,23 @@ class Config:
     graphs: str = "auto"         # auto, on, off: a micro-batch is launched as one CUDA graph
     warmup: str = "auto"         # auto, on, off: untimed steps on synthetic tokens, state restored after
     deterministic: bool = False  # sums in one fixed order: the same bits again, on any number of processes
+    # evaluation of a checkpoint
+    eval: str = ""               # any of packed, document, stride, ttt-sgd, ttt-lora, by commas
+    eval_every: int = 1          # every n-th document of the validation tokens
+    eval_context: int = 2048     # tokens of a window (stride, ttt-sgd, ttt-lora) ..
+    eval_stride: int = 32        # .. of which the last are scored, and learnt from by ttt-lora
+    eval_batch: int = 32_768     # tokens that run at a time
+    lora_slots: int = 64         # documents that are under way at a time
+    lora_rank: int = 16
+    lora_lr: float = 1e-3
+    lora_beta2: float = 0.999
+    lora_matrices: str = "q,k,v,o,up,down,head"  # some of these
+    sgd_chunk: int = 32_768      # tokens scored before each learning
+    sgd_lr: float = 0.002        # of the first chunk; falls as a cosine
+    sgd_epochs: int = 1
+    sgd_momentum: float = 0.9
+    sgd_clip: float = 1.0        # norm of the gradient
+    sgd_weights: str = "all"     # or names of parameters, by commas
     # data
     data: str = ""               # folder with *_train_*.bin and *_val_*.bin; "": data/<dataset>
     dataset: str = "sample"
@@ -313,9 +330,16 @@ RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temper
              "save_every", "keep", "stop_after", "profile", "log_folder", "device", "dtype", "compile",
              "attention", "kernels", "fp8", "graphs", "warmup", "deterministic", "watchdog", "data",
              "tokenizer")
+# And with --checkpoint alone: what --eval does.
+EVAL_FLAGS = ("eval", "eval_every", "eval_context", "eval_stride", "eval_batch", "lora_slots", "lora_rank",
+              "lora_lr", "lora_beta2", "lora_matrices", "sgd_chunk", "sgd_lr", "sgd_epochs", "sgd_momentum",
+              "sgd_clip", "sgd_weights", "val_tokens")
+EVALUATIONS = "packed", "document", "stride", "ttt-sgd", "ttt-lora"
+LORA_MATRICES = "q", "k", "v", "o", "up", "down", "head"
 MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
     ("epochs", "micro_batches", "val_chunk", "val_every", "scheduled_steps", "width", "heads", "mlp_ratio",
-     "loss_chunk", "adam_every", "sample_tokens", "gate_inputs"), 1)  # every other number: 0
+     "loss_chunk", "adam_every", "sample_tokens", "gate_inputs", "eval_every", "eval_context", "eval_stride",
+     "eval_batch", "lora_slots", "lora_rank", "sgd_chunk"), 1)  # every other number: 0
 BOOLEANS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 
 
@@ -348,7 +372,8 @@ def parse_config(argv: list[str]) -> Config:
         return resolve_config(replace(TRACKS[overrides.get("track", "tiny")], **overrides))
     base = read_safetensors(saved, tensors=False)[1]["config"]
     for name, value in overrides.items():
-        if name not in RUN_FLAGS and value != getattr(base, name):
+        free = RUN_FLAGS + EVAL_FLAGS if overrides.get("checkpoint") else RUN_FLAGS
+        if name not in free and value != getattr(base, name):
             raise UserError(f"--{name}: fixed by {saved}, where it is {getattr(base, name)}; leave it out")
     kept = {"data", "seed", "tokenizer"}
     if overrides.get("resume"):
@@ -399,7 +424,24 @@ def resolve_config(cfg: Config) -> Config:
         raise UserError("stage table: batch_tokens and max_doc must be 1 or more, and targets one or more")
     if cfg.gate_inputs > cfg.width:
         raise UserError(f"--gate_inputs={cfg.gate_inputs}: at most the width, {cfg.width}")
+    if cfg.eval:
+        check_evaluation(cfg)
     return cfg
+
+
+def check_evaluation(cfg: Config):
+    """Raise UserError if --eval can't be done as its flags say."""
+    if not cfg.checkpoint:
+        raise UserError(f"--eval={cfg.eval}: needs the model, --checkpoint=FILE")
+    for flag, known in (("eval", EVALUATIONS), ("lora_matrices", LORA_MATRICES)):
+        given = getattr(cfg, flag).split(",")
+        for name in given:
+            if name not in known or given.count(name) > 1:
+                raise UserError(f"--{flag}={getattr(cfg, flag)}: expected some of {','.join(known)}")
+    if cfg.eval_stride > cfg.eval_context:
+        raise UserError(f"--eval_stride={cfg.eval_stride}: at most --eval_context={cfg.eval_context}")
+    if cfg.lora_beta2 >= 1 or cfg.sgd_momentum >= 1:
+        raise UserError(f"--lora_beta2={cfg.lora_beta2} --sgd_momentum={cfg.sgd_momentum}: must be below 1")
 
 
 def config_to_json(cfg: Config) -> dict:
@@ -846,6 +888,7 @@ class Documents(NamedTuple):
 
     cu_seqlens: Tensor           # (documents + 1,) int32: 0, starts of the others, T
     longest: int                 # tokens
+    first_T: Tensor | None = None  # (T,) bool: where nothing at all crosses; None: cfg.cut_*, at BOS
 
 
 EPS = 1e-6
@@ -915,7 +958,7 @@ class Lookup(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """x_TC @ weight_RC.T. The weight's gradient is added to grad_RC by the product that computes it."""
+    """x_TC @ weight_RC.T. The weight's gradient is added to grad_RC, if given, by its own product."""
 
     @staticmethod
     def forward(ctx, x_TC: Tensor, weight_RC: Tensor, grad_RC: Tensor) -> Tensor:
@@ -926,8 +969,14 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TR: Tensor):
         x_TC, weight_RC = ctx.saved_tensors
-        add_product(ctx.grad_RC, grad_TR, x_TC)
+        if ctx.grad_RC is not None:
+            add_product(ctx.grad_RC, grad_TR, x_TC)
         return grad_TR @ weight_RC, None, None
+
+
+def split_attention(x_4DD: Tensor | None) -> tuple:
+    """Q, K and V as one matrix, (3 D, D), and O, (D, D); of a layer's weights or gradients, if there are."""
+    return (None, None) if x_4DD is None else (x_4DD[:3].flatten(0, 1), x_4DD[3])
 
 
 class Branch(torch.autograd.Function):
@@ -1126,6 +1175,12 @@ def branch_backward_region(h_TD, scale_T1, grad_TD, h_grad_TD) -> Tensor:
     return (grad_TD + scale_T1 * (g - h * (g * h).mean(-1, keepdim=True))).type_as(grad_TD)
 
 
+def activation_region(z_TF, slope: float) -> Tensor:
+    """LeakyReLU(z)^2: (T, F)."""
+    r_TF = F.leaky_relu(z_TF, slope)
+    return r_TF * r_TF
+
+
 def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bool) -> Tensor:
     """Latents that the head reads: backout, norm, and smear-MTP y'[t] = y[t] + lambda y[t-1] (PR 151)."""
     if backout_TD is not None:
@@ -1137,11 +1192,11 @@ def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bo
     return (x_TD + mtp_lambda.expand(x_TD.size(0), 1) * shifted_TD).type_as(x_TD)
 
 
-def loss_region(x_TD, head_VD, targets_TK, weights_K, softcap: float) -> Tensor:
-    """Validation's: sum over tokens of sum_k weight_k * cross entropy with target k. -1 is no target."""
-    logits_TV = cap(x_TD @ head_VD.to(x_TD.dtype).T, softcap)
-    return sum(weights_K[k] * F.cross_entropy(logits_TV, targets_TK[:, k], ignore_index=-1, reduction="sum")
-               for k in range(targets_TK.size(1)))
+def loss_region(x_TD, head_VD, targets_T, softcap: float, update_TV=None) -> Tensor:
+    """Cross entropy in an evaluation, (T,) float32, 0 where the target is -1. update_TV: added to logits."""
+    logits_TV = x_TD @ head_VD.to(x_TD.dtype).T
+    logits_TV = logits_TV if update_TV is None else logits_TV + update_TV
+    return F.cross_entropy(cap(logits_TV, softcap), targets_T, ignore_index=-1, reduction="none")
 
 
 def float8_region(x_TD, scale) -> Tensor:
@@ -1197,8 +1252,8 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
 
 
 REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, gate_region, add_rows_region,
-                                   branch_region, branch_backward_region, final_region, loss_region,
-                                   float8_region, cross_entropy_region)}
+                                   branch_region, branch_backward_region, activation_region, final_region,
+                                   loss_region, float8_region, cross_entropy_region)}
 
 
 def compile_region(function):
@@ -1239,6 +1294,7 @@ class GPT(nn.Module):
                  kernels: str = "reference", fp8: bool = False):
         super().__init__()
         self.cfg, self.dtype, self.attention = cfg, dtype, ATTENTION[attention]
+        self.isolated_cfg = replace(cfg, cut_smear=True, cut_key_offset=True, cut_smear_mtp=True)
         self.regions, self.kernels, self.fp8 = REGIONS, kernels, fp8
         self.weights, self.graphs = {}, None
         scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # y + lambda * shift(y) fits while |lambda| <= 1
@@ -1274,17 +1330,19 @@ class GPT(nn.Module):
         if cfg.mtp_heads:
             self.mtp_heads = nn.Parameter(torch.zeros(cfg.mtp_heads, V, D))
 
-    def forward(self, tokens_T: Tensor, docs: Documents, windows: dict, rotary: Rotary) -> Tensor:
+    def forward(self, tokens_T: Tensor, docs: Documents, windows: dict, rotary: Rotary,
+                adapters=None) -> Tensor:
         """Final latents (T, D) of packed tokens (T,) int64, in `dtype`; the head is applied by the caller.
 
-        windows: tokens that the "short" and the "long" layers look back.
+        windows: tokens that the "short" and the "long" layers look back. adapters: low-rank updates of the
+        weights (Adapters), which are trained in their place.
         """
-        cfg = self.cfg
+        cfg = self.cfg if docs.first_T is None else self.isolated_cfg
         weights = self.weights or self.refresh()
-        training = torch.is_grad_enabled()
-        names = "attn_bank", "mlp_bank"  # without a backward pass nothing reads the gradients
-        attn_grad, mlp_grad = (gradient(getattr(self, n)) if training else weights[n] for n in names)
-        starts_T = tokens_T == cfg.bos
+        training = torch.is_grad_enabled() and adapters is None
+        attn_grad, mlp_grad = (gradient(bank) if training else [None] * len(bank)
+                               for bank in (self.attn_bank, self.mlp_bank))
+        starts_T = tokens_T == cfg.bos if docs.first_T is None else docs.first_T
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype, self.regions)
         gate, smear_lambda = (self.smear_gate, self.smear_lambda) if cfg.smear else (None, None)
         x_TD = x0_TD = self.regions["embed_region"](embed_TD, gate, smear_lambda, starts_T, cfg.cut_smear)
@@ -1295,27 +1353,39 @@ class GPT(nn.Module):
             x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, cfg.gate_inputs)
             if layer.window != "none":
                 a = cfg.attention_layers.index(i)
-                w_4DD, grad_4DD = weights["attn_bank"][a], attn_grad[a]
+                (qkv_CD, o_DD), grads = map(split_attention, (weights["attn_bank"][a], attn_grad[a]))
                 value_TD = values[layer.value_embed] if cfg.value_embeds and layer.value_embed >= 0 else None
                 v_lambda, out_lambda = self.attn_lambdas[a].unbind()
-                qkv_TC = Linear.apply(h_TD, w_4DD[:3].flatten(0, 1), grad_4DD[:3].flatten(0, 1))
+                qkv_TC = Linear.apply(h_TD, qkv_CD, grads[0])
+                qkv_TC = adapters.add("q k v", a, h_TD, qkv_TC) if adapters else qkv_TC
                 q_THE, k_THE, v_THE = self.regions["qkv_region"](
                     qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
                 gate_HG = self.attn_gate[a] if cfg.attn_gate else None
                 y_TD = self.regions["gate_region"](y_THE, lead_TG, gate_HG, out_lambda)
-                o_TD = Linear.apply(y_TD, w_4DD[3], grad_4DD[3])
+                o_TD = Linear.apply(y_TD, o_DD, grads[1])
+                o_TD = adapters.add("o", a, y_TD, o_TD) if adapters else o_TD
                 x_TD, h_TD = Branch.apply(x_TD, o_TD, self.regions)
             else:
                 x_TD = x_TD.clone()  # the MLP adds to it in place
-            x_TD = MLP.apply(x_TD, h_TD, weights["mlp_bank"][i], mlp_grad[i], self.float8_mlp(i, h_TD),
-                             cfg.leaky_slope, self.kernels)
+            if adapters:
+                x_TD = self.adapted_mlp(i, x_TD, h_TD, adapters)
+            else:
+                x_TD = MLP.apply(x_TD, h_TD, weights["mlp_bank"][i], mlp_grad[i], self.float8_mlp(i, h_TD),
+                                 cfg.leaky_slope, self.kernels)
             if i in self.tap_layers:
                 outputs[i] = x_TD
         backout = (outputs[cfg.backout_from], self.backout_lambda) if cfg.backout_from >= 0 else (None, None)
         mtp_lambda = self.smear_mtp_lambda if cfg.smear_mtp else None
         return self.regions["final_region"](x_TD, *backout, mtp_lambda, starts_T, cfg.cut_smear_mtp)
+
+    def adapted_mlp(self, i: int, x_TD: Tensor, h_TD: Tensor, adapters) -> Tensor:
+        """Layer i's MLP with low-rank updates of both matrices, for autograd; its weights get no gradient."""
+        up_FD, down_FD = self.weights["mlp_bank"][i]
+        z_TF = adapters.add("up", i, h_TD, h_TD @ up_FD.T)
+        hidden_TF = self.regions["activation_region"](z_TF, self.cfg.leaky_slope)
+        return adapters.add("down", i, hidden_TF, torch.addmm(x_TD, hidden_TF, down_FD))
 
     @torch.no_grad()
     def refresh(self) -> dict:
@@ -2210,6 +2280,10 @@ class Validation:
             raise UserError(f"--val_tokens={cfg.val_tokens}: the validation shards hold only {have}")
         return cls(cfg, np.concatenate([s[: count + 1] for s in shards])[: count + 1], tokenizer)
 
+    def part(self, documents: list[tuple], tokenizer: Tokenizer | None):
+        """The same for these documents alone, (first token, end) each."""
+        return Validation(self.cfg, np.concatenate([self.tokens[lo:hi] for lo, hi in documents]), tokenizer)
+
     @property
     def positions(self) -> int:
         """Tokens of the longest forward pass, training's included: how far the rotary tables must reach."""
@@ -2230,13 +2304,14 @@ class Validation:
         beat is called after each chunk: a sign of life.
         """
         count, device = -(-self.count // self.cfg.val_chunk), model.embed.device
-        totals, one = torch.zeros(count, dtype=torch.float64, device=device), torch.ones(1, device=device)
+        totals = torch.zeros(count, dtype=torch.float64, device=device)
         model.refresh()
         for i, batch in self.chunks(world):
             tokens, docs = to_device(batch, device)
-            x_TD, targets_TK = model(tokens[:-1], docs, windows, rotary), tokens[1:, None]
-            for x, targets in zip(x_TD.split(self.cfg.loss_chunk), targets_TK.split(self.cfg.loss_chunk)):
-                totals[i] += model.regions["loss_region"](x, model.head, targets, one, self.cfg.softcap)
+            x_TD = model(tokens[:-1], docs, windows, rotary)
+            for x, targets in zip(x_TD.split(self.cfg.loss_chunk), tokens[1:].split(self.cfg.loss_chunk)):
+                loss_T = model.regions["loss_region"](x, model.head, targets, self.cfg.softcap)
+                totals[i] += loss_T.sum(dtype=torch.float64)
             beat()
         nats = world.all_reduce(totals).sum().item()  # in the order of chunks, at every world size
         bpb = nats / math.log(2) / self.bytes if self.bytes else None
@@ -2268,6 +2343,343 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, count: int, seed:
     finally:
         model.regions = compiled
     return tokenizer.decode([i for i in ids if i != cfg.bos])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Evaluation of a trained model, by documents and with test-time training. Every token is scored once, before
+# anything learns from it, with a distribution that nothing from this token on has a part in.
+
+
+class Window(NamedTuple):
+    """Tokens lo .. hi - 1 of a stream, with nothing before them; the targets first + 1 .. hi are scored."""
+
+    lo: int
+    first: int
+    hi: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-(self.hi - self.lo) // BLOCK)
+
+
+class Turn(NamedTuple):
+    """A document's next window, in its slot of a batch."""
+
+    slot: int
+    window: Window
+    fresh: bool                  # the document's first window
+    more: bool                   # not its last
+
+
+BLOCK = 64                       # tokens; a window is filled up to a multiple
+
+
+def find_documents(tokens: np.ndarray, bos: int) -> list[tuple]:
+    """(first token, end) of each document of a stream, which may begin inside one."""
+    starts = np.union1d([0], np.flatnonzero(tokens == bos))
+    return [(int(lo), int(hi)) for lo, hi in zip(starts, np.append(starts[1:], len(tokens)))]
+
+
+def document_windows(lo: int, hi: int, context: int, stride: int) -> list[Window]:
+    """Windows of at most `context` tokens that score the targets lo + 1 .. hi - 1, `stride` at a time."""
+    pieces = ((first, min(first + stride, hi - 1)) for first in range(lo, hi - 1, stride))
+    return [Window(max(lo, end - context), first, end) for first, end in pieces]
+
+
+def deal_documents(documents: list, world: World) -> list:
+    """This rank's part of documents (lists of windows), longest first, each to the rank with least work."""
+    work, own = [0] * world.size, []
+    for windows in sorted(documents, key=lambda windows: -sum(w.blocks for w in windows)):
+        rank = work.index(min(work))
+        work[rank] += sum(w.blocks for w in windows)
+        if rank == world.rank and windows:
+            own.append(windows)
+    return own
+
+
+def continuous_batches(documents: list, slots: int, tokens: int):
+    """Batches of turns: a document that ends is replaced at once, and those with most windows left go first.
+
+    A document runs one window at a time, a batch has at most `tokens` tokens or one window. Longest first and
+    always on: the longest document is not what is left at the end.
+    """
+    waiting, active = iter(sorted(documents, key=len, reverse=True)), {}
+    while True:
+        for slot in range(slots):
+            if slot not in active and (windows := next(waiting, None)):
+                active[slot] = windows, 0
+        if not active:
+            return
+        batch, room = [], tokens
+        for slot, (windows, i) in sorted(active.items(), key=lambda item: item[1][1] - len(item[1][0])):
+            if batch and windows[i].blocks * BLOCK > room:
+                continue
+            room -= windows[i].blocks * BLOCK
+            batch.append(Turn(slot, windows[i], i == 0, i + 1 < len(windows)))
+            active[slot] = windows, i + 1
+            if i + 1 == len(windows):
+                del active[slot]
+        yield batch
+
+
+class WindowBatch(NamedTuple):
+    """Windows one after the other, each filled up with BOS, which changes nothing before it."""
+
+    tokens: Tensor               # (T,) int64
+    docs: Documents
+    window: Tensor               # (T / BLOCK,) int64: number of each block's window
+    rows: Tensor                 # (R,) int64: where the latents of the scored targets are
+    targets: Tensor              # (R,) int64; -1: none
+    places: Tensor               # (R,) int64: of the targets in the stream; 0: none
+
+
+def lay_out(tokens: np.ndarray, windows: list[Window], rows: int, bos: int, device) -> WindowBatch:
+    """A batch of windows with `rows` rows for each, or, if that is 0, with as many as it scores."""
+    blocks = np.array([w.blocks for w in windows])
+    ends = np.cumsum(blocks) * BLOCK
+    out, first_T = np.full(ends[-1], bos), np.zeros(ends[-1], bool)
+    at, places = [], []
+    for window, start in zip(windows, ends - blocks * BLOCK):
+        out[start : start + window.hi - window.lo] = tokens[window.lo : window.hi]
+        first_T[start] = True
+        own = np.arange(window.first, window.hi)
+        at.append(np.resize(own, rows or len(own)) - window.lo + start)
+        places.append(np.pad(own + 1, (0, max(rows - len(own), 0))))
+    at, places = np.concatenate(at), np.concatenate(places)
+    targets, put = np.where(places > 0, tokens[places], -1), partial(upload, device=device)
+    docs = Documents(put(np.append(0, ends).astype(np.int32)), int(blocks.max()) * BLOCK, put(first_T))
+    of_block = np.repeat(np.arange(len(windows)), blocks)
+    return WindowBatch(put(out), docs, put(of_block), put(at), put(targets), put(places))
+
+
+def upload(array: np.ndarray, device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def window_losses(model: GPT, batch: WindowBatch, rotary: Rotary, adapters=None) -> Tensor:
+    """Cross entropy of the batch's targets, (R,) float32; 0 where there is none."""
+    cfg, losses = model.cfg, []
+    x_TD = model(batch.tokens, batch.docs, final_windows(cfg), rotary, adapters)
+    x_RD = x_TD.index_select(0, batch.rows)
+    update_RV = adapters.head_update(x_RD) if adapters else None
+    for lo in range(0, len(x_RD), cfg.loss_chunk):
+        part = slice(lo, lo + cfg.loss_chunk)
+        update = None if update_RV is None else update_RV[part]
+        losses.append(model.regions["loss_region"](x_RD[part], model.head, batch.targets[part], cfg.softcap,
+                                                   update))
+    return torch.cat(losses)
+
+
+class Scores:
+    """Nats of a stream's tokens, and how often each was scored."""
+
+    def __init__(self, tokens: int, device):
+        self.nats, self.times = torch.zeros(tokens, device=device), torch.zeros(tokens, device=device)
+
+    def put(self, batch: WindowBatch, losses: Tensor):
+        self.nats.index_add_(0, batch.places, losses.detach())
+        self.times.index_add_(0, batch.places, (batch.targets >= 0).float())
+
+    def collect(self, tokens: np.ndarray, bos: int, world: World) -> np.ndarray:
+        """The nats of all ranks, (tokens,) float64. Raises RuntimeError unless each was scored once."""
+        times = world.all_reduce(self.times).cpu().numpy()
+        if not np.array_equal(times[1:], tokens[1:] != bos):
+            raise RuntimeError("an evaluation didn't score every token once")
+        return world.all_reduce(self.nats).double().cpu().numpy() * (times == 1)
+
+
+class Adapters(NamedTuple):
+    """Low-rank updates y += (x A^T) B^T as a forward pass reads them, a set for each window of its batch."""
+
+    pairs: dict                  # matrix -> per layer: A (S, r, C), B (S, R, r), in the activations' dtype
+    window: Tensor               # (T / BLOCK,) as in WindowBatch
+
+    def add(self, names: str, layer: int, x_TC: Tensor, y_TR: Tensor) -> Tensor:
+        """y with the updates of the named matrices, whose outputs lie side by side in it."""
+        names = names.split()
+        x_NBC, y_NBR = x_TC.view(-1, BLOCK, x_TC.size(1)), y_TR.view(-1, BLOCK, y_TR.size(1))
+        parts = list(y_NBR.chunk(len(names), dim=2))
+        for j, name in enumerate(names):
+            if name in self.pairs:
+                a, b = (x.index_select(0, self.window) for x in self.pairs[name][layer])
+                parts[j] = torch.baddbmm(parts[j], x_NBC @ a.mT, b.mT)
+        return (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).view_as(y_TR)
+
+    def head_update(self, x_RD: Tensor) -> Tensor | None:
+        """What the head's logits, (R, V), change by; the same number of rows for each window."""
+        if "head" not in self.pairs:
+            return None
+        a, b = self.pairs["head"][0]
+        return (x_RD.view(a.size(0), -1, x_RD.size(1)) @ a.mT @ b.mT).flatten(0, 1)
+
+
+class LoRA:
+    """A set of adapters for each slot, and the RMSProp (Adam with beta1 = 0) that trains it.
+
+    | matrix  | A: uniform in +-1/sqrt(C) | B: 0             |
+    |---------|---------------------------|------------------|
+    | q k v o | (slots, A, r, D)          | (slots, A, D, r) |
+    | up      | (slots, L, r, D)          | (slots, L, F, r) |
+    | down    | (slots, L, r, F)          | (slots, L, D, r) |
+    | head    | (slots, 1, r, D)          | (slots, 1, V, r) |
+    """
+
+    def __init__(self, cfg: Config, slots: int, device):
+        L, A, D, r = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.lora_rank
+        wide = cfg.mlp_ratio * D
+        shapes = dict.fromkeys("qkvo", (A, D, D))
+        shapes |= {"up": (L, wide, D), "down": (L, D, wide), "head": (1, cfg.padded_vocab, D)}
+        self.cfg, generator = cfg, torch.Generator().manual_seed(cfg.seed)
+        self.names, self.first = cfg.lora_matrices.split(","), []
+        for layers, rows, columns in (shapes[name] for name in self.names):
+            a = (2 * torch.rand(layers, r, columns, generator=generator) - 1) / math.sqrt(columns)
+            self.first += [a.to(device), torch.zeros(layers, rows, r, device=device)]
+        self.factors = [x.new_zeros(slots, *x.shape) for x in self.first]
+        self.seconds = [torch.zeros_like(x) for x in self.factors]
+        self.steps = torch.zeros(slots, device=device)
+
+    def reset(self, slot: int):
+        """Forget the slot's document."""
+        for factor, second, first in zip(self.factors, self.seconds, self.first):
+            factor[slot] = first
+            second[slot] = 0
+        self.steps[slot] = 0
+
+    def take(self, slots: Tensor, dtype: torch.dtype, window: Tensor) -> tuple[Adapters, list]:
+        """The adapters of these slots, and the leaves that they are made of."""
+        leaves = [x[slots].requires_grad_() for x in self.factors]
+        layers = [x.to(dtype).unbind(1) for x in leaves]
+        pairs = {name: list(zip(*layers[2 * i : 2 * i + 2])) for i, name in enumerate(self.names)}
+        return Adapters(pairs, window), leaves
+
+    @torch.no_grad()
+    def learn(self, slots: Tensor, leaves: list, grads: tuple):
+        """One step of these slots' adapters, each with its own count of steps."""
+        beta = self.cfg.lora_beta2
+        self.steps[slots] += 1
+        bias = (1 - beta ** self.steps[slots]).view(-1, 1, 1, 1)
+        for factor, second, leaf, grad in zip(self.factors, self.seconds, leaves, grads):
+            moment = beta * second[slots] + (1 - beta) * grad * grad
+            second[slots] = moment
+            factor[slots] = leaf - self.cfg.lora_lr * grad / ((moment / bias).sqrt() + 1e-10)
+
+
+class Evaluation:
+    """Ways to score a stream of tokens. Each returns the nats of each token, (tokens,) float64; 0 for BOS."""
+
+    def __init__(self, model: GPT, tokens: np.ndarray, world: World):
+        self.model, self.cfg, self.tokens, self.world = model, model.cfg, tokens, world
+        self.device, self.documents = model.embed.device, find_documents(tokens, model.cfg.bos)
+        longest = max((hi - lo for lo, hi in self.documents), default=0)
+        positions = self.cfg.eval_batch + min(longest, max(self.cfg.val_chunk, self.cfg.eval_context)) + BLOCK
+        self.rotary = build_rotary(self.cfg, len(self.cfg.stages) - 1, positions, self.device)
+        model.requires_grad_(False)
+        model.refresh()
+
+    def windows(self, context: int, stride: int) -> list[list]:
+        return [document_windows(lo, hi, context, stride) for lo, hi in self.documents]
+
+    def document(self) -> np.ndarray:
+        """Each document by itself, in one window; those beyond val_chunk tokens in several."""
+        return self.score(self.windows(self.cfg.val_chunk, self.cfg.val_chunk))
+
+    def stride(self) -> np.ndarray:
+        """Windows of eval_context tokens, of which the last eval_stride are scored."""
+        return self.score(self.windows(self.cfg.eval_context, self.cfg.eval_stride))
+
+    def score(self, documents: list[list]) -> np.ndarray:
+        scores = Scores(len(self.tokens), self.device)
+        own = deal_documents(documents, self.world)
+        self.run(scores, continuous_batches(own, self.cfg.lora_slots, self.cfg.eval_batch))
+        return scores.collect(self.tokens, self.cfg.bos, self.world)
+
+    @torch.no_grad()
+    def run(self, scores: Scores, batches):
+        for turns in batches:
+            batch = lay_out(self.tokens, [turn.window for turn in turns], 0, self.cfg.bos, self.device)
+            scores.put(batch, window_losses(self.model, batch, self.rotary))
+
+    def ttt_lora(self, schedule=continuous_batches) -> np.ndarray:
+        """As stride; after each window adapters of the document's own learn from what it has just scored."""
+        cfg, scores = self.cfg, Scores(len(self.tokens), self.device)
+        lora, own = LoRA(cfg, cfg.lora_slots, self.device), self.windows(cfg.eval_context, cfg.eval_stride)
+        for turns in schedule(deal_documents(own, self.world), cfg.lora_slots, cfg.eval_batch):
+            for turn in turns:
+                if turn.fresh:
+                    lora.reset(turn.slot)
+            self.adapt(turns, lora, scores)
+        return scores.collect(self.tokens, cfg.bos, self.world)
+
+    def adapt(self, turns: list[Turn], lora: LoRA, scores: Scores):
+        cfg, device = self.cfg, self.device
+        windows, learning = [turn.window for turn in turns], any(turn.more for turn in turns)
+        batch = lay_out(self.tokens, windows, cfg.eval_stride, cfg.bos, device)
+        slots = upload(np.array([turn.slot for turn in turns]), device)
+        with torch.set_grad_enabled(learning):
+            adapters, leaves = lora.take(slots, self.model.dtype, batch.window)
+            losses = window_losses(self.model, batch, self.rotary, adapters)
+        scores.put(batch, losses)
+        if learning:  # a document that has ended learns, too, and is then forgotten
+            counts = (batch.targets >= 0).view(len(turns), -1).sum(1).clamp_min(1)
+            means = losses.view(len(turns), -1).sum(1) / counts
+            lora.learn(slots, leaves, torch.autograd.grad(means.sum(), leaves))
+
+    def ttt_sgd(self) -> np.ndarray:
+        """As stride, chunk by chunk of the stream; after each the model's weights learn from it."""
+        cfg, model, scores = self.cfg, self.model, Scores(len(self.tokens), self.device)
+        kept = [p.detach().clone() for p in model.parameters()]
+        named, chosen = dict(model.named_parameters()), cfg.sgd_weights.split(",")
+        if chosen != ["all"] and not set(chosen) <= set(named):
+            raise UserError(f"--sgd_weights={cfg.sgd_weights}: expected all, or some of {','.join(named)}")
+        weights = [p for name, p in named.items() if name in chosen or chosen == ["all"]]
+        optimizer = torch.optim.SGD(weights, lr=cfg.sgd_lr, momentum=cfg.sgd_momentum)
+        chunks = self.chunks()
+        model.requires_grad_(True)
+        try:
+            for i, windows in enumerate(chunks):
+                own = [[window] for window in windows[self.world.rank :: self.world.size]]
+                self.run(scores, continuous_batches(own, len(own), cfg.eval_batch))
+                optimizer.param_groups[0]["lr"] = cfg.sgd_lr * 0.5 * (1 + math.cos(math.pi * i / len(chunks)))
+                for _ in range(cfg.sgd_epochs if i + 1 < len(chunks) else 0):
+                    self.descend(i, optimizer, weights)
+        finally:
+            with torch.no_grad():
+                for p, before in zip(model.parameters(), kept):
+                    p.copy_(before)
+                    p.grad = None
+            model.requires_grad_(False)
+            model.refresh()
+        return scores.collect(self.tokens, cfg.bos, self.world)
+
+    def chunks(self) -> list[list]:
+        """The windows of stride, by the chunk of sgd_chunk tokens that their first scored target is in."""
+        inputs = len(self.tokens) - 1
+        chunks = [[] for _ in range(-(-inputs // self.cfg.sgd_chunk))]
+        for windows in self.windows(self.cfg.eval_context, self.cfg.eval_stride):
+            for window in windows:
+                chunks[window.first // self.cfg.sgd_chunk].append(window)
+        return chunks
+
+    def descend(self, chunk: int, optimizer: torch.optim.SGD, weights: list):
+        """One step of SGD on a chunk, all of whose targets have been scored."""
+        cfg, model = self.cfg, self.model
+        lo, hi = chunk * cfg.sgd_chunk, min((chunk + 1) * cfg.sgd_chunk, len(self.tokens) - 1)
+        plan = plan_step(cfg, cfg.total_steps)._replace(windows=final_windows(cfg), weights=(1.0,))
+        loss = torch.tensor([1 / (hi - lo)], device=self.device), torch.zeros(1, device=self.device)
+        edges = np.linspace(lo, hi, cfg.micro_batches + 1).astype(int)
+        for first, end in list(zip(edges, edges[1:]))[self.world.rank :: self.world.size]:
+            tokens = self.tokens[first : end + 1].astype(np.int64)
+            starts = np.append(0, np.flatnonzero(tokens[1:-1] == cfg.bos) + 1)
+            batch = MicroBatch(torch.from_numpy(tokens), to_documents(starts, len(tokens) - 1))
+            backward_micro_batch(model, to_device(batch, self.device), plan, self.rotary, loss)
+        for p in weights:
+            self.world.all_reduce(gradient(p))
+        nn.utils.clip_grad_norm_(weights, cfg.sgd_clip)
+        optimizer.step()
+        for p in model.parameters():
+            gradient(p).zero_()
+        model.refresh()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2426,8 +2838,8 @@ def export_model(path: Path, model: GPT):
 
 
 def load_model(path: str, cfg: Config, hardware: Hardware) -> GPT:
-    """The model of a checkpoint or an export, uncompiled."""
-    model = build_model(cfg, hardware._replace(compile=False, fp8=False, graphs=False))
+    """The model of a checkpoint or an export, in the precision of validations."""
+    model = build_model(cfg, hardware._replace(fp8=False, graphs=False))
     load_weights(model, read_safetensors(path)[0], path)
     return model
 
@@ -2486,7 +2898,8 @@ class Log:
         if not self.active:
             return
         root = log_root(cfg)
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
+        kind = "-eval" if cfg.eval else ""
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}{kind}"
         try:
             root.mkdir(parents=True, exist_ok=True)
             self.folder = make_folder(root, name)
@@ -3046,14 +3459,115 @@ def finish(cfg: Config, model: GPT, log: Log, world: World):
 def use_checkpoint(cfg: Config, hardware: Hardware):
     """--checkpoint=FILE with --sample and/or --export: no training."""
     if not cfg.sample and not cfg.export:
-        raise UserError("--checkpoint: say what to do with it: --sample=TEXT, --export=FILE or both")
-    model = load_model(cfg.checkpoint, cfg, hardware)
+        raise UserError("--checkpoint: say what to do with it: --eval=, --sample= or --export=")
+    model = load_model(cfg.checkpoint, cfg, hardware._replace(compile=False))
     if cfg.sample:
         tokenizer = load_tokenizer(model.cfg.tokenizer)
         print(sample_text(model, tokenizer, cfg.sample, cfg.sample_tokens, cfg.seed))
     if cfg.export:
         export_model(Path(cfg.export), model)
         print(f"export: {cfg.export}")
+
+
+def evaluate(cfg: Config, hardware: Hardware, world: World):
+    """--eval: the validation tokens scored by a checkpoint's model in several ways; a table and a plot."""
+    model, log = load_model(cfg.checkpoint, cfg, hardware), Log(cfg, world)
+    tokenizer = optional_tokenizer(cfg, log.line)
+    val = Validation.load(cfg, tokenizer)
+    documents = find_documents(val.tokens.numpy(), cfg.bos)[:: cfg.eval_every]
+    val = val.part(documents, tokenizer)
+    log.line(f"config {json.dumps(config_to_json(cfg))}", console=False)
+    log.line(f"source sha256:{source_sha256()} git:{git_commit()} torch:{torch.__version__} "
+             f"{hardware.reasons['device']} world_size:{world.size}")
+    log.line(f"{cfg.checkpoint}: {len(documents)} documents, every {cfg.eval_every}. of the validation's; "
+             f"tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
+    results, nats = {}, {}
+    for name in cfg.eval.split(","):
+        try:
+            results[name], nats[name] = measure(name, model, val, hardware, world)
+        except torch.OutOfMemoryError:
+            raise UserError(f"{name}: too little GPU memory: lower --lora_slots=, --lora_rank= or "
+                            "--eval_batch=") from None
+        log.line(f"{name}: {results[name]['seconds']:.1f} s")
+    log.line(evaluation_table(results))
+    for name, result in results.items():
+        log.metric(method=name, **result)
+    gains = {name: nats["stride"] - x for name, x in nats.items() if x is not None and "stride" in nats}
+    if log.active and len(gains) > 1:
+        log.line(f"plot: {write_gain_plot(log.folder, find_documents(val.tokens.numpy(), cfg.bos), gains)}")
+    log.line(f"log: {log.folder}")
+
+
+def measure(name: str, model: GPT, val: Validation, hardware: Hardware, world: World) -> tuple:
+    """One row of the table of evaluations, and the nats of each token, None for packed."""
+    if hardware.warmup:
+        score_with(name, model, synthetic_documents(model.cfg), world)
+    if hardware.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(hardware.device)
+    world.barrier()
+    hardware.synchronize()
+    start = time.perf_counter()
+    total, tokens, nats = score_with(name, model, val, world)
+    hardware.synchronize()
+    seconds = time.perf_counter() - start
+    bpb = total / math.log(2) / val.bytes if val.bytes else None
+    return {"loss": total / tokens, "bpb": bpb, "tokens": tokens, "seconds": round(seconds, 2),
+            "peak_mib": memory_mib(hardware)}, nats
+
+
+def score_with(name: str, model: GPT, val: Validation, world: World) -> tuple:
+    """The sum of nats, the number of tokens scored, and the nats of each, None for packed."""
+    evaluation = Evaluation(model, val.tokens.numpy(), world)
+    if name == "packed":
+        rotary = build_rotary(model.cfg, len(model.cfg.stages) - 1, val.positions, evaluation.device)
+        result = val.run(model, final_windows(model.cfg), rotary, world)
+        return result["val_loss"] * val.count, val.count, None
+    nats = getattr(evaluation, name.replace("-", "_"))()
+    return nats.sum(), int((val.tokens[1:] != model.cfg.bos).sum()), nats
+
+
+def synthetic_documents(cfg: Config) -> Validation:
+    """Random tokens of the lengths that evaluations meet, for what is compiled or allocated at first use."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, cfg.bos, 2 * max(cfg.sgd_chunk, cfg.eval_batch))
+    tokens[np.cumsum(generator.integers(2, 2 * cfg.eval_context, len(tokens))) % len(tokens)] = cfg.bos
+    return Validation(cfg, tokens)
+
+
+def evaluation_table(results: dict) -> str:
+    lines = [f"{'method':10}{'tokens':>11}{'loss':>9}{'bpb':>9}{'gain':>9}{'seconds':>9}{'peak MiB':>10}"]
+    for name, row in results.items():
+        bpb = "-" if row["bpb"] is None else f"{row['bpb']:.4f}"
+        gain = f"{results['stride']['loss'] - row['loss']:+.4f}" if "stride" in results else "-"
+        gain = "-" if name == "packed" else gain  # it scores BOS, too
+        lines.append(f"{name:10}{row['tokens']:>11,}{row['loss']:>9.4f}{bpb:>9}{gain:>9}"
+                     f"{row['seconds']:>9.1f}{row['peak_mib']:>10,}")
+    return "\n".join(lines)
+
+
+def write_gain_plot(folder: Path, documents: list, gains: dict) -> str:
+    """gain.png: nats per token gained over stride, by position in the document; if matplotlib is there."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return "not drawn, matplotlib is not installed"
+    position = np.concatenate([np.arange(hi - lo) for lo, hi in documents])
+    bucket = np.floor(2 * np.log2(np.maximum(position, 1))).astype(int)  # two to a doubling
+    count = np.maximum(np.bincount(bucket, position > 0), 1)
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, gain in gains.items():
+        mean = np.bincount(bucket, gain) / count
+        axes.plot(2 ** (np.arange(len(count)) / 2), mean, "o-", label=name, lw=1, ms=3)
+    axes.set(xscale="log", xlabel="position in the document (tokens)", ylabel="nats gained over stride")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "gain.png", dpi=120)
+    plt.close(figure)
+    return str(folder / "gain.png")
 
 
 def help_text() -> str:
@@ -3087,7 +3601,7 @@ def run(argv: list[str]):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
     if cfg.deterministic:
         make_deterministic(hardware)
-    if cfg.checkpoint:
+    if cfg.checkpoint and not cfg.eval:
         use_checkpoint(cfg, hardware)
         return
     if world.size > 1:
@@ -3095,10 +3609,15 @@ def run(argv: list[str]):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
                                 timeout=timedelta(seconds=patience))  # the watchdog comes first
     launch.mark("process group")
-    model, log = train(cfg, hardware, world, launch)
+    if cfg.eval:
+        evaluate(cfg, hardware, world)
+    else:
+        model, log = train(cfg, hardware, world, launch)
     world.barrier()
     if world.size > 1:
         dist.destroy_process_group()
+    if cfg.eval:
+        return
     finish(cfg, model, log, world)  # nobody waits for rank 0 meanwhile
     if log.unsaved:
         raise UserError(f"the last checkpoint couldn't be written: {log.unsaved}; --resume=auto goes on from "
