@@ -1264,7 +1264,7 @@ def compile_region(function):
 
     def call(*args):
         for i in tokens:
-            if args[i] is not None and args[i].size(0) > 1:  # a single row is compiled for itself
+            if i < len(args) and args[i] is not None and args[i].size(0) > 1:  # a single row is compiled for itself
                 torch._dynamo.mark_dynamic(args[i], 0)
         return compiled(*args)
 
