@@ -92,6 +92,14 @@ class Target(NamedTuple):
     last: float                  # towards its end
 
 
+class Softcap(NamedTuple):
+    """Logits become height * tanh((z + shift) / width); height 0: they stay as they are."""
+
+    height: float
+    shift: float = 0.0
+    width: float = 1.0
+
+
 @dataclass(frozen=True)
 class Config:
     # what to do
@@ -181,6 +189,7 @@ class Config:
     qk_norm: bool = True
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
     softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
+    logit_rescale: bool = False  # 11.5 * tanh((z + 5) / 15) instead (record 54)
     smear_mtp: bool = True
     fp8_mlp: bool = True         # forward products of the MLP in float8, in training, where fp8 is on
     multi_target: bool = False   # use the stages' target weights; off: next token only
@@ -213,6 +222,10 @@ class Config:
     @property
     def total_steps(self) -> int:
         return self.scheduled_steps + self.extension_steps
+
+    @property
+    def logit_cap(self) -> Softcap:
+        return Softcap(11.5, 5.0, 15.0) if self.logit_rescale else Softcap(self.softcap, 0.0, self.softcap)
 
     @property
     def attention_layers(self) -> list[int]:
@@ -745,7 +758,7 @@ def soft_tanh(x, APPROXIMATE: constexpr):
 
 @jit
 def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: constexpr, SOFTCAP: constexpr,
-                         APPROXIMATE: constexpr, BLOCK: constexpr):
+                         SHIFT: constexpr, WIDTH: constexpr, APPROXIMATE: constexpr, BLOCK: constexpr):
     """One row: loss, and the gradient divided by `scale`, written in grad's own dtype."""
     LOG2E: constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
@@ -755,7 +768,7 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         inside = first + columns < V
         q = tl.load(logits + row * V + first + columns, inside, other=-float("inf")).to(tl.float32)
         if SOFTCAP > 0:  # bounded, so its maximum needn't be known
-            t = soft_tanh(q * (1 / SOFTCAP), APPROXIMATE)
+            t = soft_tanh(q * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
             total += tl.where(inside, tl.exp2((t - 1) * (SOFTCAP * LOG2E)), 0.0)
         else:
             higher = tl.maximum(top, q)
@@ -771,17 +784,17 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         weight = tl.where(target >= 0, tl.load(weights + k), 0.0)
         picked = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
         if SOFTCAP > 0:
-            picked = SOFTCAP * soft_tanh(picked * (1 / SOFTCAP), APPROXIMATE)
+            picked = SOFTCAP * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
         value += weight * (lse - picked)
         weight_sum += weight
     tl.store(loss + row, value)
-    inverse = 1 / tl.load(scale)
+    inverse = (SOFTCAP / WIDTH if SOFTCAP > 0 else 1.0) / tl.load(scale)  # the softcap's steepest slope
     shift = (tl.log(weight_sum * inverse) - lse) * LOG2E  # weights and scale go into the exponent
     for first in range(0, V, BLOCK):
         inside = first + columns < V
         z = tl.load(logits + row * V + first + columns, inside, other=0.0).to(tl.float32)
         if SOFTCAP > 0:
-            t = soft_tanh(z * (1 / SOFTCAP), APPROXIMATE)
+            t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
             g = tl.exp2(t * (SOFTCAP * LOG2E) + shift)
         else:
             g = tl.exp2(z * LOG2E + shift)
@@ -794,20 +807,20 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         tl.store(grad + row * V + first + columns, g.to(grad.dtype.element_ty), inside)
 
 
-def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype):
+def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype):
     """cross_entropy in plain torch, compiled as a region where there is a GPU without Triton."""
     z = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    t = torch.tanh(z / softcap) if softcap else None
-    q = softcap * t if softcap else z
+    t = torch.tanh((z + softcap.shift) / softcap.width) if softcap.height else None
+    q = softcap.height * t if softcap.height else z
     lse, at = q.logsumexp(1, keepdim=True), targets_TK.clamp_min(0)
     weights_TK = weights_K * (targets_TK >= 0)
     grad = weights_TK.sum(1, keepdim=True) * (q - lse).exp()
     grad = grad.scatter_add(1, at, -weights_TK.to(grad.dtype))
-    grad = grad * (1 - t * t) if softcap else grad
+    grad = grad * (softcap.height / softcap.width) * (1 - t * t) if softcap.height else grad
     return (weights_TK * (lse - q.gather(1, at))).sum(1), (grad / scale).to(dtype)
 
 
-def cross_entropy(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype=None, mode="reference",
+def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype=None, mode="reference",
                   reference=cross_entropy_region):
     """Soft-capped cross entropy, sum over k of weights[k] * loss with target k (none where it is -1).
 
@@ -821,8 +834,8 @@ def cross_entropy(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype
     loss_T = torch.empty(T, device=logits_TV.device)
     grad_TV = torch.empty(T, V, dtype=dtype, device=logits_TV.device)
     inputs = (x.contiguous() for x in (logits_TV, targets_TK, weights_K))
-    cross_entropy_kernel[T,](*inputs, scale, loss_T, grad_TV, V, K, float(softcap), logits_TV.is_cuda, 2048,
-                             num_warps=4)
+    cross_entropy_kernel[T,](*inputs, scale, loss_T, grad_TV, V, K, *map(float, softcap),
+                             logits_TV.is_cuda, 2048, num_warps=4)
     return loss_T, grad_TV
 
 
@@ -1192,7 +1205,7 @@ def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bo
     return (x_TD + mtp_lambda.expand(x_TD.size(0), 1) * shifted_TD).type_as(x_TD)
 
 
-def loss_region(x_TD, head_VD, targets_T, softcap: float, update_TV=None) -> Tensor:
+def loss_region(x_TD, head_VD, targets_T, softcap: Softcap, update_TV=None) -> Tensor:
     """Cross entropy in an evaluation, (T,) float32, 0 where the target is -1. update_TV: added to logits."""
     logits_TV = x_TD @ head_VD.to(x_TD.dtype).T
     logits_TV = logits_TV if update_TV is None else logits_TV + update_TV
@@ -1218,7 +1231,7 @@ def head_step(model, x_TD: Tensor, k: int, targets_TK: Tensor, weights_K: Tensor
     The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20)
     it is scaled to use the range.
     """
-    head, softcap, mode = model.weights["heads"][k], model.cfg.softcap, model.kernels
+    head, softcap, mode = model.weights["heads"][k], model.cfg.logit_cap, model.kernels
     reference = model.regions["cross_entropy_region"]
     grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
     if head.scale is None:
@@ -1246,9 +1259,10 @@ def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype
     return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
 
 
-def cap(logits: Tensor, softcap: float) -> Tensor:
+def cap(logits: Tensor, softcap: Softcap) -> Tensor:
+    height, shift, width = softcap
     logits = logits.float()
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+    return height * torch.tanh((logits + shift) / width) if height else logits
 
 
 REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, gate_region, add_rows_region,
@@ -1447,7 +1461,7 @@ class GPT(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Soft-capped float32 logits (T, V) of final latents."""
-        return cap(x_TD @ self.head.to(x_TD.dtype).T, self.cfg.softcap)
+        return cap(x_TD @ self.head.to(x_TD.dtype).T, self.cfg.logit_cap)
 
     def lambdas(self) -> dict:
         """Learned scalars by name, for the log."""
@@ -2310,7 +2324,7 @@ class Validation:
             tokens, docs = to_device(batch, device)
             x_TD = model(tokens[:-1], docs, windows, rotary)
             for x, targets in zip(x_TD.split(self.cfg.loss_chunk), tokens[1:].split(self.cfg.loss_chunk)):
-                loss_T = model.regions["loss_region"](x, model.head, targets, self.cfg.softcap)
+                loss_T = model.regions["loss_region"](x, model.head, targets, self.cfg.logit_cap)
                 totals[i] += loss_T.sum(dtype=torch.float64)
             beat()
         nats = world.all_reduce(totals).sum().item()  # in the order of chunks, at every world size
@@ -2466,7 +2480,7 @@ def window_losses(model: GPT, batch: WindowBatch, rotary: Rotary, adapters=None)
     for lo in range(0, len(x_RD), cfg.loss_chunk):
         part = slice(lo, lo + cfg.loss_chunk)
         update = None if update_RV is None else update_RV[part]
-        losses.append(model.regions["loss_region"](x_RD[part], model.head, batch.targets[part], cfg.softcap,
+        losses.append(model.regions["loss_region"](x_RD[part], model.head, batch.targets[part], cfg.logit_cap,
                                                    update))
     return torch.cat(losses)
 

@@ -39,6 +39,7 @@ VARIANTS = {
     "attention gates off": ["--attn_gate=off"],
     "YaRN off": ["--yarn=off"],
     "attention lr x 1": ["--attn_lr_ratio=1"],
+    "asymmetric logit rescale on": ["--logit_rescale"],
 }
 
 

@@ -45,7 +45,8 @@ CFG = t.Config(
     smear_mtp=True, multi_target=True,
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True}
-ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS)
+NEW = {"logit_rescale": True}
+ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
 MECHANISM_TESTS = {}
@@ -180,7 +181,8 @@ def rms_normed(x):
 def cross_entropies(model, head, x_TD, tokens, ahead):
     """Sum over t of the cross entropy of `head` at t with the token at t + ahead, where there is one."""
     z = x_TD @ head.T
-    logits = model.cfg.softcap * torch.tanh(z / model.cfg.softcap) if model.cfg.softcap else z
+    height, shift, width = model.cfg.logit_cap
+    logits = height * torch.tanh((z + shift) / width) if height else z
     pairs = [(row, tokens[i + ahead]) for i, row in enumerate(logits) if i + ahead < len(tokens)]
     return sum(row.logsumexp(0) - row[token] for row, token in pairs)
 
@@ -417,7 +419,20 @@ def test_rotary_turns_its_fraction_of_pairs_by_relative_position_and_no_other_di
         assert not torch.allclose(turned, plain, atol=1e-3)
 
 
-@mechanism("softcap", cap={"softcap": 0.0}, cross_entropy={"softcap": 0.0})
+SYMMETRIC, NO_CAP = t.Softcap(15.0, 0.0, 15.0), t.Softcap(0.0)
+
+
+def check_scores_and_losses(cfg, x, logits):
+    """That a model of `cfg` and std 3 gives these logits, and losses that follow from them."""
+    model, targets = make_model(cfg, std=3.0), torch.arange(11)[:, None]
+    loss = F.cross_entropy(logits, targets[:, 0], reduction="sum")
+    model.refresh()
+    assert_close(model.logits(x), logits)
+    assert_close(t.loss_region(x, model.head, targets[:, 0], cfg.logit_cap).sum(), loss)
+    assert_close(t.head_step(model, x, 0, targets, torch.ones(1))[0], loss)
+
+
+@mechanism("softcap", cap={"softcap": NO_CAP}, cross_entropy={"softcap": NO_CAP})
 def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
     model = make_model(replace(CFG, softcap=5.0), std=3.0)
     x = torch.randn(11, 32)
@@ -426,14 +441,19 @@ def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
     expected = 5 * torch.tanh(z / 5)
     assert_close(model.logits(x), expected)
     assert model.logits(x).abs().max() <= 5
-    targets, one = torch.arange(11)[:, None], torch.ones(1)
     for logits, softcap in ((expected, 5.0), (z, 0.0)):
-        model = make_model(replace(CFG, softcap=softcap), std=3.0)
-        loss = F.cross_entropy(logits, targets[:, 0], reduction="sum")
-        model.refresh()
-        assert_close(model.logits(x), logits)
-        assert_close(t.loss_region(x, model.head, targets[:, 0], softcap).sum(), loss)
-        assert_close(t.head_step(model, x, 0, targets, one)[0], loss)
+        check_scores_and_losses(replace(CFG, softcap=softcap), x, logits)
+
+
+@mechanism("logit_rescale", cap={"softcap": SYMMETRIC}, cross_entropy={"softcap": SYMMETRIC})
+def test_logit_rescale_is_a_shifted_sigmoid_up_to_a_constant():
+    cfg = replace(CFG, logit_rescale=True)
+    model, x = make_model(cfg, std=3.0), torch.randn(11, 32)
+    z = x @ model.head.detach().T
+    expected = 23 * torch.sigmoid((z + 5) / 7.5) - 11.5
+    check_scores_and_losses(cfg, x, expected)
+    loss_T = F.cross_entropy(expected, torch.arange(11), reduction="none")
+    assert_close(t.loss_region(x, model.head, torch.arange(11), cfg.logit_cap), loss_T)
 
 
 @mechanism("smear_mtp", final_region={"mtp_lambda": None})
