@@ -206,6 +206,7 @@ class Config:
     attn_lr_ratio: float = 2.0   # learning rate of the attention matrices over muon_lr
     embed_lr_ratio: float = 75.0 # learning rate of the embedding tables over adam_lr
     adam_every: int = 2          # steps between Adam updates; gradients add up meanwhile
+    smooth_scalars: bool = False # Adam's betas 0.9, 0.99 for scalars and gates, but the factors on x0 (52)
 
     @property
     def head_dim(self) -> int:
@@ -1278,7 +1279,7 @@ def compile_region(function):
 
     def call(*args):
         for i in tokens:
-            if i < len(args) and args[i] is not None and args[i].size(0) > 1:  # a single row is compiled for itself
+            if i < len(args) and args[i] is not None and args[i].size(0) > 1:  # one row: compiled for itself
                 torch._dynamo.mark_dynamic(args[i], 0)
         return compiled(*args)
 
@@ -1297,7 +1298,7 @@ class GPT(nn.Module):
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
     | attn_gate                 | (A, H, G)         | 0: every gate starts at 1/2                         |
     | attn_lambdas              | (A, 2)            | 0.5 on v, 1 on the output                           |
-    | resid_lambdas             | (L, 2)            | 1.1 on the stream, 0 on x0                          |
+    | resid_lambdas, x0_lambdas | (L,)              | 1.1 on the stream, 0 on x0                          |
     | smear_gate, smear_lambda  | (G,), ()          | 0                                                   |
     | skip_lambdas              | (skips,)          | -1.5, before a sigmoid                              |
     | backout_lambda            | ()                | 0.5                                                 |
@@ -1331,7 +1332,8 @@ class GPT(nn.Module):
         if cfg.attn_gate:
             self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
         if cfg.x0_mix:
-            self.resid_lambdas = nn.Parameter(torch.tensor([1.1, 0.0]).repeat(L, 1))
+            self.resid_lambdas = nn.Parameter(torch.full((L,), 1.1))
+            self.x0_lambdas = nn.Parameter(torch.zeros(L))
         if cfg.smear:
             self.smear_gate = nn.Parameter(torch.zeros(cfg.gate_inputs))
             self.smear_lambda = nn.Parameter(torch.zeros(()))
@@ -1457,7 +1459,7 @@ class GPT(nn.Module):
         return outputs[self.cfg.layers[i].skip_from], self.skip_lambdas[self.skips.index(i)]
 
     def mixing_factors(self, i: int) -> tuple:
-        return tuple(self.resid_lambdas[i].unbind()) if self.cfg.x0_mix else (None, None)
+        return (self.resid_lambdas[i], self.x0_lambdas[i]) if self.cfg.x0_mix else (None, None)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Soft-capped float32 logits (T, V) of final latents."""
@@ -1503,7 +1505,8 @@ def optimizer_table(cfg: Config) -> list[Row]:
     """
     muon, adam = cfg.muon_lr, cfg.adam_lr
     table = partial(Row, algorithm="adam", comms="sharded", betas=(0.65, 0.95), every=cfg.adam_every)
-    scalar = partial(Row, algorithm="adam", comms="replicated", betas=(0.65, 0.95), every=cfg.adam_every)
+    betas = (0.9, 0.99) if cfg.smooth_scalars else (0.65, 0.95)
+    scalar = partial(Row, algorithm="adam", comms="replicated", betas=betas, every=cfg.adam_every)
     bank = partial(Row, algorithm="normuon", comms="sharded", weight_decay=cfg.muon_weight_decay)
     rows = [
         table("embed", lr=(cfg.embed_lr_ratio * adam,)),
@@ -1514,6 +1517,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
         scalar("smear_gate", lr=(adam,)),
         scalar("attn_lambdas", lr=(5 * adam,)),
         scalar("resid_lambdas", lr=(5 * adam,)),
+        scalar("x0_lambdas", lr=(5 * adam,), betas=(0.65, 0.95)),  # smoothing hurts them
         scalar("smear_lambda", lr=(5 * adam,)),
         scalar("skip_lambdas", lr=(5 * adam,)),
         scalar("backout_lambda", lr=(5 * adam,)),
@@ -1524,6 +1528,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
     present = {
         "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
         "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "resid_lambdas": cfg.x0_mix,
+        "x0_lambdas": cfg.x0_mix,
         "skip_lambdas": cfg.skip and any(layer.skip_from >= 0 for layer in cfg.layers),
         "backout_lambda": cfg.backout_from >= 0, "smear_mtp_lambda": cfg.smear_mtp,
     }

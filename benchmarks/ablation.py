@@ -40,6 +40,7 @@ VARIANTS = {
     "YaRN off": ["--yarn=off"],
     "attention lr x 1": ["--attn_lr_ratio=1"],
     "asymmetric logit rescale on": ["--logit_rescale"],
+    "smoothed scalars on": ["--smooth_scalars"],
 }
 
 

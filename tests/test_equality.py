@@ -30,7 +30,8 @@ EQUAL = replace(
     mtp_heads=1, epochs=2, val_every=5, yarn_window=48, save_every=1, keep=0,
 )  # fmt: skip
 VARIANTS = {  # Adam acts every third step in one, every second in the other: between, its gradients wait
-    "keep": ("--document_rest=keep", "--adam_every=3", "--logit_rescale"),
+    "keep": ("--document_rest=keep", "--adam_every=3", "--logit_rescale",
+             "--smooth_scalars"),
     "skip": ("--document_rest=skip", "--adam_every=2", "--cut_smear", "--cut_key_offset", "--cut_smear_mtp"),
 }
 

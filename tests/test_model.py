@@ -296,13 +296,14 @@ def test_x0_mix_adds_the_embedding_to_every_layer_and_merges_both_factors_in_lay
     text = packed(9, 12)
     cfg = replace(CFG, skip=False)
     model = make_model(cfg)
-    trace, lambdas = Trace(model, *text), model.resid_lambdas.detach()
+    trace = Trace(model, *text)
+    lambdas = torch.stack([model.resid_lambdas, model.x0_lambdas], dim=1).detach()
     assert torch.equal(trace.inputs[0], lambdas[0].sum() * trace.x0)
     for i in range(1, len(LAYERS)):
         assert torch.equal(trace.inputs[i], lambdas[i, 0] * trace.outputs[i - 1] + lambdas[i, 1] * trace.x0)
     latents(model, *text).square().sum().backward()
-    gradient = model.resid_lambdas.grad
-    assert gradient.all() and gradient[0, 0] == gradient[0, 1] and gradient[1, 0] != gradient[1, 1]
+    on_stream, on_x0 = model.resid_lambdas.grad, model.x0_lambdas.grad
+    assert on_stream.all() and on_x0.all() and on_stream[0] == on_x0[0] and on_stream[1] != on_x0[1]
     off = Trace(make_model(replace(cfg, x0_mix=False)), *text)
     assert all(torch.equal(x, y) for x, y in zip(off.inputs, (off.x0, *off.outputs)))
 
@@ -948,13 +949,13 @@ def test_initial_values_are_the_documented_ones():
     model = t.GPT(ALL_ON)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
     zero = "value_embeds", "head", "mtp_heads", "attn_gate", "smear_gate", "smear_lambda", "smear_mtp_lambda"
-    constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5}
-    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas", "resid_lambdas"}
+    constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5,
+                                           "resid_lambdas": torch.tensor(1.1), "x0_lambdas": 0.0}  # fmt: skip
+    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas"}
     assert {name for name, _ in model.named_parameters()} == set(constant) | rest
     for name, value in constant.items():
         assert (model.get_parameter(name) == value).all(), name
     assert model.attn_lambdas.tolist() == [[0.5, 1.0]] * 3
-    assert (model.resid_lambdas == torch.tensor([1.1, 0.0])).all()
     assert not model.attn_bank[:, 3].any() and not model.mlp_bank[:, 1].any()
     for weights in (model.attn_bank[:, :3], model.mlp_bank[:, 0]):
         assert weights.abs().max() <= bound
@@ -980,7 +981,7 @@ def test_every_parameter_receives_a_gradient_within_three_steps():
 
 
 OFF = {
-    "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"}, "x0_mix": {"resid_lambdas"},
+    "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"}, "x0_mix": {"resid_lambdas", "x0_lambdas"},
     "smear": {"smear_gate", "smear_lambda"}, "skip": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"},
     "mtp_heads": {"mtp_heads"}, "backout_from": {"backout_lambda"},
 }  # fmt: skip
@@ -995,8 +996,8 @@ def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follo
 
 
 def test_lambdas_are_every_learned_scalar_by_name():
-    sizes = {"attn_lambdas": 6, "resid_lambdas": 8, "smear_lambda": 1, "skip_lambdas": 1, "backout_lambda": 1,
-             "smear_mtp_lambda": 1}  # fmt: skip
+    sizes = {"attn_lambdas": 6, "resid_lambdas": 4, "x0_lambdas": 4, "smear_lambda": 1, "skip_lambdas": 1,
+             "backout_lambda": 1, "smear_mtp_lambda": 1}  # fmt: skip
     model = make_model(ALL_ON)
     found = model.lambdas()
     assert {name: len(values) for name, values in found.items()} == sizes

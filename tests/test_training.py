@@ -303,10 +303,18 @@ def test_effective_learning_rates_of_the_short_track():
     assert rates == {
         "embed": [0.6], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
         "attn_gate": [0.008], "smear_gate": [0.008],
-        "attn_lambdas": [0.04], "resid_lambdas": [0.04], "smear_lambda": [0.04], "skip_lambdas": [0.04],
-        "backout_lambda": [0.04], "smear_mtp_lambda": [0.04],
+        "attn_lambdas": [0.04], "resid_lambdas": [0.04], "x0_lambdas": [0.04],
+        "smear_lambda": [0.04], "skip_lambdas": [0.04], "backout_lambda": [0.04], "smear_mtp_lambda": [0.04],
         "attn_bank": [0.046, 0.046, 0.046, 0.046], "mlp_bank": [0.046, 0.092],
     }  # fmt: skip
+
+
+def test_smooth_scalars_raise_the_betas_of_every_scalar_and_gate_but_the_factors_on_x0():
+    off, on = (optimizer_table(replace(TRACKS["short"], smooth_scalars=smooth)) for smooth in (False, True))
+    for before, row in zip(off, on, strict=True):
+        smoothed = row.comms == "replicated" and row.name != "x0_lambdas"
+        assert row == before._replace(betas=(0.9, 0.99) if smoothed else before.betas)
+        assert row.algorithm == "normuon" or before.betas == (0.65, 0.95)
 
 
 def test_matrices_of_the_short_track_move_at_the_rates_of_the_table():
