@@ -185,7 +185,8 @@ class Config:
     skip: bool = True
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
     attn_gate: bool = True
-    gate_inputs: int = 12        # leading channels read by the attention and smear gates
+    value_skip_gates: bool = False  # also on value embeddings, by head, and on skip connections (record 55)
+    gate_inputs: int = 12        # leading channels read by the gates
     qk_norm: bool = True
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
     softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
@@ -233,9 +234,16 @@ class Config:
         return [i for i, layer in enumerate(self.layers) if layer.window != "none"]
 
     @property
+    def value_layers(self) -> list[int]:
+        return [i for i in self.attention_layers if self.value_embeds and self.layers[i].value_embed >= 0]
+
+    @property
     def value_tables(self) -> int:
-        used = [layer.value_embed for layer in self.layers if layer.window != "none"]
-        return 1 + max(used, default=-1) if self.value_embeds else 0
+        return 1 + max((self.layers[i].value_embed for i in self.value_layers), default=-1)
+
+    @property
+    def skips(self) -> list[int]:
+        return [i for i, layer in enumerate(self.layers) if self.skip and layer.skip_from >= 0]
 
     def offsets_keys(self, layer: Layer) -> bool:
         return {"off": False, "all": True, "table": layer.key_offset}[self.key_offset]
@@ -1126,7 +1134,7 @@ def embed_region(embed_TD, gate_G, smear_lambda, starts_T, cut: bool) -> Tensor:
     return norm(embed_TD)
 
 
-def mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, gate_inputs: int):
+def mix_region(x_TD, skip_TD, skip_lambda, skip_gate_G, x0_TD, x_lambda, x0_lambda, gate_inputs: int):
     """Residual stream as a layer sees it: plus the skip connection, mixed with the embedding x0.
 
     Layer 0, whose stream is x0 itself, gets x0_TD = None and has its two factors merged into one.
@@ -1134,7 +1142,10 @@ def mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, gate_inpu
     """
     dtype, rows = x_TD.dtype, (x_TD.size(0), 1)
     if skip_TD is not None:
-        x_TD = x_TD + torch.sigmoid(skip_lambda).expand(rows) * skip_TD
+        factor = torch.sigmoid(skip_lambda).expand(rows)
+        if skip_gate_G is not None:
+            factor = factor * 2 * torch.sigmoid(x0_TD[:, :gate_inputs].float() @ skip_gate_G.float())[:, None]
+        x_TD = x_TD + factor * skip_TD
     if x0_lambda is not None and x0_TD is None:
         x_TD = (x_lambda + x0_lambda).expand(rows) * x_TD
     elif x0_lambda is not None:
@@ -1144,8 +1155,8 @@ def mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, gate_inpu
     return x_TD, h_TD, h_TD[:, :gate_inputs].contiguous()
 
 
-def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config,
-               offset: bool):
+def qkv_region(qkv_TC, v_lambda, value_TD, lead_TG, gate_HG, cos_PJ, sin_PJ, scale, still_E, starts_T,
+               cfg: Config, offset: bool):
     """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D)."""
     T = qkv_TC.size(0)
     q_THE, k_THE, v_THE = qkv_TC.view(T, 3, cfg.heads, cfg.head_dim).unbind(1)
@@ -1158,7 +1169,10 @@ def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, start
         k_THE = offset_keys(k_THE, dims_E, starts_T if cfg.cut_key_offset else None)
     v_THE = (v_lambda.expand(T, 1, 1) * v_THE).type_as(qkv_TC)
     if value_TD is not None:
-        v_THE = v_THE + value_TD.view_as(v_THE)
+        value_THE = value_TD.view_as(v_THE)
+        if gate_HG is not None:
+            value_THE = 2 * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)[..., None] * value_THE
+        v_THE = (v_THE + value_THE).type_as(v_THE)
     return q_THE, k_THE, v_THE.contiguous()
 
 
@@ -1297,6 +1311,8 @@ class GPT(nn.Module):
     | attn_bank: Q, K, V, O     | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0             |
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
     | attn_gate                 | (A, H, G)         | 0: every gate starts at 1/2                         |
+    | value_gate                | (.., H, G)        | 0: every gate starts at 1; one for each layer       |
+    | skip_gate                 | (skips, G)        | 0: every gate starts at 1                           |
     | attn_lambdas              | (A, 2)            | 0.5 on v, 1 on the output                           |
     | resid_lambdas, x0_lambdas | (L,)              | 1.1 on the stream, 0 on x0                          |
     | smear_gate, smear_lambda  | (G,), ()          | 0                                                   |
@@ -1315,7 +1331,6 @@ class GPT(nn.Module):
         scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # y + lambda * shift(y) fits while |lambda| <= 1
         self.register_buffer("latent_scale", scale, persistent=False)
         self.tap_layers = {layer.skip_from for layer in cfg.layers} | {cfg.backout_from}
-        self.skips = [i for i, layer in enumerate(cfg.layers) if layer.skip_from >= 0 and cfg.skip]
         L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
         bound = math.sqrt(3) * 0.5 / math.sqrt(D)
 
@@ -1331,14 +1346,18 @@ class GPT(nn.Module):
             self.value_embeds = nn.Parameter(torch.zeros(cfg.value_tables * V, D))
         if cfg.attn_gate:
             self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
+        if cfg.value_skip_gates and cfg.value_layers:
+            self.value_gate = nn.Parameter(torch.zeros(len(cfg.value_layers), cfg.heads, cfg.gate_inputs))
+        if cfg.value_skip_gates and cfg.skips:
+            self.skip_gate = nn.Parameter(torch.zeros(len(cfg.skips), cfg.gate_inputs))
         if cfg.x0_mix:
             self.resid_lambdas = nn.Parameter(torch.full((L,), 1.1))
             self.x0_lambdas = nn.Parameter(torch.zeros(L))
         if cfg.smear:
             self.smear_gate = nn.Parameter(torch.zeros(cfg.gate_inputs))
             self.smear_lambda = nn.Parameter(torch.zeros(()))
-        if self.skips:
-            self.skip_lambdas = nn.Parameter(torch.full((len(self.skips),), -1.5))
+        if cfg.skips:
+            self.skip_lambdas = nn.Parameter(torch.full((len(cfg.skips),), -1.5))
         if cfg.backout_from >= 0:
             self.backout_lambda = nn.Parameter(torch.tensor(0.5))
         if cfg.smear_mtp:
@@ -1370,12 +1389,12 @@ class GPT(nn.Module):
             if layer.window != "none":
                 a = cfg.attention_layers.index(i)
                 (qkv_CD, o_DD), grads = map(split_attention, (weights["attn_bank"][a], attn_grad[a]))
-                value_TD = values[layer.value_embed] if cfg.value_embeds and layer.value_embed >= 0 else None
                 v_lambda, out_lambda = self.attn_lambdas[a].unbind()
                 qkv_TC = Linear.apply(h_TD, qkv_CD, grads[0])
                 qkv_TC = adapters.add("q k v", a, h_TD, qkv_TC) if adapters else qkv_TC
                 q_THE, k_THE, v_THE = self.regions["qkv_region"](
-                    qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
+                    qkv_TC, v_lambda, *self.value_input(i, values, lead_TG), *rotary, starts_T, cfg,
+                    cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
                 gate_HG = self.attn_gate[a] if cfg.attn_gate else None
@@ -1453,10 +1472,20 @@ class GPT(nn.Module):
         first = torch.arange(self.cfg.value_tables, device=tokens_T.device)[:, None] * self.cfg.padded_vocab
         return Lookup.apply(tokens_T + first, self.value_embeds, self.dtype, self.regions).unbind(0)
 
+    def value_input(self, i: int, values: tuple, lead_TG: Tensor) -> tuple:
+        """Layer i's value embeddings, what their gates read, and the gates; or None."""
+        if i not in self.cfg.value_layers:
+            return None, None, None
+        gate_HG = self.value_gate[self.cfg.value_layers.index(i)] if self.cfg.value_skip_gates else None
+        return values[self.cfg.layers[i].value_embed], lead_TG, gate_HG
+
     def skip_input(self, i: int, outputs: dict) -> tuple:
-        if i not in self.skips:
-            return None, None
-        return outputs[self.cfg.layers[i].skip_from], self.skip_lambdas[self.skips.index(i)]
+        """The stream that joins at layer i, its factor and its gate; or None."""
+        if i not in self.cfg.skips:
+            return None, None, None
+        at = self.cfg.skips.index(i)
+        gate_G = self.skip_gate[at] if self.cfg.value_skip_gates else None
+        return outputs[self.cfg.layers[i].skip_from], self.skip_lambdas[at], gate_G
 
     def mixing_factors(self, i: int) -> tuple:
         return (self.resid_lambdas[i], self.x0_lambdas[i]) if self.cfg.x0_mix else (None, None)
@@ -1514,6 +1543,8 @@ def optimizer_table(cfg: Config) -> list[Row]:
         table("head", lr=(adam,)),
         table("mtp_heads", lr=(adam,)),
         scalar("attn_gate", lr=(adam,)),
+        scalar("value_gate", lr=(adam,)),
+        scalar("skip_gate", lr=(0.05 * adam,)),
         scalar("smear_gate", lr=(adam,)),
         scalar("attn_lambdas", lr=(5 * adam,)),
         scalar("resid_lambdas", lr=(5 * adam,)),
@@ -1529,7 +1560,8 @@ def optimizer_table(cfg: Config) -> list[Row]:
         "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
         "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "resid_lambdas": cfg.x0_mix,
         "x0_lambdas": cfg.x0_mix,
-        "skip_lambdas": cfg.skip and any(layer.skip_from >= 0 for layer in cfg.layers),
+        "value_gate": cfg.value_skip_gates and cfg.value_layers,
+        "skip_gate": cfg.value_skip_gates and cfg.skips, "skip_lambdas": cfg.skips,
         "backout_lambda": cfg.backout_from >= 0, "smear_mtp_lambda": cfg.smear_mtp,
     }
     return [row for row in rows if present.get(row.name, True)]

@@ -41,6 +41,7 @@ VARIANTS = {
     "attention lr x 1": ["--attn_lr_ratio=1"],
     "asymmetric logit rescale on": ["--logit_rescale"],
     "smoothed scalars on": ["--smooth_scalars"],
+    "gates on value embeddings and skip on": ["--value_skip_gates"],
 }
 
 

@@ -45,7 +45,7 @@ CFG = t.Config(
     smear_mtp=True, multi_target=True,
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True}
-NEW = {"logit_rescale": True}
+NEW = {"logit_rescale": True, "value_skip_gates": True}
 ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
@@ -359,6 +359,23 @@ def test_attention_gates_scale_each_head_and_start_at_one_half():
     for (y, out), i, weight, factor in layers:
         gates = torch.sigmoid(rms_normed(trace.inputs[i])[:, : CFG.gate_inputs] @ weight.T)
         assert_close(out, torch.stack([factor * gates[:, h, None] * y[:, h] for h in range(2)], dim=1))
+
+
+@mechanism("value_skip_gates", qkv_region={"gate_HG": None}, mix_region={"skip_gate_G": None})
+def test_value_and_skip_gates_scale_by_twice_a_sigmoid_and_start_at_one():
+    text, cfg = packed(9, 12), replace(CFG, value_skip_gates=True, x0_mix=False)
+    plain = make_model(replace(cfg, value_skip_gates=False))
+    assert not t.GPT(cfg).value_gate.any() and not t.GPT(cfg).skip_gate.any()
+    assert torch.equal(latents(make_model(cfg, value_gate=0, skip_gate=0), *text), latents(plain, *text))
+
+    model = make_silent_model(cfg, value_gate=torch.randn(2, 2, 4), skip_gate=torch.randn(1, 4))
+    trace, without = Trace(model, *text), Trace(make_silent_model(cfg, value_embeds=0), *text)
+    tables = model.value_embeds.detach().view(2, cfg.padded_vocab, cfg.heads, cfg.head_dim)
+    for a, weight in enumerate(model.value_gate.detach()):
+        gates = 2 * torch.sigmoid(rms_normed(trace.inputs[a])[:, :4] @ weight.T)
+        assert_close(trace.heads[a][2] - without.heads[a][2], gates[..., None] * tables[a][text[0]])
+    factor = torch.sigmoid(model.skip_lambdas) * 2 * torch.sigmoid(trace.x0[:, :4] @ model.skip_gate.T)
+    assert_close(trace.inputs[2], trace.outputs[1] + factor.detach() * trace.outputs[0])
 
 
 def first_inputs(count):
@@ -948,7 +965,8 @@ def test_initial_weights_depend_on_the_seed_alone():
 def test_initial_values_are_the_documented_ones():
     model = t.GPT(ALL_ON)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
-    zero = "value_embeds", "head", "mtp_heads", "attn_gate", "smear_gate", "smear_lambda", "smear_mtp_lambda"
+    zero = ("value_embeds", "head", "mtp_heads", "attn_gate", "value_gate", "skip_gate", "smear_gate",
+            "smear_lambda", "smear_mtp_lambda")  # fmt: skip
     constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5,
                                            "resid_lambdas": torch.tensor(1.1), "x0_lambdas": 0.0}  # fmt: skip
     rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas"}
@@ -963,15 +981,16 @@ def test_initial_values_are_the_documented_ones():
     assert_close(model.embed.std().item(), 1.0, rtol=0.02, atol=0)
 
 
-def test_every_parameter_receives_a_gradient_within_three_steps():
+def test_every_parameter_receives_a_gradient_within_four_steps():
     """Every matrix of a bank, every table and every scalar by itself."""
     cfg = replace(ALL_ON, adam_every=1)
     model = t.GPT(cfg)
     optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
     shapes = {"attn_bank": (3, 4, -1), "mlp_bank": (4, 2, -1), "attn_gate": (3, 2, -1), "mtp_heads": (2, -1),
-              "value_embeds": (2, -1), "embed": (1, -1), "head": (1, -1), "smear_gate": (1, -1)}  # fmt: skip
+              "value_embeds": (2, -1), "embed": (1, -1), "head": (1, -1), "smear_gate": (1, -1),
+              "value_gate": (2, 2, -1), "skip_gate": (1, -1)}  # fmt: skip
     reached = {name: False for name, _ in model.named_parameters()}
-    for step in range(3):
+    for step in range(4):
         micro_backward(model, make_batch(17, 1, 20, seed=step))
         for name, p in model.named_parameters():
             parts = p.grad.reshape(shapes.get(name, (-1, 1))).any(-1)
@@ -981,9 +1000,10 @@ def test_every_parameter_receives_a_gradient_within_three_steps():
 
 
 OFF = {
-    "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"}, "x0_mix": {"resid_lambdas", "x0_lambdas"},
-    "smear": {"smear_gate", "smear_lambda"}, "skip": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"},
-    "mtp_heads": {"mtp_heads"}, "backout_from": {"backout_lambda"},
+    "value_embeds": {"value_embeds", "value_gate"}, "attn_gate": {"attn_gate"}, "x0_mix": {"resid_lambdas", "x0_lambdas"},
+    "smear": {"smear_gate", "smear_lambda"}, "skip": {"skip_lambdas", "skip_gate"},
+    "smear_mtp": {"smear_mtp_lambda"}, "mtp_heads": {"mtp_heads"}, "backout_from": {"backout_lambda"},
+    "value_skip_gates": {"value_gate", "skip_gate"},
 }  # fmt: skip
 
 
