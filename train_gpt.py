@@ -176,6 +176,7 @@ class Config:
     loss_chunk: int = 16_384     # tokens whose logits exist at a time
     # mechanisms
     value_embeds: bool = True
+    untied_values: bool = False  # a table for each layer that reads one, drawn at std 0.01 (63, 70)
     sliding_window: bool = True
     yarn: bool = True
     key_offset: str = "table"    # table (the layers marked in the layer table), all, off
@@ -237,9 +238,12 @@ class Config:
     def value_layers(self) -> list[int]:
         return [i for i in self.attention_layers if self.value_embeds and self.layers[i].value_embed >= 0]
 
+    def value_table(self, i: int) -> int:
+        return self.value_layers.index(i) if self.untied_values else self.layers[i].value_embed
+
     @property
     def value_tables(self) -> int:
-        return 1 + max((self.layers[i].value_embed for i in self.value_layers), default=-1)
+        return 1 + max(map(self.value_table, self.value_layers), default=-1)
 
     @property
     def skips(self) -> list[int]:
@@ -1306,7 +1310,7 @@ class GPT(nn.Module):
     | parameter                 | shape             | initial value                                       |
     |---------------------------|-------------------|-----------------------------------------------------|
     | embed                     | (V, D)            | normal(0, 1)                                        |
-    | value_embeds              | (tables * V, D)   | 0                                                   |
+    | value_embeds              | (tables * V, D)   | 0; untied: normal(0, 0.01)                          |
     | head, mtp_heads           | (V, D), (n, V, D) | 0                                                   |
     | attn_bank: Q, K, V, O     | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0             |
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
@@ -1343,7 +1347,9 @@ class GPT(nn.Module):
         mlp_bank[:, 0].uniform_(-bound, bound)
         self.attn_lambdas = nn.Parameter(torch.tensor([0.5, 1.0]).repeat(A, 1))
         if cfg.value_tables:
-            self.value_embeds = nn.Parameter(torch.zeros(cfg.value_tables * V, D))
+            shape = cfg.value_tables * V, D
+            values = 0.01 * torch.randn(shape) if cfg.untied_values else torch.zeros(shape)
+            self.value_embeds = nn.Parameter(values)
         if cfg.attn_gate:
             self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
         if cfg.value_skip_gates and cfg.value_layers:
@@ -1477,7 +1483,7 @@ class GPT(nn.Module):
         if i not in self.cfg.value_layers:
             return None, None, None
         gate_HG = self.value_gate[self.cfg.value_layers.index(i)] if self.cfg.value_skip_gates else None
-        return values[self.cfg.layers[i].value_embed], lead_TG, gate_HG
+        return values[self.cfg.value_table(i)], lead_TG, gate_HG
 
     def skip_input(self, i: int, outputs: dict) -> tuple:
         """The stream that joins at layer i, its factor and its gate; or None."""

@@ -42,6 +42,7 @@ VARIANTS = {
     "asymmetric logit rescale on": ["--logit_rescale"],
     "smoothed scalars on": ["--smooth_scalars"],
     "gates on value embeddings and skip on": ["--value_skip_gates"],
+    "a value-embedding table per layer": ["--untied_values"],
 }
 
 

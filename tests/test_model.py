@@ -216,6 +216,21 @@ def test_value_embeds_are_added_to_v_in_the_layers_of_the_table_and_start_inert(
         assert torch.equal(v, v_without if table is None else v_without + tables[table][tokens])
 
 
+@mechanism("untied_values", GPT={"cfg": having(untied_values=False)})
+def test_untied_values_give_every_layer_that_reads_a_table_its_own():
+    tokens, _ = text = packed(9, 12)
+    layers = *(t.Layer("short", value_embed=table) for table in (1, -1, 0, 1)), t.Layer("none", value_embed=0)
+    cfg = replace(CFG, layers=layers, untied_values=True)
+    fresh = t.GPT(cfg).value_embeds
+    assert len(fresh) == 3 * cfg.padded_vocab
+    assert_close(fresh.std().item(), 0.01, rtol=0.02, atol=0)
+    model = make_silent_model(cfg)
+    tables = model.value_embeds.detach().view(3, cfg.padded_vocab, cfg.heads, cfg.head_dim)
+    traces = Trace(model, *text).heads, Trace(make_silent_model(cfg, value_embeds=0), *text).heads
+    for (_, _, v), (_, _, v_without), table in zip(*traces, (0, None, 1, 2), strict=True):
+        assert torch.equal(v, v_without if table is None else v_without + tables[table][tokens])
+
+
 @mechanism("sliding_window", attention_reference={"window": 10**6})
 def test_sliding_window_ends_influence_exactly_at_the_window():
     text = packed(40)
