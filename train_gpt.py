@@ -185,6 +185,7 @@ class Config:
     smear: bool = True
     skip: bool = True
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
+    draw_output: bool = False    # O starts like Q, K and V instead of at 0 (record 64)
     attn_gate: bool = True
     value_skip_gates: bool = False  # also on value embeddings, by head, and on skip connections (record 55)
     gate_inputs: int = 12        # leading channels read by the gates
@@ -1312,7 +1313,7 @@ class GPT(nn.Module):
     | embed                     | (V, D)            | normal(0, 1)                                        |
     | value_embeds              | (tables * V, D)   | 0; untied: normal(0, 0.01)                          |
     | head, mtp_heads           | (V, D), (n, V, D) | 0                                                   |
-    | attn_bank: Q, K, V, O     | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0             |
+    | attn_bank: Q, K, V, O     | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0 or the same |
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
     | attn_gate                 | (A, H, G)         | 0: every gate starts at 1/2                         |
     | value_gate                | (.., H, G)        | 0: every gate starts at 1; one for each layer       |
@@ -1343,7 +1344,7 @@ class GPT(nn.Module):
         attn_bank, mlp_bank = torch.zeros(A, 4, D, D), torch.zeros(L, 2, cfg.mlp_ratio * D, D)
         self.attn_bank = nn.Parameter(attn_bank)
         self.mlp_bank = nn.Parameter(mlp_bank)
-        attn_bank[:, :3].uniform_(-bound, bound)
+        attn_bank[:, : 4 if cfg.draw_output else 3].uniform_(-bound, bound)
         mlp_bank[:, 0].uniform_(-bound, bound)
         self.attn_lambdas = nn.Parameter(torch.tensor([0.5, 1.0]).repeat(A, 1))
         if cfg.value_tables:

@@ -43,6 +43,7 @@ VARIANTS = {
     "smoothed scalars on": ["--smooth_scalars"],
     "gates on value embeddings and skip on": ["--value_skip_gates"],
     "a value-embedding table per layer": ["--untied_values"],
+    "O drawn like Q, K and V": ["--draw_output"],
 }
 
 

@@ -360,6 +360,13 @@ def test_backout_subtracts_its_layers_output_before_the_last_norm():
     assert_close(off.latents, rms_normed(off.outputs[3]))
 
 
+@mechanism("draw_output", GPT={"cfg": having(draw_output=False)})
+def test_draw_output_starts_o_as_q_k_and_v():
+    bound, o = math.sqrt(3) * 0.5 / math.sqrt(32), t.GPT(replace(CFG, draw_output=True)).attn_bank[:, 3]
+    assert 0.95 * bound < o.abs().max() <= bound
+    assert_close(o.std(), torch.tensor(0.5 / math.sqrt(32)), rtol=0.03, atol=0)
+
+
 @mechanism("attn_gate", gate_region={"gate_HG": None})
 def test_attention_gates_scale_each_head_and_start_at_one_half():
     text = packed(9, 12)
