@@ -208,6 +208,7 @@ class Config:
     adam_lr: float = 0.008
     attn_lr_ratio: float = 2.0   # learning rate of the attention matrices over muon_lr
     embed_lr_ratio: float = 75.0 # learning rate of the embedding tables over adam_lr
+    adam_weight_decay: float = 0.0  # of tables and head, times their learning rate squared (50: 0.005)
     adam_every: int = 2          # steps between Adam updates; gradients add up meanwhile
     smooth_scalars: bool = False # Adam's betas 0.9, 0.99 for scalars and gates, but the factors on x0 (52)
 
@@ -1540,15 +1541,20 @@ def optimizer_table(cfg: Config) -> list[Row]:
     NorMuon's rates: 1 x for square matrices, 2 x for the MLP's up, 4 x for its down projection.
     """
     muon, adam = cfg.muon_lr, cfg.adam_lr
-    table = partial(Row, algorithm="adam", comms="sharded", betas=(0.65, 0.95), every=cfg.adam_every)
+
+    def table(name: str, ratio: float = 1.0, decay: float = 1.0) -> Row:
+        lr = ratio * adam
+        return Row(name, "adam", "sharded", (lr,), (0.65, 0.95), decay * cfg.adam_weight_decay * lr,
+                   cfg.adam_every)
+
     betas = (0.9, 0.99) if cfg.smooth_scalars else (0.65, 0.95)
     scalar = partial(Row, algorithm="adam", comms="replicated", betas=betas, every=cfg.adam_every)
     bank = partial(Row, algorithm="normuon", comms="sharded", weight_decay=cfg.muon_weight_decay)
     rows = [
-        table("embed", lr=(cfg.embed_lr_ratio * adam,)),
-        table("value_embeds", lr=(cfg.embed_lr_ratio * adam,)),
-        table("head", lr=(adam,)),
-        table("mtp_heads", lr=(adam,)),
+        table("embed", cfg.embed_lr_ratio),
+        table("value_embeds", cfg.embed_lr_ratio, decay=5),
+        table("head", decay=150),
+        table("mtp_heads", decay=150),
         scalar("attn_gate", lr=(adam,)),
         scalar("value_gate", lr=(adam,)),
         scalar("skip_gate", lr=(0.05 * adam,)),
@@ -1631,11 +1637,12 @@ def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, ok
     parts[1](p_NRC, x_NRC, second_NR1, lr_N11, decay, ok, beta2)
 
 
-def adam_update(p, g, first, second, lr, bias1, bias2, ok, beta1: float, beta2: float):
-    """One Adam step in place; bias = 1 - beta^t. eps is far below any gradient of the mean loss."""
+def adam_update(p, g, first, second, lr, bias1, bias2, ok, beta1: float, beta2: float, decay=0.0):
+    """One Adam step with cautious decay in place; bias = 1 - beta^t. eps is far below any gradient."""
     first.add_(torch.where(ok, (1 - beta1) * (g - first), 0.0))
     second.add_(torch.where(ok, (1 - beta2) * (g * g - second), 0.0))
-    p.sub_(torch.where(ok, lr * (first / bias1) / ((second / bias2).sqrt() + 1e-15), 0.0))
+    x = lr * (first / bias1) / ((second / bias2).sqrt() + 1e-15)
+    p.sub_(torch.where(ok, x + lr * decay * p * (x * p > 0), 0.0))
 
 
 class RowState(NamedTuple):
@@ -1753,8 +1760,8 @@ class Optimizer:
         else:
             updates = (step + 1) // row.every
             bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
-            lr = scalar(state.lr * lr_multiplier)
-            numbers = lr, bias1, bias2, self.healthy, *row.betas
+            lr, decay = scalar(state.lr * lr_multiplier), scalar(row.weight_decay * lr_multiplier)
+            numbers = lr, bias1, bias2, self.healthy, *row.betas, decay
             self.adam[row.comms](p, grad, *state.buffers.values(), *numbers)
 
     def gather(self, state: RowState):

@@ -44,6 +44,7 @@ VARIANTS = {
     "gates on value embeddings and skip on": ["--value_skip_gates"],
     "a value-embedding table per layer": ["--untied_values"],
     "O drawn like Q, K and V": ["--draw_output"],
+    "weight decay in Adam": ["--adam_weight_decay=0.005"],
 }
 
 

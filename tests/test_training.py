@@ -191,6 +191,24 @@ def test_adam_equals_torch_adamw_over_20_steps(betas, scale):
         torch.testing.assert_close(p, oracle.detach(), rtol=1e-6, atol=1e-6)
 
 
+def test_adam_decays_tables_and_head_cautiously_by_their_learning_rate_squared():
+    cfg = replace(SMALL, mtp_heads=1, adam_every=1, adam_weight_decay=0.005)
+    moved = {}
+    for name, changed in (("plain", replace(cfg, adam_weight_decay=0.0)), ("decayed", cfg)):
+        model, optimizer = small_optimizer(changed)
+        before = weights_of(model)
+        add_gradients(model, random_gradients(model, torch.Generator().manual_seed(8)))
+        optimizer.step(0, lr_multiplier=0.5, momentum=0.9, share=SHARE)
+        moved[name] = {n: p.double() - before[n].double() for n, p in weights_of(model).items()}
+    decays = {"embed": 1, "value_embeds": 5, "head": 150, "mtp_heads": 150}
+    for row in optimizer_table(cfg):
+        decayed, plain = moved["decayed"][row.name], moved["plain"][row.name]
+        rate = (0.5 * row.lr[0]) ** 2 * 0.005 * decays.get(row.name, 0) * (row.algorithm == "adam")
+        p = before[row.name].double()
+        torch.testing.assert_close(decayed, plain - rate * p * (plain * p < 0), rtol=1e-5, atol=1e-7)
+        assert (rate > 0) == (not torch.equal(decayed, plain)), row.name
+
+
 def small_optimizer(cfg=SMALL, world=World()):
     model = randomise(GPT(cfg))
     return model, Optimizer(model, optimizer_table(cfg), world)
