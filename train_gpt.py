@@ -160,6 +160,7 @@ class Config:
     scheduled_steps: int = 100
     extension_steps: int = 0     # at the final learning rate, with the last stage's windows
     stages: tuple = ()
+    first_max_doc: int = 0       # max_doc of the first stage, in place of the table's; 0: that
     cooldown: float = 0.55       # last fraction of scheduled_steps: learning rate falls linearly ...
     lr_floor: float = 0.1        # ... to this multiplier
     momentum_warmup: int = 300   # steps from momentum 0.85 to 0.95
@@ -448,6 +449,9 @@ def resolve_config(cfg: Config) -> Config:
         raise UserError("layer table: a window is short, long or none")
     if not cfg.stages or cfg.stages[0].start != 0:
         raise UserError("stage table: the first stage must start at 0")
+    if cfg.first_max_doc:
+        first, *later = cfg.stages
+        cfg = replace(cfg, stages=(first._replace(max_doc=cfg.first_max_doc), *later))
     if any(min(stage.batch_tokens, stage.max_doc) < 1 or not stage.targets for stage in cfg.stages):
         raise UserError("stage table: batch_tokens and max_doc must be 1 or more, and targets one or more")
     if cfg.gate_inputs > cfg.width:
