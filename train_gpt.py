@@ -187,6 +187,7 @@ class Config:
     skip: bool = True
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
     draw_output: bool = False    # O starts like Q, K and V instead of at 0 (record 64)
+    late_attention: bool = False # attention of layers after backout_from reads that layer's output (77)
     attn_gate: bool = True
     value_skip_gates: bool = False  # also on value embeddings, by head, and on skip connections (record 55)
     gate_inputs: int = 12        # leading channels read by the gates
@@ -251,6 +252,9 @@ class Config:
     @property
     def skips(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if self.skip and layer.skip_from >= 0]
+
+    def reads_late(self, i: int) -> bool:
+        return self.late_attention and 0 <= self.backout_from < i and i in self.attention_layers
 
     def offsets_keys(self, layer: Layer) -> bool:
         return {"off": False, "all": True, "table": layer.key_offset}[self.key_offset]
@@ -1144,11 +1148,13 @@ def embed_region(embed_TD, gate_G, smear_lambda, starts_T, cut: bool) -> Tensor:
     return norm(embed_TD)
 
 
-def mix_region(x_TD, skip_TD, skip_lambda, skip_gate_G, x0_TD, x_lambda, x0_lambda, gate_inputs: int):
+def mix_region(x_TD, skip_TD, skip_lambda, skip_gate_G, x0_TD, x_lambda, x0_lambda, source_TD,
+               gate_inputs: int):
     """Residual stream as a layer sees it: plus the skip connection, mixed with the embedding x0.
 
     Layer 0, whose stream is x0 itself, gets x0_TD = None and has its two factors merged into one.
-    Returns the stream, the stream normed, both (T, D), and the leading channels of the latter.
+    Returns the stream, the stream or source_TD if given, normed, both (T, D), and the latter's leading
+    channels.
     """
     dtype, rows = x_TD.dtype, (x_TD.size(0), 1)
     if skip_TD is not None:
@@ -1161,7 +1167,7 @@ def mix_region(x_TD, skip_TD, skip_lambda, skip_gate_G, x0_TD, x_lambda, x0_lamb
     elif x0_lambda is not None:
         x_TD = x_lambda.expand(rows) * x_TD + x0_lambda.expand(rows) * x0_TD
     x_TD = x_TD.to(dtype)
-    h_TD = norm(x_TD)
+    h_TD = norm(x_TD if source_TD is None else source_TD)
     return x_TD, h_TD, h_TD[:, :gate_inputs].contiguous()
 
 
@@ -1397,7 +1403,8 @@ class GPT(nn.Module):
         outputs = {}
         for i, layer in enumerate(cfg.layers):
             mixing = *self.skip_input(i, outputs), x0_TD if i else None, *self.mixing_factors(i)
-            x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, cfg.gate_inputs)
+            source_TD = outputs[cfg.backout_from] if cfg.reads_late(i) else None
+            x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, source_TD, cfg.gate_inputs)
             if layer.window != "none":
                 a = cfg.attention_layers.index(i)
                 (qkv_CD, o_DD), grads = map(split_attention, (weights["attn_bank"][a], attn_grad[a]))

@@ -32,7 +32,8 @@ EQUAL = replace(
 VARIANTS = {  # Adam acts every third step in one, every second in the other: between, its gradients wait
     "keep": ("--document_rest=keep", "--adam_every=3", "--logit_rescale",
              "--smooth_scalars", "--value_skip_gates", "--untied_values",
-             "--draw_output", "--adam_weight_decay=0.005", "--first_max_doc=20"),
+             "--draw_output", "--adam_weight_decay=0.005", "--first_max_doc=20",
+             "--late_attention"),
     "skip": ("--document_rest=skip", "--adam_every=2", "--cut_smear", "--cut_key_offset", "--cut_smear_mtp"),
 }
 

@@ -45,7 +45,7 @@ CFG = t.Config(
     smear_mtp=True, multi_target=True,
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True}
-NEW = {"logit_rescale": True, "value_skip_gates": True}
+NEW = {"logit_rescale": True, "value_skip_gates": True, "late_attention": True}
 ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
@@ -365,6 +365,25 @@ def test_draw_output_starts_o_as_q_k_and_v():
     bound, o = math.sqrt(3) * 0.5 / math.sqrt(32), t.GPT(replace(CFG, draw_output=True)).attn_bank[:, 3]
     assert 0.95 * bound < o.abs().max() <= bound
     assert_close(o.std(), torch.tensor(0.5 / math.sqrt(32)), rtol=0.03, atol=0)
+
+
+@mechanism("late_attention", mix_region={"source_TD": None})
+def test_late_attention_and_its_gates_read_the_backout_layers_output():
+    text, layers = packed(9, 12), (*LAYERS, t.Layer("short"))
+    cfg = replace(CFG, layers=layers, late_attention=True, value_embeds=False, value_skip_gates=True)
+    for source in (0, 2, 3, -1):
+        model = make_model(replace(cfg, backout_from=source))
+        trace, factors = Trace(model, *text), model.attn_lambdas.detach()
+        for a, i in enumerate(cfg.attention_layers):
+            stream = trace.inputs[i]
+            h = rms_normed(trace.outputs[source] if 0 <= source < i else stream)
+            w, gate = model.attn_bank.detach()[a], model.attn_gate.detach()[a]
+            assert_close(trace.heads[a][2].flatten(1), factors[a, 0] * h @ w[2].T)
+            y = trace.gated[a][0] * torch.sigmoid(h[:, : cfg.gate_inputs] @ gate.T)[..., None]
+            after = stream + factors[a, 1] * y.flatten(1) @ w[3].T
+            assert_close(trace.mlp_inputs[i][0], after)
+            assert_close(trace.mlp_inputs[i][1], rms_normed(after))
+        assert_close(trace.mlp_inputs[2][1], rms_normed(trace.inputs[2]))  # of the layer without attention
 
 
 @mechanism("attn_gate", gate_region={"gate_HG": None})
