@@ -188,6 +188,7 @@ class Config:
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
     draw_output: bool = False    # O starts like Q, K and V instead of at 0 (record 64)
     late_attention: bool = False # attention of layers after backout_from reads that layer's output (77)
+    exclusive: bool = False      # heads' outputs lose a learned share of their part along v (82, 2603.09078)
     attn_gate: bool = True
     value_skip_gates: bool = False  # also on value embeddings, by head, and on skip connections (record 55)
     gate_inputs: int = 12        # leading channels read by the gates
@@ -1192,12 +1193,20 @@ def qkv_region(qkv_TC, v_lambda, value_TD, lead_TG, gate_HG, cos_PJ, sin_PJ, sca
     return q_THE, k_THE, v_THE.contiguous()
 
 
-def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
-    """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D)."""
-    factor_TH = out_lambda.expand(y_THE.size(0), 1)
+def gate_region(y_THE, v_THE, exclusive_H, lead_TG, gate_HG, out_lambda) -> Tensor:
+    """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D).
+
+    With exclusive_H, first minus tanh(exclusive_H) times its projection on the token's own value.
+    """
+    factor_TH, dtype = out_lambda.expand(y_THE.size(0), 1), y_THE.dtype
+    if exclusive_H is not None:
+        y_THE, v_THE = y_THE.float(), v_THE.float()
+        along_TH = (y_THE * v_THE).sum(-1) / v_THE.square().sum(-1).clamp_min(1e-8)
+        share_TH = torch.tanh(exclusive_H).expand(along_TH.shape)
+        y_THE = y_THE - (share_TH * along_TH)[..., None] * v_THE
     if gate_HG is not None:
         factor_TH = factor_TH * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)
-    return (y_THE * factor_TH[..., None]).type_as(y_THE).flatten(1)
+    return (y_THE * factor_TH[..., None]).to(dtype).flatten(1)
 
 
 def add_rows_region(total_VD, tokens_T, rows_TD):
@@ -1330,6 +1339,7 @@ class GPT(nn.Module):
     | value_gate                | (.., H, G)        | 0: every gate starts at 1; one for each layer       |
     | skip_gate                 | (skips, G)        | 0: every gate starts at 1                           |
     | attn_lambdas              | (A, 2)            | 0.5 on v, 1 on the output                           |
+    | exclusive_lambdas         | (A, H)            | 0, before a tanh                                    |
     | resid_lambdas, x0_lambdas | (L,)              | 1.1 on the stream, 0 on x0                          |
     | smear_gate, smear_lambda  | (G,), ()          | 0                                                   |
     | skip_lambdas              | (skips,)          | -1.5, before a sigmoid                              |
@@ -1364,6 +1374,8 @@ class GPT(nn.Module):
             self.value_embeds = nn.Parameter(values)
         if cfg.attn_gate:
             self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
+        if cfg.exclusive:
+            self.exclusive_lambdas = nn.Parameter(torch.zeros(A, cfg.heads))
         if cfg.value_skip_gates and cfg.value_layers:
             self.value_gate = nn.Parameter(torch.zeros(len(cfg.value_layers), cfg.heads, cfg.gate_inputs))
         if cfg.value_skip_gates and cfg.skips:
@@ -1399,8 +1411,7 @@ class GPT(nn.Module):
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype, self.regions)
         gate, smear_lambda = (self.smear_gate, self.smear_lambda) if cfg.smear else (None, None)
         x_TD = x0_TD = self.regions["embed_region"](embed_TD, gate, smear_lambda, starts_T, cfg.cut_smear)
-        values = self.value_rows(tokens_T)
-        outputs = {}
+        values, outputs = self.value_rows(tokens_T), {}
         for i, layer in enumerate(cfg.layers):
             mixing = *self.skip_input(i, outputs), x0_TD if i else None, *self.mixing_factors(i)
             source_TD = outputs[cfg.backout_from] if cfg.reads_late(i) else None
@@ -1416,8 +1427,9 @@ class GPT(nn.Module):
                     cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
+                exclusive_H = self.exclusive_lambdas[a] if cfg.exclusive else None
                 gate_HG = self.attn_gate[a] if cfg.attn_gate else None
-                y_TD = self.regions["gate_region"](y_THE, lead_TG, gate_HG, out_lambda)
+                y_TD = self.regions["gate_region"](y_THE, v_THE, exclusive_H, lead_TG, gate_HG, out_lambda)
                 o_TD = Linear.apply(y_TD, o_DD, grads[1])
                 o_TD = adapters.add("o", a, y_TD, o_TD) if adapters else o_TD
                 x_TD, h_TD = Branch.apply(x_TD, o_TD, self.regions)
@@ -1570,6 +1582,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
         scalar("value_gate", lr=(adam,)),
         scalar("skip_gate", lr=(0.05 * adam,)),
         scalar("smear_gate", lr=(adam,)),
+        scalar("exclusive_lambdas", lr=(adam,)),
         scalar("attn_lambdas", lr=(5 * adam,)),
         scalar("resid_lambdas", lr=(5 * adam,)),
         scalar("x0_lambdas", lr=(5 * adam,), betas=(0.65, 0.95)),  # smoothing hurts them
@@ -1584,7 +1597,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
         "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
         "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "resid_lambdas": cfg.x0_mix,
         "x0_lambdas": cfg.x0_mix,
-        "value_gate": cfg.value_skip_gates and cfg.value_layers,
+        "exclusive_lambdas": cfg.exclusive, "value_gate": cfg.value_skip_gates and cfg.value_layers,
         "skip_gate": cfg.value_skip_gates and cfg.skips, "skip_lambdas": cfg.skips,
         "backout_lambda": cfg.backout_from >= 0, "smear_mtp_lambda": cfg.smear_mtp,
     }

@@ -45,7 +45,7 @@ CFG = t.Config(
     smear_mtp=True, multi_target=True,
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True}
-NEW = {"logit_rescale": True, "value_skip_gates": True, "late_attention": True}
+NEW = {"logit_rescale": True, "value_skip_gates": True, "late_attention": True, "exclusive": True}
 ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
@@ -384,6 +384,23 @@ def test_late_attention_and_its_gates_read_the_backout_layers_output():
             assert_close(trace.mlp_inputs[i][0], after)
             assert_close(trace.mlp_inputs[i][1], rms_normed(after))
         assert_close(trace.mlp_inputs[2][1], rms_normed(trace.inputs[2]))  # of the layer without attention
+
+
+@mechanism("exclusive", gate_region={"exclusive_H": None})
+def test_exclusive_attention_subtracts_a_share_of_the_projection_on_the_tokens_own_value():
+    text, cfg = packed(9, 12), replace(CFG, exclusive=True, attn_gate=False)
+    plain = make_model(replace(cfg, exclusive=False))
+    assert not t.GPT(cfg).exclusive_lambdas.any()
+    assert torch.equal(latents(make_model(cfg, exclusive_lambdas=0), *text), latents(plain, *text))
+    model = make_model(cfg, exclusive_lambdas=torch.tensor([[0.5, -1.0]] * 2 + [[100.0, 0.0]]))
+    trace, (_, factors) = Trace(model, *text), model.attn_lambdas.detach().unbind(1)
+    strengths = model.exclusive_lambdas.detach().tanh()[..., None]
+    for (y, out), (_, _, v), strength, factor in zip(trace.gated, trace.heads, strengths, factors):
+        unit = v / v.norm(dim=-1, keepdim=True)
+        assert_close(out, factor * (y - strength * (y * unit).sum(-1, keepdim=True) * unit))
+    (y, out), (_, _, v) = trace.gated[-1], trace.heads[-1]  # of strength 1: nothing is left along v
+    assert_close((out[:, 0] * v[:, 0]).sum(-1), torch.zeros(21), atol=1e-5, rtol=0)
+    assert ((y[1:, 0] * v[1:, 0]).sum(-1).abs() > 1e-2).any()
 
 
 @mechanism("attn_gate", gate_region={"gate_HG": None})
@@ -1007,7 +1024,7 @@ def test_initial_values_are_the_documented_ones():
     model = t.GPT(ALL_ON)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
     zero = ("value_embeds", "head", "mtp_heads", "attn_gate", "value_gate", "skip_gate", "smear_gate",
-            "smear_lambda", "smear_mtp_lambda")  # fmt: skip
+            "smear_lambda", "smear_mtp_lambda", "exclusive_lambdas")  # fmt: skip
     constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5,
                                            "resid_lambdas": torch.tensor(1.1), "x0_lambdas": 0.0}  # fmt: skip
     rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas"}
@@ -1044,7 +1061,7 @@ OFF = {
     "value_embeds": {"value_embeds", "value_gate"}, "attn_gate": {"attn_gate"}, "x0_mix": {"resid_lambdas", "x0_lambdas"},
     "smear": {"smear_gate", "smear_lambda"}, "skip": {"skip_lambdas", "skip_gate"},
     "smear_mtp": {"smear_mtp_lambda"}, "mtp_heads": {"mtp_heads"}, "backout_from": {"backout_lambda"},
-    "value_skip_gates": {"value_gate", "skip_gate"},
+    "value_skip_gates": {"value_gate", "skip_gate"}, "exclusive": {"exclusive_lambdas"},
 }  # fmt: skip
 
 
@@ -1058,7 +1075,7 @@ def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follo
 
 def test_lambdas_are_every_learned_scalar_by_name():
     sizes = {"attn_lambdas": 6, "resid_lambdas": 4, "x0_lambdas": 4, "smear_lambda": 1, "skip_lambdas": 1,
-             "backout_lambda": 1, "smear_mtp_lambda": 1}  # fmt: skip
+             "backout_lambda": 1, "smear_mtp_lambda": 1, "exclusive_lambdas": 6}  # fmt: skip
     model = make_model(ALL_ON)
     found = model.lambdas()
     assert {name: len(values) for name, values in found.items()} == sizes

@@ -301,6 +301,7 @@ FLAGS = {
     "no_smear_no_skip": {"smear": False, "skip": False},
     "no_gates_no_x0": {"attn_gate": False, "x0_mix": False},
     "value_skip_gates": {"value_skip_gates": True},
+    "exclusive": {"exclusive": True},
     "untied_values": {"untied_values": True},
     "gates_of_nothing": {"value_skip_gates": True, "value_embeds": False, "skip": False},
     "bare": {"value_embeds": False, "smear": False, "skip": False, "attn_gate": False, "x0_mix": False,
