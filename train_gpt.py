@@ -38,7 +38,7 @@ STARTED = time.time()  # before torch is imported: that is part of the launch
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -201,6 +201,7 @@ class Config:
     multi_target: bool = False   # use the stages' target weights; off: next token only
     mtp_heads: int = 0           # auxiliary heads for t+2, t+3, ..: trained, not exported
     mtp_weight: float = 0.1      # of the mean auxiliary loss
+    prefix_weight: float = 0.0   # of predicting the next token's longest prefix: stage 1; 2: falls to 0 (88)
     leaky_slope: float = 0.5     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
     cut_smear: bool = False      # these three stop where a document starts (BOS)
     cut_key_offset: bool = False
@@ -1496,6 +1497,10 @@ class GPT(nn.Module):
         h8_TD = self.regions["float8_region"](h_TD.detach(), self.latent_scale)
         return self.weights["mlp8"][i]._replace(h_TD=h8_TD, h_scale=self.latent_scale)
 
+    @cached_property
+    def prefix_V(self) -> Tensor:
+        return torch.from_numpy(load_tokenizer(self.cfg.tokenizer).prefixes).to(self.embed.device)
+
     def value_rows(self, tokens_T: Tensor) -> tuple:
         """Rows of every value-embedding table, one look-up for all: tables of (T, D)."""
         if not self.cfg.value_tables:
@@ -1866,9 +1871,24 @@ class Optimizer:
 
 class Tokenizer(NamedTuple):
     vocab_size: int              # the last id is BOS
-    token_bytes: np.ndarray      # (vocab_size,) bytes of text per token; 0 for BOS
+    texts: list                  # bytes of each token but BOS
     encode: object               # str -> list of ids
     decode: object               # list of ids -> str
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text per token, (vocab_size,); 0 for BOS."""
+        return np.array([*map(len, self.texts), 0])
+
+    @property
+    def prefixes(self) -> np.ndarray:
+        """The token whose text is the longest proper prefix of each token's, (vocab_size,); -1: none."""
+        ids = {text: i for i, text in enumerate(self.texts)}
+
+        def longest(text: bytes) -> int:
+            return next((ids[text[:n]] for n in range(len(text) - 1, 0, -1) if text[:n] in ids), -1)
+
+        return np.array([*map(longest, self.texts), -1])
 
 
 def load_tokenizer(name: str, ranks_only: bool = False) -> Tokenizer:
@@ -1880,7 +1900,7 @@ def load_tokenizer(name: str, ranks_only: bool = False) -> Tokenizer:
         def decode(ids):
             return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
-        return Tokenizer(257, np.append(np.ones(256, np.int64), 0), lambda text: list(text.encode()), decode)
+        return Tokenizer(257, [bytes([i]) for i in range(256)], lambda text: list(text.encode()), decode)
     if name == "gpt2" and ranks_only:
         return Tokenizer(50_257, None, None, None)
     try:
@@ -1901,8 +1921,8 @@ def load_tokenizer(name: str, ranks_only: bool = False) -> Tokenizer:
     except Exception as error:  # tiktoken raises many kinds: no network, damaged file, missing package
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise UserError(f"--tokenizer={name}: {reason}; a FILE.tiktoken works offline") from None
-    lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab - 1)]
-    return Tokenizer(encoding.n_vocab, np.array(lengths + [0]), encoding.encode_ordinary, encoding.decode)
+    texts = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 1)]
+    return Tokenizer(encoding.n_vocab, texts, encoding.encode_ordinary, encoding.decode)
 
 
 def find_shards(cfg: Config, split: str) -> list[Path]:
@@ -2166,7 +2186,8 @@ class StepPlan(NamedTuple):
     windows: dict                # "short", "long" -> tokens
     lr: float                    # multiplier on the table's learning rates
     momentum: float              # of NorMuon
-    weights: tuple               # of the targets t+1, t+2, ..
+    weights: tuple               # of the targets t+1, t+2, .. and, last, of t+1's prefix if that is one
+    prefix: bool
 
     @property
     def kind(self) -> tuple:
@@ -2181,6 +2202,8 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
     stage = cfg.stages[index]
     done = (step - starts[index]) / max(starts[index + 1] - starts[index], 1)
     weights = tuple(a + (b - a) * done for a, b in stage.targets) if cfg.multi_target else (1.0,)
+    prefix = cfg.prefix_weight * (1, 1 - done, 0)[min(index, 2)]
+    weights = (*weights, prefix) if prefix else weights
 
     left = max(0.0, 1 - step / cfg.scheduled_steps)
     share = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0
@@ -2190,7 +2213,7 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
     fall = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
     momentum = 0.85 + 0.1 * max(0.0, min(1.0, rise, fall))
     windows = {"short": stage.window_short, "long": stage.window_long}
-    return StepPlan(stage, index, windows, lr, momentum, weights)
+    return StepPlan(stage, index, windows, lr, momentum, weights, prefix > 0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2220,12 +2243,15 @@ def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: 
     """
     cfg, tokens = model.cfg, batch.tokens
     x_TD = model(tokens[:-1], batch.docs, plan.windows, rotary)
-    latent_TD, count = x_TD.detach(), len(plan.weights)
+    latent_TD, count = x_TD.detach(), len(plan.weights) - plan.prefix
     targets_TK = multi_targets(tokens[1:], max(count, cfg.mtp_heads + 1))
+    own_TK = targets_TK[:, :count]
+    if plan.prefix:
+        own_TK = torch.cat([own_TK, model.prefix_V[tokens[1:], None]], dim=1)
     total, grads = torch.zeros((), device=tokens.device), []
     for lo in range(0, latent_TD.size(0), cfg.loss_chunk):
         x, targets = latent_TD[lo : lo + cfg.loss_chunk], targets_TK[lo : lo + cfg.loss_chunk]
-        loss, grad = head_step(model, x, 0, targets[:, :count], weights[0])
+        loss, grad = head_step(model, x, 0, own_TK[lo : lo + cfg.loss_chunk], weights[0])
         for k in range(1, cfg.mtp_heads + 1):
             grad = grad + head_step(model, x, k, targets[:, k : k + 1], weights[1])[1]
         total += loss

@@ -47,6 +47,7 @@ VARIANTS = {
     "weight decay in Adam": ["--adam_weight_decay=0.005"],
     "late attention reads the backout layer": ["--late_attention"],
     "exclusive attention": ["--exclusive"],
+    "prefix-token prediction": ["--prefix_weight=0.25"],
     "learning-rate floor 0.15": ["--lr_floor=0.15"],
     "documents of 896 in stage 1": ["--first_max_doc=896"],
 }

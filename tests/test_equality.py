@@ -33,7 +33,7 @@ VARIANTS = {  # Adam acts every third step in one, every second in the other: be
     "keep": ("--document_rest=keep", "--adam_every=3", "--logit_rescale",
              "--smooth_scalars", "--value_skip_gates", "--untied_values",
              "--draw_output", "--adam_weight_decay=0.005", "--first_max_doc=20",
-             "--late_attention", "--exclusive"),
+             "--late_attention", "--exclusive", "--prefix_weight=0.25"),
     "skip": ("--document_rest=skip", "--adam_every=2", "--cut_smear", "--cut_key_offset", "--cut_smear_mtp"),
 }
 

@@ -45,7 +45,8 @@ CFG = t.Config(
     smear_mtp=True, multi_target=True,
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True}
-NEW = {"logit_rescale": True, "value_skip_gates": True, "late_attention": True, "exclusive": True}
+NEW = {"logit_rescale": True, "value_skip_gates": True, "late_attention": True, "exclusive": True,
+       "prefix_weight": 0.25}  # fmt: skip
 ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
@@ -562,6 +563,27 @@ def test_multi_target_loss_is_the_weighted_sum_of_the_cross_entropies_of_the_nex
         loss.backward()
         assert_close(micro_backward(model, batch, step), loss.detach())
         assert_close(model.head.grad, plain.head.grad)
+
+
+@mechanism("prefix_weight", cross_entropy={"weights_K": first_target_only},
+           plan_step={"cfg": having(prefix_weight=0.0)})  # fmt: skip
+def test_prefix_weight_adds_the_cross_entropy_with_the_next_tokens_prefix_in_the_first_two_stages():
+    batch, stages = make_batch(9, 12), (*STAGES, t.Stage(0.75, 64, 32, 8, 16, 1.0))
+    prefixes = torch.where(torch.rand(257) < 0.3, -1, torch.randint(256, (257,)))
+    cfg = replace(CFG, stages=stages, prefix_weight=0.25, scheduled_steps=8, loss_chunk=5, mtp_heads=1)
+    for multi, step, weight in ((1, 0, 0.25), (1, 3, 0.25), (0, 4, 0.25), (1, 5, 0.125), (1, 6, 0)):
+        changed = replace(cfg, multi_target=bool(multi))
+        model, without = make_model(changed), make_model(replace(changed, prefix_weight=0.0))
+        model.prefix_V = prefixes
+        losses = [micro_backward(m, batch, step) for m in (model, without)]
+        plain = make_model(changed)
+        logits = plain.logits(latents(plain, batch.tokens[:-1], batch.docs))
+        loss = F.cross_entropy(logits, prefixes[batch.tokens[1:]], ignore_index=-1, reduction="sum")
+        (weight / 64 * loss).backward()
+        assert_close(losses[0] - losses[1], weight / 64 * loss.detach(), rtol=1e-4, atol=1e-6)
+        assert_close(model.head.grad - without.head.grad, plain.head.grad, rtol=1e-4, atol=1e-6)
+        kinds = [t.plan_step(m.cfg, step).kind for m in (model, without)]
+        assert (kinds[0] == kinds[1]) == (weight == 0)
 
 
 @mechanism("mtp_heads", loss_weights={"cfg": having(mtp_weight=0.0)})

@@ -865,6 +865,18 @@ def test_bytes_of_merged_tokens_are_those_of_the_raw_text(rank_file):
     assert Validation(cfg, tokens, tokenizer).bytes == size
 
 
+def test_prefix_of_a_token_is_the_one_with_its_longest_proper_beginning(rank_file):
+    tokenizer = load_tokenizer(str(rank_file))
+    prefixes = {text: int(tokenizer.prefixes[i]) for i, text in enumerate(tokenizer.texts)}
+    assert prefixes == {bytes([i]): -1 for i in range(256)} | {
+        b"th": ord("t"), b" a": ord(" "), "é".encode(): 0xC3, "日".encode()[:2]: 0xE6,
+        "日".encode(): tokenizer.texts.index("日".encode()[:2])}  # fmt: skip
+    assert len(tokenizer.prefixes) == 262 and tokenizer.prefixes[261] == -1
+    assert load_tokenizer("bytes").prefixes.tolist() == [-1] * 257
+    model = GPT(replace(SMALL, tokenizer=str(rank_file), prefix_weight=0.25))
+    assert model.prefix_V.tolist() == tokenizer.prefixes.tolist()
+
+
 def test_rank_file_that_changed_is_read_again(rank_file, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     assert load_tokenizer(str(rank_file)).vocab_size == 262
