@@ -201,7 +201,7 @@ class Config:
     multi_target: bool = False   # use the stages' target weights; off: next token only
     mtp_heads: int = 0           # auxiliary heads for t+2, t+3, ..: trained, not exported
     mtp_weight: float = 0.1      # of the mean auxiliary loss
-    prefix_weight: float = 0.0   # of predicting the next token's longest prefix: stage 1; 2: falls to 0 (88)
+    prefix_weight: float = 0.0   # of predicting the next token's prefix: in stage 1, to 0 over stage 2 (88)
     leaky_slope: float = 0.5     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
     cut_smear: bool = False      # these three stop where a document starts (BOS)
     cut_key_offset: bool = False
@@ -1499,6 +1499,7 @@ class GPT(nn.Module):
 
     @cached_property
     def prefix_V(self) -> Tensor:
+        """Prefix of each token; read once, when a training step first needs it."""
         return torch.from_numpy(load_tokenizer(self.cfg.tokenizer).prefixes).to(self.embed.device)
 
     def value_rows(self, tokens_T: Tensor) -> tuple:
@@ -2186,7 +2187,7 @@ class StepPlan(NamedTuple):
     windows: dict                # "short", "long" -> tokens
     lr: float                    # multiplier on the table's learning rates
     momentum: float              # of NorMuon
-    weights: tuple               # of the targets t+1, t+2, .. and, last, of t+1's prefix if that is one
+    weights: tuple               # of the targets t+1, t+2, .. and, if `prefix`, of t+1's prefix
     prefix: bool
 
     @property

@@ -77,6 +77,7 @@ def train_as_rank(rank, root, jobs):
     torch.set_num_threads(1)
     train_gpt.TRACKS["tiny"] = EQUAL
     train_gpt.build_model = lambda cfg, hardware: randomise(GPT(cfg))
+    GPT.prefix_V = torch.arange(BOS + 1) - 1  # bytes have no prefixes
     step, validate, models = train_gpt.train_step, Validation.run, []
     train_gpt.finish = lambda cfg, model, *rest: models.append(model)
     for job, port in jobs:
