@@ -126,7 +126,7 @@ class Config:
     eval_context: int = 2048     # tokens of a window (stride, ttt-sgd, ttt-lora) ..
     eval_stride: int = 32        # .. of which the last are scored, and learnt from by ttt-lora
     eval_batch: int = 32_768     # tokens that run at a time
-    lora_slots: int = 64         # documents that are under way at a time
+    eval_slots: int = 64         # documents under way at a time
     lora_rank: int = 16
     lora_lr: float = 1e-3
     lora_beta2: float = 0.999
@@ -331,7 +331,7 @@ RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temper
              "attention", "kernels", "fp8", "graphs", "warmup", "deterministic", "watchdog", "data",
              "tokenizer")
 # And with --checkpoint alone: what --eval does.
-EVAL_FLAGS = ("eval", "eval_every", "eval_context", "eval_stride", "eval_batch", "lora_slots", "lora_rank",
+EVAL_FLAGS = ("eval", "eval_every", "eval_context", "eval_stride", "eval_batch", "eval_slots", "lora_rank",
               "lora_lr", "lora_beta2", "lora_matrices", "sgd_chunk", "sgd_lr", "sgd_epochs", "sgd_momentum",
               "sgd_clip", "sgd_weights", "val_tokens")
 EVALUATIONS = "packed", "document", "stride", "ttt-sgd", "ttt-lora"
@@ -339,7 +339,7 @@ LORA_MATRICES = "q", "k", "v", "o", "up", "down", "head"
 MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
     ("epochs", "micro_batches", "val_chunk", "val_every", "scheduled_steps", "width", "heads", "mlp_ratio",
      "loss_chunk", "adam_every", "sample_tokens", "gate_inputs", "eval_every", "eval_context", "eval_stride",
-     "eval_batch", "lora_slots", "lora_rank", "sgd_chunk"), 1)  # every other number: 0
+     "eval_batch", "eval_slots", "lora_rank", "sgd_chunk"), 1)  # every other number: 0
 BOOLEANS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 
 
@@ -1192,10 +1192,8 @@ def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bo
     return (x_TD + mtp_lambda.expand(x_TD.size(0), 1) * shifted_TD).type_as(x_TD)
 
 
-def loss_region(x_TD, head_VD, targets_T, softcap: float, update_TV=None) -> Tensor:
-    """Cross entropy in an evaluation, (T,) float32, 0 where the target is -1. update_TV: added to logits."""
-    logits_TV = x_TD @ head_VD.to(x_TD.dtype).T
-    logits_TV = logits_TV if update_TV is None else logits_TV + update_TV
+def loss_region(logits_TV, targets_T, softcap: float) -> Tensor:
+    """Cross entropy in an evaluation, before the soft cap: (T,) float32, 0 where the target is -1."""
     return F.cross_entropy(cap(logits_TV, softcap), targets_T, ignore_index=-1, reduction="none")
 
 
@@ -1445,9 +1443,13 @@ class GPT(nn.Module):
     def mixing_factors(self, i: int) -> tuple:
         return tuple(self.resid_lambdas[i].unbind()) if self.cfg.x0_mix else (None, None)
 
+    def products(self, x_TD: Tensor) -> Tensor:
+        """Logits before the soft cap, (T, V), of final latents, in their dtype."""
+        return x_TD @ self.head.to(x_TD.dtype).T
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """Soft-capped float32 logits (T, V) of final latents."""
-        return cap(x_TD @ self.head.to(x_TD.dtype).T, self.cfg.softcap)
+        return cap(self.products(x_TD), self.cfg.softcap)
 
     def lambdas(self) -> dict:
         """Learned scalars by name, for the log."""
@@ -2310,7 +2312,7 @@ class Validation:
             tokens, docs = to_device(batch, device)
             x_TD = model(tokens[:-1], docs, windows, rotary)
             for x, targets in zip(x_TD.split(self.cfg.loss_chunk), tokens[1:].split(self.cfg.loss_chunk)):
-                loss_T = model.regions["loss_region"](x, model.head, targets, self.cfg.softcap)
+                loss_T = model.regions["loss_region"](model.products(x), targets, self.cfg.softcap)
                 totals[i] += loss_T.sum(dtype=torch.float64)
             beat()
         nats = world.all_reduce(totals).sum().item()  # in the order of chunks, at every world size
@@ -2462,12 +2464,11 @@ def window_losses(model: GPT, batch: WindowBatch, rotary: Rotary, adapters=None)
     cfg, losses = model.cfg, []
     x_TD = model(batch.tokens, batch.docs, final_windows(cfg), rotary, adapters)
     x_RD = x_TD.index_select(0, batch.rows)
-    update_RV = adapters.head_update(x_RD) if adapters else None
-    for lo in range(0, len(x_RD), cfg.loss_chunk):
-        part = slice(lo, lo + cfg.loss_chunk)
-        update = None if update_RV is None else update_RV[part]
-        losses.append(model.regions["loss_region"](x_RD[part], model.head, batch.targets[part], cfg.softcap,
-                                                   update))
+    if adapters:
+        return model.regions["loss_region"](adapters.add_head(x_RD, model.products(x_RD)), batch.targets,
+                                            cfg.softcap)
+    for x, targets in zip(x_RD.split(cfg.loss_chunk), batch.targets.split(cfg.loss_chunk)):
+        losses.append(model.regions["loss_region"](model.products(x), targets, cfg.softcap))
     return torch.cat(losses)
 
 
@@ -2506,12 +2507,12 @@ class Adapters(NamedTuple):
                 parts[j] = torch.baddbmm(parts[j], x_NBC @ a.mT, b.mT)
         return (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).view_as(y_TR)
 
-    def head_update(self, x_RD: Tensor) -> Tensor | None:
-        """What the head's logits, (R, V), change by; the same number of rows for each window."""
+    def add_head(self, x_RD: Tensor, logits_RV: Tensor) -> Tensor:
+        """Logits with the update of the head; the same number of rows for each window."""
         if "head" not in self.pairs:
-            return None
+            return logits_RV
         a, b = self.pairs["head"][0]
-        return (x_RD.view(a.size(0), -1, x_RD.size(1)) @ a.mT @ b.mT).flatten(0, 1)
+        return logits_RV + (x_RD.view(a.size(0), -1, x_RD.size(1)) @ a.mT @ b.mT).flatten(0, 1)
 
 
 class LoRA:
@@ -2591,7 +2592,7 @@ class Evaluation:
     def score(self, documents: list[list]) -> np.ndarray:
         scores = Scores(len(self.tokens), self.device)
         own = deal_documents(documents, self.world)
-        self.run(scores, continuous_batches(own, self.cfg.lora_slots, self.cfg.eval_batch))
+        self.run(scores, continuous_batches(own, self.cfg.eval_slots, self.cfg.eval_batch))
         return scores.collect(self.tokens, self.cfg.bos, self.world)
 
     @torch.no_grad()
@@ -2603,8 +2604,8 @@ class Evaluation:
     def ttt_lora(self, schedule=continuous_batches) -> np.ndarray:
         """As stride; after each window adapters of the document's own learn from what it has just scored."""
         cfg, scores = self.cfg, Scores(len(self.tokens), self.device)
-        lora, own = LoRA(cfg, cfg.lora_slots, self.device), self.windows(cfg.eval_context, cfg.eval_stride)
-        for turns in schedule(deal_documents(own, self.world), cfg.lora_slots, cfg.eval_batch):
+        lora, own = LoRA(cfg, cfg.eval_slots, self.device), self.windows(cfg.eval_context, cfg.eval_stride)
+        for turns in schedule(deal_documents(own, self.world), cfg.eval_slots, cfg.eval_batch):
             for turn in turns:
                 if turn.fresh:
                     lora.reset(turn.slot)
@@ -2635,7 +2636,6 @@ class Evaluation:
         weights = [p for name, p in named.items() if name in chosen or chosen == ["all"]]
         optimizer = torch.optim.SGD(weights, lr=cfg.sgd_lr, momentum=cfg.sgd_momentum)
         chunks = self.chunks()
-        model.requires_grad_(True)
         try:
             for i, windows in enumerate(chunks):
                 own = [[window] for window in windows[self.world.rank :: self.world.size]]
@@ -2648,7 +2648,6 @@ class Evaluation:
                 for p, before in zip(model.parameters(), kept):
                     p.copy_(before)
                     p.grad = None
-            model.requires_grad_(False)
             model.refresh()
         return scores.collect(self.tokens, cfg.bos, self.world)
 
@@ -2668,6 +2667,7 @@ class Evaluation:
         plan = plan_step(cfg, cfg.total_steps)._replace(windows=final_windows(cfg), weights=(1.0,))
         loss = torch.tensor([1 / (hi - lo)], device=self.device), torch.zeros(1, device=self.device)
         edges = np.linspace(lo, hi, cfg.micro_batches + 1).astype(int)
+        model.requires_grad_(True)
         for first, end in list(zip(edges, edges[1:]))[self.world.rank :: self.world.size]:
             tokens = self.tokens[first : end + 1].astype(np.int64)
             starts = np.append(0, np.flatnonzero(tokens[1:-1] == cfg.bos) + 1)
@@ -2677,6 +2677,7 @@ class Evaluation:
             self.world.all_reduce(gradient(p))
         nn.utils.clip_grad_norm_(weights, cfg.sgd_clip)
         optimizer.step()
+        model.requires_grad_(False)
         for p in model.parameters():
             gradient(p).zero_()
         model.refresh()
@@ -3486,7 +3487,7 @@ def evaluate(cfg: Config, hardware: Hardware, world: World):
         try:
             results[name], nats[name] = measure(name, model, val, hardware, world)
         except torch.OutOfMemoryError:
-            raise UserError(f"{name}: too little GPU memory: lower --lora_slots=, --lora_rank= or "
+            raise UserError(f"{name}: too little GPU memory: lower --eval_slots=, --lora_rank= or "
                             "--eval_batch=") from None
         log.line(f"{name}: {results[name]['seconds']:.1f} s")
     log.line(evaluation_table(results))
