@@ -1057,7 +1057,7 @@ def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tenso
     """The same through torch's variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest = docs
+    cu, longest, _ = docs
     options = {"scale": 1.0, "window_size": (window, 0)}
     if "num_splits" in varlen_parameters():
         options["num_splits"] = 1  # FlashAttention 3 would split, which costs more than it gives here

@@ -17,8 +17,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablation  # noqa: E402
 import kernels  # noqa: E402
 import scaling  # noqa: E402
+import ttt  # noqa: E402
 
-from small import train_gpt, write_corpus  # noqa: E402
+from small import SMALL, train_gpt, write_corpus  # noqa: E402
 
 
 def result(loss: float) -> dict:
@@ -189,3 +190,41 @@ def test_step_goes_on_after_a_variant_that_does_not_fit(monkeypatch, capsys, tmp
     out = capsys.readouterr().out
     assert "| large | doesn't fit |" in out and "| other | 2,048 |" in out
     assert json.loads((tmp_path / "out").read_text())["large"]["stages"] == []
+
+
+def windows_of(*counts):
+    """Documents of so many windows."""
+    return [train_gpt.document_windows(1000 * d, 1000 * d + 8 * n + 1, 32, 8) for d, n in enumerate(counts)]
+
+
+def test_neighbours_run_in_step_until_the_longest_of_them_ends():
+    documents = windows_of(1, 5, 2, 3, 4)
+    batches = list(ttt.neighbours(documents, 2, 0))
+    assert [len(batch) for batch in batches] == [2] * 8 + [1]
+    scored = [turn.window for batch in batches for turn in batch if turn.window.first < turn.window.hi]
+    assert sorted(scored) == sorted(window for windows in documents for window in windows)
+    assert all(len({turn.window.hi - turn.window.lo for turn in batch}) == 1 for batch in batches)
+    dropped = list(ttt.neighbours(documents, 2, 0, drop=True))
+    assert [len(batch) for batch in dropped] == [2, 2, 2, 2, 1, 2, 2, 1, 1]
+    assert sorted(turn.window for batch in dropped for turn in batch) == sorted(scored)
+
+
+def test_schedules_and_settings_of_test_time_training_are_compared(tmp_path, monkeypatch, capsys):
+    data, out = write_corpus(tmp_path / "data", val_tokens=200), tmp_path / "out.json"
+    model = train_gpt.GPT(SMALL)
+    train_gpt.export_model(tmp_path / "model.safetensors", model)
+    arguments = ["--settings=lora_lr=0.01;lora_lr=0,eval_stride=16", f"--checkpoint={tmp_path}/model.safetensors",
+                 f"--data={data}", "--eval_context=32", "--eval_stride=8", "--eval_slots=3", "--eval_batch=128",
+                 "--lora_rank=2", "--sgd_chunk=64", "--device=cpu", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", ["ttt.py", *arguments])
+    ttt.main()
+    results = json.loads(out.read_text())
+    assert list(results["schedules"]) == list(ttt.SCHEDULES)
+    first, *others = results["schedules"].values()
+    assert all(row["nats"] == pytest.approx(first["nats"], rel=1e-4) for row in others)
+    assert first["tokens"] < results["schedules"]["neighbours"]["tokens"]
+    assert [row["point"] for row in results["settings"]] == [
+        {"lora_lr": "0.01"}, {"lora_lr": "0", "eval_stride": "16"}]
+    assert results["settings"][0]["gain"] != 0 and results["settings"][1]["gain"] == 0
+    printed = capsys.readouterr().out
+    assert "| neighbours, ended ones dropped |" in printed and "| lora_lr=0 eval_stride=16 |" in printed

@@ -667,6 +667,23 @@ def test_attention_reference_equals_a_masked_softmax(seed):
         assert_close(found, expected, atol=1e-12, rtol=1e-10)
 
 
+def test_attention_varlen_hands_documents_and_window_to_torch(monkeypatch):
+    """Its result is tested on a GPU."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    tokens, docs = packed(9, 12)
+    starts = torch.zeros(21, dtype=torch.bool)
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size, **options):
+        assert cu_q is cu_k and (max_q, max_k, scale) == (12, 12, 1.0) and options.get("num_splits", 1) == 1
+        return t.attention_reference(q, k, v, t.Documents(cu_q, max_q), window_size[0])
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    q, k, v = torch.randn(3, 21, 2, 8)
+    for some in (docs, docs._replace(first_T=starts)):
+        found = t.attention_varlen(q, k, v, some, 5)
+        assert torch.equal(found, t.attention_reference(q, k, v, docs, 5))
+
+
 def test_a_layer_adds_gated_attention_then_the_mlp_of_the_normed_stream():
     lengths = 9, 12
     model = make_model(replace(CFG, value_embeds=False))
