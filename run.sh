@@ -272,7 +272,8 @@ url_answers() {
 
 check_packages() {
     PYTHONDONTWRITEBYTECODE='' run_step "$VENV/bin/python" -c \
-        'import torch, numpy, safetensors, tqdm, pytest, scipy.stats, matplotlib.pyplot, torch.distributed.run' \
+        'import torch, numpy, safetensors, tqdm, pytest, xdist, scipy.stats, matplotlib.pyplot
+import torch.distributed.run' \
         >>"$LOG" 2>&1 ||
         { FAILURE="the installed packages do not import: $(last_error)"; return 1; }
 }
@@ -376,6 +377,8 @@ run_tests() {
     count_gpus
     setup torch numpy safetensors tqdm pytest
     cd -- "$HERE"
+    # All of them: in two processes, a file in one of them, for what its tests share; each computes with one thread.
+    if ((!$#)) && "$PY" -c 'import xdist' 2>/dev/null; then set -- -n 2 --dist loadfile --no-loadscope-reorder; fi
     run_child "$PY" -m pytest -q --rootdir="$HERE" tests "$@"
 }
 

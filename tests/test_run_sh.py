@@ -37,8 +37,8 @@ if "--version" not in sys.argv:
     if mode == "only-cuda" and "torch==2.13.0+cpu" in sys.argv:
         sys.exit("ERROR: No matching distribution found for torch==2.13.0+cpu")
     if "install" in sys.argv:
-        end = time.monotonic() + 600
-        while mode == "hang" and not os.path.exists(os.environ["INSTALLED"] + ".now") and time.monotonic() < end:
+        end = time.monotonic() + (600 if mode == "hang" else 0)
+        while time.monotonic() < end and not os.path.exists(os.environ["INSTALLED"] + ".now"):
             time.sleep(0.01)
         open(os.environ["INSTALLED"], "w").close()
         note("pip done")
@@ -77,7 +77,7 @@ from journal import note
 note("pytest")
 sys.exit(int(os.environ.get("EXIT", 0)))
 """,
-    **{f"{name}.py": "" for name in ("numpy", "safetensors", "tqdm")},
+    **{f"{name}.py": "" for name in ("numpy", "safetensors", "tqdm", "xdist")},
     **{f"{name}/__init__.py": "" for name in ("scipy", "matplotlib")},
     "scipy/stats.py": "",
     "matplotlib/pyplot.py": "",
@@ -216,7 +216,8 @@ def test_no_arguments_train_tiny_on_its_sample(box):
     assert result.returncode == 0 and box.names() == ["sample", "train"]
     assert box.calls("train")[0]["args"] == ["--track=tiny"]
     lines = result.out.splitlines()
-    assert re.fullmatch(r"setup: \d+ s \(already installed\)", lines[0]) and re.fullmatch(r"run: \d+ s", lines[-1])
+    assert re.fullmatch(r"setup: \d+ s \(already installed\)", lines[0])
+    assert re.fullmatch(r"run: \d+ s", lines[-1])
 
 
 def test_arguments_directory_and_exit_code_pass_through(box):
@@ -265,6 +266,14 @@ def test_tests_run_from_the_repository(box):
     call = box.calls("pytest")[0]
     assert result.returncode == 1 and call["cwd"] == str(box.repo)
     assert call["args"] == ["-q", f"--rootdir={box.repo}", "tests", "-k", "a b"]
+
+
+def test_all_tests_run_in_two_processes_if_there_is_xdist(box, tmp_path):
+    plain = ["-q", f"--rootdir={box.repo}", "tests"]
+    assert box.run("test").returncode == 0
+    assert box.calls("pytest")[0]["args"] == [*plain, "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    (tmp_path / "fakes/xdist.py").write_text("raise ImportError")
+    assert box.run("test").returncode == 0 and box.calls("pytest")[0]["args"] == plain
 
 
 def test_ci_calls_exactly_run_sh_test(tmp_path):
@@ -344,7 +353,8 @@ def test_first_run_installs_and_the_second_does_not(fresh):
     assert "(installed torch 2.13.0, python 3." in first.out
     second = fresh.run("tiny", FAKE_PIP="offline")
     assert fresh.names() == ["sample", "train"] and "(already installed)" in second.out
-    assert Path(f"{fresh.journal}.starts").read_text() == "..."  # and quick: but for these, one that asks the version
+    # and quick: it starts Python for these, and once to ask for its version
+    assert Path(f"{fresh.journal}.starts").read_text() == "..."
 
 
 def test_a_gpu_gets_the_normal_torch(fresh):
