@@ -42,7 +42,7 @@ from small import CPU, SMALL, free_port, train_gpt, write_corpus
 
 STEPS = 32
 TRACK = replace(SMALL, vocab_size=0, scheduled_steps=STEPS, val_every=1000, sample_tokens=1)
-PATIENCE = 60  # seconds after which a run that hasn't ended is lost
+PATIENCE = 180  # seconds after which a run that hasn't ended is lost
 
 
 class NotStruck(Exception):
