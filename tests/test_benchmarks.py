@@ -42,19 +42,20 @@ def test_every_variant_is_made_of_flags_that_exist():
         train_gpt.parse_config(["--track=sprint", *flags])
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_toy_sweep_runs_and_goes_on_where_it_stopped(tmp_path, finished):
+@pytest.mark.parametrize("left", [2, 0])
+def test_a_toy_sweep_runs_and_goes_on_where_it_stopped(tmp_path, left):
     data, out = write_corpus(tmp_path / "data"), tmp_path / "out.json"
-    if finished:
-        done = {f"default seed {i}": result(3.0 + i / 100) for i in range(2)} | {"backout off": result(3.5)}
-        out.write_text(json.dumps(done))
+    whole = {f"default seed {i}": result(3.0 + i / 100) for i in range(2)} | {"backout off": result(3.5)}
+    done = dict(list(whole.items())[: 3 - left])
+    out.write_text(json.dumps(done))
     command = [sys.executable, ROOT / "benchmarks" / "ablation.py", "--track=tiny", f"--data={data}",
                "--scheduled_steps=2", "--width=32", "--val_every=2", "--sample_tokens=1", "--epochs=50",
                "--device=cpu", "--seeds=2", "--only=backout off", f"--out={out}"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
     assert "| default, n = 2 |" in run.stdout and "| backout off |" in run.stdout
-    assert set(json.loads(out.read_text())) == {"default seed 0", "default seed 1", "backout off"}
+    found = json.loads(out.read_text())
+    assert found.keys() == whole.keys() and [name for name in done if found[name] != done[name]] == []
 
 
 @pytest.mark.parametrize("interpreted", ["0", "1"])
@@ -64,7 +65,7 @@ def test_every_kernel_is_timed_and_checked(tmp_path, interpreted):
     out = tmp_path / "out.json"
     run = subprocess.run([sys.executable, ROOT / "benchmarks" / "kernels.py", "--stages=1", f"--out={out}"],
                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": interpreted},
-                         capture_output=True, text=True, timeout=120)
+                         capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
     mode = "pointer" if interpreted == "1" else "reference"
     assert run.stdout.startswith("toy size") and f"{mode} kernels" in run.stdout
@@ -103,7 +104,7 @@ def test_a_wrong_kernel_fails_the_benchmark(name, factor, monkeypatch, capsys):
 def run_step(*arguments):
     command = [sys.executable, ROOT / "benchmarks" / "step.py", "--track=tiny", "--device=cpu", "--width=32",
                "--micro_batches=2", "--val_chunk=512", "--steps=2", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
 def test_step_times_every_stage_of_the_default_and_a_variant_and_counts_compilations(tmp_path):
@@ -161,13 +162,14 @@ def test_medians_are_of_pairs_within_a_stage_without_validations_and_profiled_st
 def test_scaling_compares_one_process_with_two(tmp_path):
     data, out = write_corpus(tmp_path / "data", 70_000), tmp_path / "out.json"
     flags = ["--track=tiny", "--device=cpu", f"--data={data}", "--width=32", "--val_chunk=512", "--val_every=12",
-             "--scheduled_steps=12", "--micro_batches=2", "--gpus=1,2", "--profile", f"--out={out}"]
+             "--scheduled_steps=12", "--micro_batches=2", f"--out={out}"]
     command = [sys.executable, ROOT / "benchmarks" / "scaling.py", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert run.returncode == 0, run.stderr
+    for more in (["--gpus=1"], ["--gpus=1,2", "--profile"]):  # the second goes on from the first
+        run = subprocess.run([*command, *more], capture_output=True, text=True, timeout=500)
+        assert run.returncode == 0, run.stderr
     one, two = json.loads(out.read_text())
-    assert (one["gpus"], two["gpus"]) == (1, 2) and one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-3)
+    assert (one["gpus"], two["gpus"]) == (1, 2) and "exposed_ms" in two
+    assert one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-3)
     assert len(one["stages"]) == len(two["stages"]) == 3 and all(s["seconds"] > 0 for s in two["stages"])
     assert run.stdout.count("| 1 |") == run.stdout.count("| 2 |") == 1
 
