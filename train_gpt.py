@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=1 train_gpt.py --track=sprint       # 210 steps on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track=short        # 3.28 on FineWeb
     python train_gpt.py --checkpoint=FILE --sample="Once upon"                 # or --export=model.safetensors
+    python train_gpt.py --checkpoint=FILE --eval=document,stride,ttt-lora      # test-time training
 
 `./run.sh [track]` sets everything up first. Any field of `Config` is a flag: --name=value.
 
@@ -304,7 +305,8 @@ TRACKS = {
         layers=TINY_LAYERS, stages=TINY_STAGES, width=128, heads=2, scheduled_steps=250, backout_from=2,
         micro_batches=2, document_rest="keep", epochs=4, loss_chunk=4096, val_chunk=16_384, val_every=50,
         val_window_short=128, val_window_long=512, attn_scale=0.15, adam_lr=0.016, attn_lr_ratio=1.0,
-        momentum_warmup=100, momentum_cooldown=25, sample="The module ",
+        momentum_warmup=100, momentum_cooldown=25, sample="The module ", eval_context=512, eval_batch=8192,
+        lora_lr=0.002, sgd_chunk=2048, sgd_lr=0.1,
     ),
     "sprint": replace(
         SHORT, track="sprint", scheduled_steps=200, extension_steps=10, val_tokens=2_097_152, val_every=50
@@ -3172,7 +3174,8 @@ class Launch:
 
 def compilations() -> int:
     """Graphs that torch.compile has made so far in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    dynamo = sys.modules.get("torch._dynamo")  # whose import takes a second
+    return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 class Profiler:
