@@ -136,7 +136,7 @@ class Config:
     sgd_lr: float = 0.002        # of the first chunk; falls as a cosine
     sgd_epochs: int = 1
     sgd_momentum: float = 0.9
-    sgd_clip: float = 1.0        # norm of the gradient
+    sgd_clip: float = 1.0        # largest norm of the gradient; 0: any
     sgd_weights: str = "all"     # or names of parameters, by commas
     # data
     data: str = ""               # folder with *_train_*.bin and *_val_*.bin; "": data/<dataset>
@@ -435,9 +435,12 @@ def check_evaluation(cfg: Config):
     """Raise UserError if --eval can't be done as its flags say."""
     if not cfg.checkpoint:
         raise UserError(f"--eval={cfg.eval}: needs the model, --checkpoint=FILE")
-    for flag, known in (("eval", EVALUATIONS), ("lora_matrices", LORA_MATRICES)):
+    if cfg.sample or cfg.export:
+        raise UserError("--eval: without --sample and --export, which are for a command of their own")
+    weights = tuple(row.name for row in optimizer_table(cfg))
+    for flag, known in (("eval", EVALUATIONS), ("lora_matrices", LORA_MATRICES), ("sgd_weights", weights)):
         given = getattr(cfg, flag).split(",")
-        for name in given:
+        for name in given if (flag, given) != ("sgd_weights", ["all"]) else []:
             if name not in known or given.count(name) > 1:
                 raise UserError(f"--{flag}={getattr(cfg, flag)}: expected some of {','.join(known)}")
     if cfg.eval_stride > cfg.eval_context:
@@ -2385,9 +2388,12 @@ def find_documents(tokens: np.ndarray, bos: int) -> list[tuple]:
 
 
 def document_windows(lo: int, hi: int, context: int, stride: int) -> list[Window]:
-    """Windows of at most `context` tokens that score the targets lo + 1 .. hi - 1, `stride` at a time."""
-    pieces = ((first, min(first + stride, hi - 1)) for first in range(lo, hi - 1, stride))
-    return [Window(max(lo, end - context), first, end) for first, end in pieces]
+    """Windows of at most `context` tokens that score the targets lo + 1 .. hi - 1, `stride` at a time.
+
+    Where a window begins doesn't depend on where the document ends, which its tokens must not know.
+    """
+    return [Window(max(lo, first + stride - context), first, min(first + stride, hi - 1))
+            for first in range(lo, hi - 1, stride)]
 
 
 def deal_documents(documents: list, world: World) -> list:
@@ -2574,9 +2580,9 @@ class Evaluation:
     def __init__(self, model: GPT, tokens: np.ndarray, world: World):
         self.model, self.cfg, self.tokens, self.world = model, model.cfg, tokens, world
         self.device, self.documents = model.embed.device, find_documents(tokens, model.cfg.bos)
-        longest = max((hi - lo for lo, hi in self.documents), default=0)
-        positions = self.cfg.eval_batch + min(longest, max(self.cfg.val_chunk, self.cfg.eval_context)) + BLOCK
-        self.rotary = build_rotary(self.cfg, len(self.cfg.stages) - 1, positions, self.device)
+        cfg = self.cfg
+        positions = max(cfg.eval_batch, cfg.val_chunk, cfg.eval_context, cfg.sgd_chunk) + BLOCK
+        self.rotary = build_rotary(cfg, len(cfg.stages) - 1, positions, self.device)
         model.requires_grad_(False)
         model.refresh()
 
@@ -2632,10 +2638,8 @@ class Evaluation:
         """As stride, chunk by chunk of the stream; after each the model's weights learn from it."""
         cfg, model, scores = self.cfg, self.model, Scores(len(self.tokens), self.device)
         kept = [p.detach().clone() for p in model.parameters()]
-        named, chosen = dict(model.named_parameters()), cfg.sgd_weights.split(",")
-        if chosen != ["all"] and not set(chosen) <= set(named):
-            raise UserError(f"--sgd_weights={cfg.sgd_weights}: expected all, or some of {','.join(named)}")
-        weights = [p for name, p in named.items() if name in chosen or chosen == ["all"]]
+        chosen = cfg.sgd_weights.split(",")
+        weights = [p for name, p in model.named_parameters() if name in chosen or chosen == ["all"]]
         optimizer = torch.optim.SGD(weights, lr=cfg.sgd_lr, momentum=cfg.sgd_momentum)
         chunks = self.chunks()
         try:
@@ -2650,6 +2654,7 @@ class Evaluation:
                 for p, before in zip(model.parameters(), kept):
                     p.copy_(before)
                     p.grad = None
+            model.requires_grad_(False)
             model.refresh()
         return scores.collect(self.tokens, cfg.bos, self.world)
 
@@ -2670,14 +2675,16 @@ class Evaluation:
         loss = torch.tensor([1 / (hi - lo)], device=self.device), torch.zeros(1, device=self.device)
         edges = np.linspace(lo, hi, cfg.micro_batches + 1).astype(int)
         model.requires_grad_(True)
-        for first, end in list(zip(edges, edges[1:]))[self.world.rank :: self.world.size]:
+        pieces = [(first, end) for first, end in zip(edges, edges[1:]) if first < end]
+        for first, end in pieces[self.world.rank :: self.world.size]:
             tokens = self.tokens[first : end + 1].astype(np.int64)
             starts = np.append(0, np.flatnonzero(tokens[1:-1] == cfg.bos) + 1)
             batch = MicroBatch(torch.from_numpy(tokens), to_documents(starts, len(tokens) - 1))
             backward_micro_batch(model, to_device(batch, self.device), plan, self.rotary, loss)
         for p in weights:
             self.world.all_reduce(gradient(p))
-        nn.utils.clip_grad_norm_(weights, cfg.sgd_clip)
+        if cfg.sgd_clip:
+            nn.utils.clip_grad_norm_(weights, cfg.sgd_clip)
         optimizer.step()
         model.requires_grad_(False)
         for p in model.parameters():
@@ -3475,11 +3482,14 @@ def use_checkpoint(cfg: Config, hardware: Hardware):
 
 def evaluate(cfg: Config, hardware: Hardware, world: World):
     """--eval: the validation tokens scored by a checkpoint's model in several ways; a table and a plot."""
-    model, log = load_model(cfg.checkpoint, cfg, hardware), Log(cfg, world)
-    tokenizer = optional_tokenizer(cfg, log.line)
+    model = load_model(cfg.checkpoint, cfg, hardware)
+    tokenizer = optional_tokenizer(cfg, print if world.rank == 0 else lambda text: None)
     val = Validation.load(cfg, tokenizer)
     documents = find_documents(val.tokens.numpy(), cfg.bos)[:: cfg.eval_every]
     val = val.part(documents, tokenizer)
+    if (val.tokens[1:] == cfg.bos).all():
+        raise UserError(f"--eval_every={cfg.eval_every}: no token to score in {len(documents)} documents")
+    log = Log(cfg, world)
     log.line(f"config {json.dumps(config_to_json(cfg))}", console=False)
     log.line(f"source sha256:{source_sha256()} git:{git_commit()} torch:{torch.__version__} "
              f"{hardware.reasons['device']} world_size:{world.size}")
@@ -3492,13 +3502,16 @@ def evaluate(cfg: Config, hardware: Hardware, world: World):
         except torch.OutOfMemoryError:
             raise UserError(f"{name}: too little GPU memory: lower --eval_slots=, --lora_rank= or "
                             "--eval_batch=") from None
-        log.line(f"{name}: {results[name]['seconds']:.1f} s")
+        log.line(f"{name}: loss {results[name]['loss']:.4f}, {results[name]['seconds']:.1f} s")
+        log.metric(method=name, **results[name])
     log.line(evaluation_table(results))
-    for name, result in results.items():
-        log.metric(method=name, **result)
     gains = {name: nats["stride"] - x for name, x in nats.items() if x is not None and "stride" in nats}
     if log.active and len(gains) > 1:
-        log.line(f"plot: {write_gain_plot(log.folder, find_documents(val.tokens.numpy(), cfg.bos), gains)}")
+        try:
+            plot = write_gain_plot(log.folder, find_documents(val.tokens.numpy(), cfg.bos), gains)
+        except OSError as error:
+            plot = f"not drawn: {error}"
+        log.line(f"plot: {plot}")
     log.line(f"log: {log.folder}")
 
 
@@ -3534,7 +3547,8 @@ def synthetic_documents(cfg: Config) -> Validation:
     """Random tokens of the lengths that evaluations meet, for what is compiled or allocated at first use."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, cfg.bos, 2 * max(cfg.sgd_chunk, cfg.eval_batch))
-    tokens[np.cumsum(generator.integers(2, 2 * cfg.eval_context, len(tokens))) % len(tokens)] = cfg.bos
+    starts = np.cumsum(generator.integers(2, 2 * cfg.eval_context, len(tokens)))
+    tokens[starts[starts < len(tokens)]] = cfg.bos
     return Validation(cfg, tokens)
 
 
@@ -3560,11 +3574,12 @@ def write_gain_plot(folder: Path, documents: list, gains: dict) -> str:
         return "not drawn, matplotlib is not installed"
     position = np.concatenate([np.arange(hi - lo) for lo, hi in documents])
     bucket = np.floor(2 * np.log2(np.maximum(position, 1))).astype(int)  # two to a doubling
-    count = np.maximum(np.bincount(bucket, position > 0), 1)
+    count = np.bincount(bucket, position > 0)
+    some = np.flatnonzero(count)
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, gain in gains.items():
-        mean = np.bincount(bucket, gain) / count
-        axes.plot(2 ** (np.arange(len(count)) / 2), mean, "o-", label=name, lw=1, ms=3)
+        mean = np.bincount(bucket, gain)[some] / count[some]
+        axes.plot(2 ** (some / 2), mean, "o-", label=name, lw=1, ms=3)
     axes.set(xscale="log", xlabel="position in the document (tokens)", ylabel="nats gained over stride")
     axes.legend()
     axes.grid(alpha=0.3)
