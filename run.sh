@@ -49,20 +49,27 @@ die() {
 SIGNALLED=0
 stop_on_signals() { trap 'exit 130' INT; trap 'exit 143' TERM; trap 'exit 129' HUP; }
 run_child() {
-    local child status=0 again=1
+    local child='' early='' status=0 again=1
+    trap 'pass_on INT 130' INT # before the start: a child without these traps could outlive this script
+    trap 'pass_on TERM 143' TERM
+    trap 'pass_on HUP 129' HUP
     set -m
     if [[ -t 0 ]]; then "$@" </dev/null & else "$@" <&0 & fi # a background group that reads the terminal is stopped
     child=$!
     set +m
-    trap 'again=1 SIGNALLED=130; kill -INT "$child" 2>/dev/null || true' INT
-    trap 'again=1 SIGNALLED=143; kill -TERM "$child" 2>/dev/null || true' TERM
-    trap 'again=1 SIGNALLED=129; kill -HUP "$child" 2>/dev/null || true' HUP
+    [[ -z $early ]] || kill "-$early" "$child" 2>/dev/null || true
     while ((again)); do # a signal ends `wait` early, with the child still at work
         again=0
         wait "$child" 2>/dev/null && status=0 || status=$?
     done
     stop_on_signals
     return "$status"
+}
+
+# $1: the signal, for run_child's child, or for later if there is none yet; $2: the exit status that goes with it.
+pass_on() {
+    again=1 SIGNALLED=$2
+    if [[ -n $child ]]; then kill "-$1" "$child" 2>/dev/null || true; else early=$1; fi
 }
 
 # The same for a step on the way to the goal: after a signal there is no going on.
@@ -265,7 +272,8 @@ url_answers() {
 
 check_packages() {
     PYTHONDONTWRITEBYTECODE='' run_step "$VENV/bin/python" -c \
-        'import torch, numpy, safetensors, tqdm, pytest, scipy.stats, matplotlib.pyplot, torch.distributed.run' \
+        'import torch, numpy, safetensors, tqdm, pytest, xdist, scipy.stats, matplotlib.pyplot
+import torch.distributed.run' \
         >>"$LOG" 2>&1 ||
         { FAILURE="the installed packages do not import: $(last_error)"; return 1; }
 }
@@ -369,6 +377,8 @@ run_tests() {
     count_gpus
     setup torch numpy safetensors tqdm pytest
     cd -- "$HERE"
+    # All of them: in two processes, a file in one of them, for what its tests share; each computes with one thread.
+    if ((!$#)) && "$PY" -c 'import xdist' 2>/dev/null; then set -- -n 2 --dist loadfile --no-loadscope-reorder; fi
     run_child "$PY" -m pytest -q --rootdir="$HERE" tests "$@"
 }
 

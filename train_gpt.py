@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=1 train_gpt.py --track=sprint       # 210 steps on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track=short        # 3.28 on FineWeb
     python train_gpt.py --checkpoint=FILE --sample="Once upon"                 # or --export=model.safetensors
+    python train_gpt.py --checkpoint=FILE --eval=document,stride,ttt-lora      # test-time training
 
 `./run.sh [track]` sets everything up first. Any field of `Config` is a flag: --name=value.
 
@@ -134,7 +135,7 @@ class Config:
     eval_context: int = 2048     # tokens of a window (stride, ttt-sgd, ttt-lora) ..
     eval_stride: int = 32        # .. of which the last are scored, and learnt from by ttt-lora
     eval_batch: int = 32_768     # tokens that run at a time
-    lora_slots: int = 64         # documents that are under way at a time
+    eval_slots: int = 64         # documents under way at a time
     lora_rank: int = 16
     lora_lr: float = 1e-3
     lora_beta2: float = 0.999
@@ -143,7 +144,7 @@ class Config:
     sgd_lr: float = 0.002        # of the first chunk; falls as a cosine
     sgd_epochs: int = 1
     sgd_momentum: float = 0.9
-    sgd_clip: float = 1.0        # norm of the gradient
+    sgd_clip: float = 1.0        # largest norm of the gradient; 0: any
     sgd_weights: str = "all"     # or names of parameters, by commas
     # data
     data: str = ""               # folder with *_train_*.bin and *_val_*.bin; "": data/<dataset>
@@ -339,7 +340,8 @@ TRACKS = {
         layers=TINY_LAYERS, stages=TINY_STAGES, width=128, heads=2, scheduled_steps=250, backout_from=2,
         micro_batches=2, document_rest="keep", epochs=4, loss_chunk=4096, val_chunk=16_384, val_every=50,
         val_window_short=128, val_window_long=512, attn_scale=0.15, adam_lr=0.016, attn_lr_ratio=1.0,
-        momentum_warmup=100, momentum_cooldown=25, sample="The module ",
+        momentum_warmup=100, momentum_cooldown=25, sample="The module ", eval_context=512, eval_batch=8192,
+        lora_lr=0.002, sgd_chunk=2048, sgd_lr=0.1,
     ),
     "sprint": replace(
         SHORT, track="sprint", scheduled_steps=200, extension_steps=10, val_tokens=2_097_152, val_every=50
@@ -366,7 +368,7 @@ RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temper
              "attention", "kernels", "fp8", "graphs", "warmup", "deterministic", "watchdog", "data",
              "tokenizer")
 # And with --checkpoint alone: what --eval does.
-EVAL_FLAGS = ("eval", "eval_every", "eval_context", "eval_stride", "eval_batch", "lora_slots", "lora_rank",
+EVAL_FLAGS = ("eval", "eval_every", "eval_context", "eval_stride", "eval_batch", "eval_slots", "lora_rank",
               "lora_lr", "lora_beta2", "lora_matrices", "sgd_chunk", "sgd_lr", "sgd_epochs", "sgd_momentum",
               "sgd_clip", "sgd_weights", "val_tokens")
 EVALUATIONS = "packed", "document", "stride", "ttt-sgd", "ttt-lora"
@@ -374,7 +376,7 @@ LORA_MATRICES = "q", "k", "v", "o", "up", "down", "head"
 MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
     ("epochs", "micro_batches", "val_chunk", "val_every", "scheduled_steps", "width", "heads", "mlp_ratio",
      "loss_chunk", "adam_every", "sample_tokens", "gate_inputs", "eval_every", "eval_context", "eval_stride",
-     "eval_batch", "lora_slots", "lora_rank", "sgd_chunk"), 1)  # every other number: 0
+     "eval_batch", "eval_slots", "lora_rank", "sgd_chunk"), 1)  # every other number: 0
 BOOLEANS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 
 
@@ -471,9 +473,12 @@ def check_evaluation(cfg: Config):
     """Raise UserError if --eval can't be done as its flags say."""
     if not cfg.checkpoint:
         raise UserError(f"--eval={cfg.eval}: needs the model, --checkpoint=FILE")
-    for flag, known in (("eval", EVALUATIONS), ("lora_matrices", LORA_MATRICES)):
+    if cfg.sample or cfg.export:
+        raise UserError("--eval: without --sample and --export, which are for a command of their own")
+    weights = tuple(row.name for row in optimizer_table(cfg))
+    for flag, known in (("eval", EVALUATIONS), ("lora_matrices", LORA_MATRICES), ("sgd_weights", weights)):
         given = getattr(cfg, flag).split(",")
-        for name in given:
+        for name in given if (flag, given) != ("sgd_weights", ["all"]) else []:
             if name not in known or given.count(name) > 1:
                 raise UserError(f"--{flag}={getattr(cfg, flag)}: expected some of {','.join(known)}")
     if cfg.eval_stride > cfg.eval_context:
@@ -1095,7 +1100,7 @@ def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tenso
     """The same through torch's variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest = docs
+    cu, longest, _ = docs
     options = {"scale": 1.0, "window_size": (window, 0)}
     if "num_splits" in varlen_parameters():
         options["num_splits"] = 1  # FlashAttention 3 would split, which costs more than it gives here
@@ -1246,10 +1251,8 @@ def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bo
     return (x_TD + mtp_lambda.expand(x_TD.size(0), 1) * shifted_TD).type_as(x_TD)
 
 
-def loss_region(x_TD, head_VD, targets_T, softcap: Softcap, update_TV=None) -> Tensor:
-    """Cross entropy in an evaluation, (T,) float32, 0 where the target is -1. update_TV: added to logits."""
-    logits_TV = x_TD @ head_VD.to(x_TD.dtype).T
-    logits_TV = logits_TV if update_TV is None else logits_TV + update_TV
+def loss_region(logits_TV, targets_T, softcap: Softcap) -> Tensor:
+    """Cross entropy in an evaluation, before the soft cap: (T,) float32, 0 where the target is -1."""
     return F.cross_entropy(cap(logits_TV, softcap), targets_T, ignore_index=-1, reduction="none")
 
 
@@ -1319,7 +1322,7 @@ def compile_region(function):
 
     def call(*args):
         for i in tokens:
-            if i < len(args) and args[i] is not None and args[i].size(0) > 1:  # one row: compiled for itself
+            if args[i] is not None and args[i].size(0) > 1:  # a single row is compiled for itself
                 torch._dynamo.mark_dynamic(args[i], 0)
         return compiled(*args)
 
@@ -1527,9 +1530,13 @@ class GPT(nn.Module):
     def mixing_factors(self, i: int) -> tuple:
         return (self.resid_lambdas[i], self.x0_lambdas[i]) if self.cfg.x0_mix else (None, None)
 
+    def products(self, x_TD: Tensor) -> Tensor:
+        """Logits before the soft cap, (T, V), of final latents, in their dtype."""
+        return x_TD @ self.head.to(x_TD.dtype).T
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """Soft-capped float32 logits (T, V) of final latents."""
-        return cap(x_TD @ self.head.to(x_TD.dtype).T, self.cfg.logit_cap)
+        return cap(self.products(x_TD), self.cfg.logit_cap)
 
     def lambdas(self) -> dict:
         """Learned scalars by name, for the log."""
@@ -2426,7 +2433,7 @@ class Validation:
             tokens, docs = to_device(batch, device)
             x_TD = model(tokens[:-1], docs, windows, rotary)
             for x, targets in zip(x_TD.split(self.cfg.loss_chunk), tokens[1:].split(self.cfg.loss_chunk)):
-                loss_T = model.regions["loss_region"](x, model.head, targets, self.cfg.logit_cap)
+                loss_T = model.regions["loss_region"](model.products(x), targets, self.cfg.logit_cap)
                 totals[i] += loss_T.sum(dtype=torch.float64)
             beat()
         nats = world.all_reduce(totals).sum().item()  # in the order of chunks, at every world size
@@ -2497,9 +2504,12 @@ def find_documents(tokens: np.ndarray, bos: int) -> list[tuple]:
 
 
 def document_windows(lo: int, hi: int, context: int, stride: int) -> list[Window]:
-    """Windows of at most `context` tokens that score the targets lo + 1 .. hi - 1, `stride` at a time."""
-    pieces = ((first, min(first + stride, hi - 1)) for first in range(lo, hi - 1, stride))
-    return [Window(max(lo, end - context), first, end) for first, end in pieces]
+    """Windows of at most `context` tokens that score the targets lo + 1 .. hi - 1, `stride` at a time.
+
+    Where a window begins doesn't depend on where the document ends, which its tokens must not know.
+    """
+    return [Window(max(lo, first + stride - context), first, min(first + stride, hi - 1))
+            for first in range(lo, hi - 1, stride)]
 
 
 def deal_documents(documents: list, world: World) -> list:
@@ -2578,12 +2588,11 @@ def window_losses(model: GPT, batch: WindowBatch, rotary: Rotary, adapters=None)
     cfg, losses = model.cfg, []
     x_TD = model(batch.tokens, batch.docs, final_windows(cfg), rotary, adapters)
     x_RD = x_TD.index_select(0, batch.rows)
-    update_RV = adapters.head_update(x_RD) if adapters else None
-    for lo in range(0, len(x_RD), cfg.loss_chunk):
-        part = slice(lo, lo + cfg.loss_chunk)
-        update = None if update_RV is None else update_RV[part]
-        losses.append(model.regions["loss_region"](x_RD[part], model.head, batch.targets[part], cfg.logit_cap,
-                                                   update))
+    if adapters:
+        return model.regions["loss_region"](adapters.add_head(x_RD, model.products(x_RD)), batch.targets,
+                                            cfg.logit_cap)
+    for x, targets in zip(x_RD.split(cfg.loss_chunk), batch.targets.split(cfg.loss_chunk)):
+        losses.append(model.regions["loss_region"](model.products(x), targets, cfg.logit_cap))
     return torch.cat(losses)
 
 
@@ -2622,12 +2631,12 @@ class Adapters(NamedTuple):
                 parts[j] = torch.baddbmm(parts[j], x_NBC @ a.mT, b.mT)
         return (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).view_as(y_TR)
 
-    def head_update(self, x_RD: Tensor) -> Tensor | None:
-        """What the head's logits, (R, V), change by; the same number of rows for each window."""
+    def add_head(self, x_RD: Tensor, logits_RV: Tensor) -> Tensor:
+        """Logits with the update of the head; the same number of rows for each window."""
         if "head" not in self.pairs:
-            return None
+            return logits_RV
         a, b = self.pairs["head"][0]
-        return (x_RD.view(a.size(0), -1, x_RD.size(1)) @ a.mT @ b.mT).flatten(0, 1)
+        return logits_RV + (x_RD.view(a.size(0), -1, x_RD.size(1)) @ a.mT @ b.mT).flatten(0, 1)
 
 
 class LoRA:
@@ -2687,9 +2696,9 @@ class Evaluation:
     def __init__(self, model: GPT, tokens: np.ndarray, world: World):
         self.model, self.cfg, self.tokens, self.world = model, model.cfg, tokens, world
         self.device, self.documents = model.embed.device, find_documents(tokens, model.cfg.bos)
-        longest = max((hi - lo for lo, hi in self.documents), default=0)
-        positions = self.cfg.eval_batch + min(longest, max(self.cfg.val_chunk, self.cfg.eval_context)) + BLOCK
-        self.rotary = build_rotary(self.cfg, len(self.cfg.stages) - 1, positions, self.device)
+        cfg = self.cfg
+        positions = max(cfg.eval_batch, cfg.val_chunk, cfg.eval_context, cfg.sgd_chunk) + BLOCK
+        self.rotary = build_rotary(cfg, len(cfg.stages) - 1, positions, self.device)
         model.requires_grad_(False)
         model.refresh()
 
@@ -2707,7 +2716,7 @@ class Evaluation:
     def score(self, documents: list[list]) -> np.ndarray:
         scores = Scores(len(self.tokens), self.device)
         own = deal_documents(documents, self.world)
-        self.run(scores, continuous_batches(own, self.cfg.lora_slots, self.cfg.eval_batch))
+        self.run(scores, continuous_batches(own, self.cfg.eval_slots, self.cfg.eval_batch))
         return scores.collect(self.tokens, self.cfg.bos, self.world)
 
     @torch.no_grad()
@@ -2719,8 +2728,8 @@ class Evaluation:
     def ttt_lora(self, schedule=continuous_batches) -> np.ndarray:
         """As stride; after each window adapters of the document's own learn from what it has just scored."""
         cfg, scores = self.cfg, Scores(len(self.tokens), self.device)
-        lora, own = LoRA(cfg, cfg.lora_slots, self.device), self.windows(cfg.eval_context, cfg.eval_stride)
-        for turns in schedule(deal_documents(own, self.world), cfg.lora_slots, cfg.eval_batch):
+        lora, own = LoRA(cfg, cfg.eval_slots, self.device), self.windows(cfg.eval_context, cfg.eval_stride)
+        for turns in schedule(deal_documents(own, self.world), cfg.eval_slots, cfg.eval_batch):
             for turn in turns:
                 if turn.fresh:
                     lora.reset(turn.slot)
@@ -2745,13 +2754,10 @@ class Evaluation:
         """As stride, chunk by chunk of the stream; after each the model's weights learn from it."""
         cfg, model, scores = self.cfg, self.model, Scores(len(self.tokens), self.device)
         kept = [p.detach().clone() for p in model.parameters()]
-        named, chosen = dict(model.named_parameters()), cfg.sgd_weights.split(",")
-        if chosen != ["all"] and not set(chosen) <= set(named):
-            raise UserError(f"--sgd_weights={cfg.sgd_weights}: expected all, or some of {','.join(named)}")
-        weights = [p for name, p in named.items() if name in chosen or chosen == ["all"]]
+        chosen = cfg.sgd_weights.split(",")
+        weights = [p for name, p in model.named_parameters() if name in chosen or chosen == ["all"]]
         optimizer = torch.optim.SGD(weights, lr=cfg.sgd_lr, momentum=cfg.sgd_momentum)
         chunks = self.chunks()
-        model.requires_grad_(True)
         try:
             for i, windows in enumerate(chunks):
                 own = [[window] for window in windows[self.world.rank :: self.world.size]]
@@ -2784,15 +2790,19 @@ class Evaluation:
         plan = plan_step(cfg, cfg.total_steps)._replace(windows=final_windows(cfg), weights=(1.0,))
         loss = torch.tensor([1 / (hi - lo)], device=self.device), torch.zeros(1, device=self.device)
         edges = np.linspace(lo, hi, cfg.micro_batches + 1).astype(int)
-        for first, end in list(zip(edges, edges[1:]))[self.world.rank :: self.world.size]:
+        model.requires_grad_(True)
+        pieces = [(first, end) for first, end in zip(edges, edges[1:]) if first < end]
+        for first, end in pieces[self.world.rank :: self.world.size]:
             tokens = self.tokens[first : end + 1].astype(np.int64)
             starts = np.append(0, np.flatnonzero(tokens[1:-1] == cfg.bos) + 1)
             batch = MicroBatch(torch.from_numpy(tokens), to_documents(starts, len(tokens) - 1))
             backward_micro_batch(model, to_device(batch, self.device), plan, self.rotary, loss)
         for p in weights:
             self.world.all_reduce(gradient(p))
-        nn.utils.clip_grad_norm_(weights, cfg.sgd_clip)
+        if cfg.sgd_clip:
+            nn.utils.clip_grad_norm_(weights, cfg.sgd_clip)
         optimizer.step()
+        model.requires_grad_(False)
         for p in model.parameters():
             gradient(p).zero_()
         model.refresh()
@@ -3287,7 +3297,8 @@ class Launch:
 
 def compilations() -> int:
     """Graphs that torch.compile has made so far in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    dynamo = sys.modules.get("torch._dynamo")  # whose import takes a second
+    return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 class Profiler:
@@ -3587,11 +3598,14 @@ def use_checkpoint(cfg: Config, hardware: Hardware):
 
 def evaluate(cfg: Config, hardware: Hardware, world: World):
     """--eval: the validation tokens scored by a checkpoint's model in several ways; a table and a plot."""
-    model, log = load_model(cfg.checkpoint, cfg, hardware), Log(cfg, world)
-    tokenizer = optional_tokenizer(cfg, log.line)
+    model = load_model(cfg.checkpoint, cfg, hardware)
+    tokenizer = optional_tokenizer(cfg, print if world.rank == 0 else lambda text: None)
     val = Validation.load(cfg, tokenizer)
     documents = find_documents(val.tokens.numpy(), cfg.bos)[:: cfg.eval_every]
     val = val.part(documents, tokenizer)
+    if (val.tokens[1:] == cfg.bos).all():
+        raise UserError(f"--eval_every={cfg.eval_every}: no token to score in {len(documents)} documents")
+    log = Log(cfg, world)
     log.line(f"config {json.dumps(config_to_json(cfg))}", console=False)
     log.line(f"source sha256:{source_sha256()} git:{git_commit()} torch:{torch.__version__} "
              f"{hardware.reasons['device']} world_size:{world.size}")
@@ -3602,15 +3616,18 @@ def evaluate(cfg: Config, hardware: Hardware, world: World):
         try:
             results[name], nats[name] = measure(name, model, val, hardware, world)
         except torch.OutOfMemoryError:
-            raise UserError(f"{name}: too little GPU memory: lower --lora_slots=, --lora_rank= or "
+            raise UserError(f"{name}: too little GPU memory: lower --eval_slots=, --lora_rank= or "
                             "--eval_batch=") from None
-        log.line(f"{name}: {results[name]['seconds']:.1f} s")
+        log.line(f"{name}: loss {results[name]['loss']:.4f}, {results[name]['seconds']:.1f} s")
+        log.metric(method=name, **results[name])
     log.line(evaluation_table(results))
-    for name, result in results.items():
-        log.metric(method=name, **result)
     gains = {name: nats["stride"] - x for name, x in nats.items() if x is not None and "stride" in nats}
     if log.active and len(gains) > 1:
-        log.line(f"plot: {write_gain_plot(log.folder, find_documents(val.tokens.numpy(), cfg.bos), gains)}")
+        try:
+            plot = write_gain_plot(log.folder, find_documents(val.tokens.numpy(), cfg.bos), gains)
+        except OSError as error:
+            plot = f"not drawn: {error}"
+        log.line(f"plot: {plot}")
     log.line(f"log: {log.folder}")
 
 
@@ -3646,7 +3663,8 @@ def synthetic_documents(cfg: Config) -> Validation:
     """Random tokens of the lengths that evaluations meet, for what is compiled or allocated at first use."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, cfg.bos, 2 * max(cfg.sgd_chunk, cfg.eval_batch))
-    tokens[np.cumsum(generator.integers(2, 2 * cfg.eval_context, len(tokens))) % len(tokens)] = cfg.bos
+    starts = np.cumsum(generator.integers(2, 2 * cfg.eval_context, len(tokens)))
+    tokens[starts[starts < len(tokens)]] = cfg.bos
     return Validation(cfg, tokens)
 
 
@@ -3672,11 +3690,12 @@ def write_gain_plot(folder: Path, documents: list, gains: dict) -> str:
         return "not drawn, matplotlib is not installed"
     position = np.concatenate([np.arange(hi - lo) for lo, hi in documents])
     bucket = np.floor(2 * np.log2(np.maximum(position, 1))).astype(int)  # two to a doubling
-    count = np.maximum(np.bincount(bucket, position > 0), 1)
+    count = np.bincount(bucket, position > 0)
+    some = np.flatnonzero(count)
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, gain in gains.items():
-        mean = np.bincount(bucket, gain) / count
-        axes.plot(2 ** (np.arange(len(count)) / 2), mean, "o-", label=name, lw=1, ms=3)
+        mean = np.bincount(bucket, gain)[some] / count[some]
+        axes.plot(2 ** (some / 2), mean, "o-", label=name, lw=1, ms=3)
     axes.set(xscale="log", xlabel="position in the document (tokens)", ylabel="nats gained over stride")
     axes.legend()
     axes.grid(alpha=0.3)

@@ -42,7 +42,7 @@ from small import CPU, SMALL, free_port, train_gpt, write_corpus
 
 STEPS = 32
 TRACK = replace(SMALL, vocab_size=0, scheduled_steps=STEPS, val_every=1000, sample_tokens=1)
-PATIENCE = 60  # seconds after which a run that hasn't ended is lost
+PATIENCE = 180  # seconds after which a run that hasn't ended is lost
 
 
 class NotStruck(Exception):
@@ -267,12 +267,18 @@ class Run:
         return any(rank.is_alive() for rank in self.ranks)
 
     def strike(self, number: int, ranks):
-        """Send a signal to ranks that are all still training."""
+        """Send a signal to ranks still training, even once it is sent: the machine may be busy."""
+        with contextlib.suppress(ProcessLookupError):
+            for rank in ranks:
+                os.kill(int((self.folder / f"pid{rank}").read_text()), number)
+        self.struck_before(STEPS)
+
+    def struck_before(self, step: int):
+        """Note how far the ranks are; too far, and the fault came too late."""
         self.struck_at = max(self.step(rank) for rank in range(self.size))
-        if self.struck_at >= STEPS:
+        if self.struck_at >= step:
+            self.wait(10)
             raise NotStruck
-        for rank in ranks:
-            os.kill(int((self.folder / f"pid{rank}").read_text()), number)
 
     def errors(self) -> list[str]:
         paths = [self.folder / f"err{rank}" for rank in range(self.size)]
@@ -520,6 +526,7 @@ def shard_truncated(scene: Scene):
     whole = shard.read_bytes()
     run.await_step(scene.random.randint(2, STEPS // 3))
     os.truncate(shard, scene.random.randrange(1024, len(whole) // 4))
+    run.struck_before(STEPS * 2 // 3)  # while what was cut off is still to be read
     codes = run.wait()
     check(2 in codes and set(codes) <= {1, 2}, f"exit codes {codes}: {run.errors()}")
     for code, text in zip(codes, run.errors()):

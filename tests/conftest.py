@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, whatever cores there are
+# ruff: noqa: E402
+
 import pytest
 import torch
 

@@ -1,5 +1,7 @@
 """A model, a schedule and a corpus small enough to train many times in a test."""
 
+import itertools
+import os
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -70,11 +72,20 @@ def write_corpus(folder, train_tokens=8_000, val_tokens=300, seed=0):
     return folder
 
 
+PORTS = itertools.cycle(range(20_000, 32_000))
+for _ in range(os.getpid() * 997 % 12_000):  # processes begin at different ones
+    next(PORTS)
+
+
 def free_port():
-    """Of this machine, where processes can meet."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Of this machine, where processes can meet; below those that any connection might be given meanwhile."""
+    while True:
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port := next(PORTS)))
+                return port
+            except OSError:
+                continue
 
 
 def checkpoint_of(logs, step):

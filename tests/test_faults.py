@@ -45,7 +45,7 @@ def test_another_result_is_not_survival(tmp_path):
 def test_command_prints_a_table_and_writes_json(tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, Path(reliability.__file__), "--times=1", "--only=tokens", f"--out={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "| too few tokens | a schedule of up to 10,000 steps | 1 | 1 |" in done.stdout
     assert json.loads(out.read_text())["tokens"]["survived"] == 1

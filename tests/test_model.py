@@ -505,7 +505,7 @@ def check_scores_and_losses(cfg, x, logits):
     loss = F.cross_entropy(logits, targets[:, 0], reduction="sum")
     model.refresh()
     assert_close(model.logits(x), logits)
-    assert_close(t.loss_region(x, model.head, targets[:, 0], cfg.logit_cap).sum(), loss)
+    assert_close(t.loss_region(model.products(x), targets[:, 0], cfg.logit_cap).sum(), loss)
     assert_close(t.head_step(model, x, 0, targets, torch.ones(1))[0], loss)
 
 
@@ -530,7 +530,7 @@ def test_logit_rescale_is_a_shifted_sigmoid_up_to_a_constant():
     expected = 23 * torch.sigmoid((z + 5) / 7.5) - 11.5
     check_scores_and_losses(cfg, x, expected)
     loss_T = F.cross_entropy(expected, torch.arange(11), reduction="none")
-    assert_close(t.loss_region(x, model.head, torch.arange(11), cfg.logit_cap), loss_T)
+    assert_close(t.loss_region(model.products(x), torch.arange(11), cfg.logit_cap), loss_T)
 
 
 @mechanism("smear_mtp", final_region={"mtp_lambda": None})
@@ -785,6 +785,23 @@ def test_attention_reference_equals_a_masked_softmax(seed):
         assert_close(found, expected, atol=1e-12, rtol=1e-10)
 
 
+def test_attention_varlen_hands_documents_and_window_to_torch(monkeypatch):
+    """Its result is tested on a GPU."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    tokens, docs = packed(9, 12)
+    starts = torch.zeros(21, dtype=torch.bool)
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size, **options):
+        assert cu_q is cu_k and (max_q, max_k, scale) == (12, 12, 1.0) and options.get("num_splits", 1) == 1
+        return t.attention_reference(q, k, v, t.Documents(cu_q, max_q), window_size[0])
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    q, k, v = torch.randn(3, 21, 2, 8)
+    for some in (docs, docs._replace(first_T=starts)):
+        found = t.attention_varlen(q, k, v, some, 5)
+        assert torch.equal(found, t.attention_reference(q, k, v, docs, 5))
+
+
 def test_a_layer_adds_gated_attention_then_the_mlp_of_the_normed_stream():
     lengths = 9, 12
     model = make_model(replace(CFG, value_embeds=False))
@@ -1022,7 +1039,7 @@ def test_compiled_regions_give_the_same_results_and_one_graph_serves_every_lengt
         val, rotary = t.Validation(cfg, batch.tokens.numpy()), build_rotary(cfg, 100)
         assert_close(*(val.run(model, WIDE, rotary, t.World())["val_loss"] for model in (compiled, eager)))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert used == set(t.REGIONS) - {"activation_region"}  # which only an evaluation with adapters calls
+    assert used == set(t.REGIONS) - {"activation_region"}  # which is for adapters
     assert graphs[0] >= len(used) and graphs == graphs[:1] * 3
     torch._dynamo.reset()
 

@@ -367,6 +367,7 @@ def test_decay_follows_the_learning_rate_and_the_multiplier_twice():
 def train_as_rank(rank, jobs):
     """Process `rank` runs the jobs that it has a part in, in turn: (world size, port, logs, arguments)."""
     torch.set_num_threads(1)
+    os.cpu_count = lambda: 1  # by which the script shares out threads
     train_gpt.TRACKS["tiny"] = RANKS
     train_gpt.build_model = lambda cfg, hardware: randomise(GPT(cfg))
     for size, port, logs, argv in jobs:
@@ -397,7 +398,7 @@ def ranks(tmp_path_factory):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(500)
     assert [process.exitcode for process in processes] == [0] * 4
     return folders
 
@@ -768,7 +769,7 @@ def test_error_in_the_loaders_thread_reaches_the_consumer(tmp_path):
     first, second = write_split(tmp_path, "train", [tokens, tokens])
     second.write_bytes(b"")
     loader = Loader(cfg, World(), Shards([first, second], cfg), torch.device("cpu"))
-    loader.queue.get = partial(loader.queue.get, timeout=20)  # rather than to wait for ever
+    loader.queue.get = partial(loader.queue.get, timeout=100)  # rather than to wait for ever
     got = 0
     with pytest.raises(UserError, match=second.name):
         for _ in loader:
