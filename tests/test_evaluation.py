@@ -99,7 +99,8 @@ def recorded():
         regions, given = model.regions, []
 
         def loss_region(logits_TV, targets_T, softcap):
-            given.append(softcap * torch.tanh(logits_TV.detach() / softcap))
+            height, shift, width = softcap
+            given.append(height * torch.tanh((logits_TV.detach() + shift) / width))
             return regions["loss_region"](logits_TV, targets_T, softcap)
 
         model.regions = {**regions, "loss_region": loss_region}
