@@ -366,9 +366,9 @@ CHOICES = {
 RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temperature", "seed", "export",
              "save_every", "keep", "stop_after", "profile", "log_folder", "device", "dtype", "compile",
              "attention", "kernels", "fp8", "graphs", "warmup", "deterministic", "watchdog", "data",
-             "tokenizer")
+             "tokenizer", "eval")
 # And with --checkpoint alone: what --eval does.
-EVAL_FLAGS = ("eval", "eval_every", "eval_context", "eval_stride", "eval_batch", "eval_slots", "lora_rank",
+EVAL_FLAGS = ("eval_every", "eval_context", "eval_stride", "eval_batch", "eval_slots", "lora_rank",
               "lora_lr", "lora_beta2", "lora_matrices", "sgd_chunk", "sgd_lr", "sgd_epochs", "sgd_momentum",
               "sgd_clip", "sgd_weights", "val_tokens")
 EVALUATIONS = "packed", "document", "stride", "ttt-sgd", "ttt-lora"
@@ -472,7 +472,7 @@ def resolve_config(cfg: Config) -> Config:
 def check_evaluation(cfg: Config):
     """Raise UserError if --eval can't be done as its flags say."""
     if not cfg.checkpoint:
-        raise UserError(f"--eval={cfg.eval}: needs the model, --checkpoint=FILE")
+        raise UserError(f"--eval={cfg.eval}: needs a model, --checkpoint=FILE")
     if cfg.sample or cfg.export:
         raise UserError("--eval: without --sample and --export, which are for a command of their own")
     weights = tuple(row.name for row in optimizer_table(cfg))
@@ -3609,7 +3609,8 @@ def evaluate(cfg: Config, hardware: Hardware, world: World):
     log.line(f"config {json.dumps(config_to_json(cfg))}", console=False)
     log.line(f"source sha256:{source_sha256()} git:{git_commit()} torch:{torch.__version__} "
              f"{hardware.reasons['device']} world_size:{world.size}")
-    log.line(f"{cfg.checkpoint}: {len(documents)} documents, every {cfg.eval_every}. of the validation's; "
+    which = f", one in {cfg.eval_every} of the validation's" if cfg.eval_every > 1 else ""
+    log.line(f"{cfg.checkpoint}: {len(documents)} documents{which}; "
              f"tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
     results, nats = {}, {}
     for name in cfg.eval.split(","):

@@ -1008,7 +1008,7 @@ def test_every_third_document_is_what_eval_every_3_takes_and_says(trained, cli, 
     (row,) = rows_of(only_folder(tmp_path))
     assert row["tokens"] == np.count_nonzero(part != SMALL.bos)
     assert row["loss"] == pytest.approx(total / row["tokens"], rel=1e-6)
-    assert f"{len(documents)} documents, every 3. of the validation's" in out
+    assert f"{len(documents)} documents, one in 3 of the validation's" in out
     assert f"tokens:{len(part) - 1} bytes:{row['tokens']} " in out
 
 
