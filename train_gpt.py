@@ -1057,7 +1057,7 @@ def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tenso
     """The same through torch's variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest = docs
+    cu, longest = docs[:2]
     options = {"scale": 1.0, "window_size": (window, 0)}
     if "num_splits" in varlen_parameters():
         options["num_splits"] = 1  # FlashAttention 3 would split, which costs more than it gives here
@@ -1263,9 +1263,9 @@ def compile_region(function):
     compiled = torch.compile(function, fullgraph=True)
 
     def call(*args):
-        for i in tokens:
-            if args[i] is not None and args[i].size(0) > 1:  # a single row is compiled for itself
-                torch._dynamo.mark_dynamic(args[i], 0)
+        for x in (args[i] for i in tokens if i < len(args)):
+            if x is not None and x.size(0) > 1:  # a single row is compiled for itself
+                torch._dynamo.mark_dynamic(x, 0)
         return compiled(*args)
 
     return call

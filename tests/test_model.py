@@ -432,7 +432,7 @@ def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
         loss = F.cross_entropy(logits, targets[:, 0], reduction="sum")
         model.refresh()
         assert_close(model.logits(x), logits)
-        assert_close(t.loss_region(x, model.head, targets, one, softcap), loss)
+        assert_close(t.loss_region(x, model.head, targets[:, 0], softcap).sum(), loss)
         assert_close(t.head_step(model, x, 0, targets, one)[0], loss)
 
 
@@ -904,8 +904,8 @@ def test_compiled_regions_give_the_same_results_and_one_graph_serves_every_lengt
         val, rotary = t.Validation(cfg, batch.tokens.numpy()), build_rotary(cfg, 100)
         assert_close(*(val.run(model, WIDE, rotary, t.World())["val_loss"] for model in (compiled, eager)))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert used == set(t.REGIONS)
-    assert graphs[0] >= len(t.REGIONS) and graphs == graphs[:1] * 3
+    assert used == set(t.REGIONS) - {"activation_region"}  # which only adapters need
+    assert graphs[0] >= len(used) and graphs == graphs[:1] * 3
     torch._dynamo.reset()
 
 
