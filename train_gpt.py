@@ -187,9 +187,11 @@ class Config:
     mtp_heads: int = 0           # auxiliary heads for t+2, t+3, ..: trained, not exported
     mtp_weight: float = 0.1      # of the mean auxiliary loss
     leaky_slope: float = 0.5     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
-    cut_smear: bool = False      # these three stop where a document starts (BOS)
+    bigram_ratio: float = 0.0    # rows of the table of hashed token pairs over padded_vocab; 0: off
+    cut_smear: bool = False      # these four stop where a document starts (BOS)
     cut_key_offset: bool = False
     cut_smear_mtp: bool = False
+    cut_bigram: bool = False
     # optimizer: the table built from these is `optimizer_table`
     muon_lr: float = 0.023
     muon_weight_decay: float = 0.0276  # per step: lr * weight_decay, both times the schedule's multiplier
@@ -222,6 +224,10 @@ class Config:
     def value_tables(self) -> int:
         used = [layer.value_embed for layer in self.layers if layer.window != "none"]
         return 1 + max(used, default=-1) if self.value_embeds else 0
+
+    @property
+    def bigram_rows(self) -> int:
+        return max(2, round(self.bigram_ratio * self.padded_vocab)) if self.bigram_ratio else 0
 
     def offsets_keys(self, layer: Layer) -> bool:
         return {"off": False, "all": True, "table": layer.key_offset}[self.key_offset]
@@ -1112,8 +1118,36 @@ def embed_region(embed_TD, gate_G, smear_lambda, starts_T, cut: bool) -> Tensor:
     return norm(embed_TD)
 
 
-def mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, gate_inputs: int):
-    """Residual stream as a layer sees it: plus the skip connection, mixed with the embedding x0.
+BIGRAM_SIGNS = 8192
+
+
+def draw_signs(width: int) -> Tensor:
+    """+-1 as int8, (8192, D): the same in every model, as they aren't saved."""
+    random = torch.Generator().manual_seed(0)
+    return (2 * torch.randint(2, (BIGRAM_SIGNS, width), generator=random, device="cpu") - 1).to(torch.int8)
+
+
+def bigram_region(tokens_T, starts_T, rows: int, cut: bool):
+    """Hashes of each token and the one before: its row of the table (record 62), of the signs (record 83).
+
+    Where nothing is before, the last row and the first signs. Products wrap around as int32.
+    """
+    alone_T = torch.arange(tokens_T.size(0), device=tokens_T.device) == 0
+    alone_T = alone_T | starts_T if cut else alone_T
+    token_T, before_T = tokens_T.int(), shift(tokens_T).int()
+    row_T = ((36313 * token_T) ^ (27191 * before_T)) % (rows - 1)
+    sign_T = (token_T ^ before_T) % BIGRAM_SIGNS
+    return row_T.masked_fill(alone_T, rows - 1).long(), sign_T.masked_fill(alone_T, 0).long()
+
+
+def sign_region(rows_TD, signs_SD, sign_T) -> Tensor:
+    """Rows with their signs: pairs that share a row are told apart by them."""
+    return rows_TD * signs_SD[sign_T]
+
+
+def mix_region(x_TD, skip_TD, skip_lambda, bigram_TD, x0_TD, x_lambda, x0_lambda, bigram_lambda,
+               gate_inputs: int):
+    """Residual stream as a layer sees it: plus the skip connection and bigrams, mixed with the embedding x0.
 
     Layer 0, whose stream is x0 itself, gets x0_TD = None and has its two factors merged into one.
     Returns the stream, the stream normed, both (T, D), and the leading channels of the latter.
@@ -1125,6 +1159,8 @@ def mix_region(x_TD, skip_TD, skip_lambda, x0_TD, x_lambda, x0_lambda, gate_inpu
         x_TD = (x_lambda + x0_lambda).expand(rows) * x_TD
     elif x0_lambda is not None:
         x_TD = x_lambda.expand(rows) * x_TD + x0_lambda.expand(rows) * x0_TD
+    if bigram_TD is not None:
+        x_TD = x_TD + bigram_lambda.expand(rows) * bigram_TD
     x_TD = x_TD.to(dtype)
     h_TD = norm(x_TD)
     return x_TD, h_TD, h_TD[:, :gate_inputs].contiguous()
@@ -1251,9 +1287,10 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, gate_region, add_rows_region,
-                                   branch_region, branch_backward_region, activation_region, final_region,
-                                   loss_region, float8_region, cross_entropy_region)}
+REGIONS = {f.__name__: f for f in (embed_region, bigram_region, sign_region, mix_region, qkv_region,
+                                   gate_region, add_rows_region, branch_region, branch_backward_region,
+                                   activation_region, final_region, loss_region, float8_region,
+                                   cross_entropy_region)}
 
 
 def compile_region(function):
@@ -1279,12 +1316,14 @@ class GPT(nn.Module):
     | embed                     | (V, D)            | normal(0, 1)                                        |
     | value_embeds              | (tables * V, D)   | 0                                                   |
     | head, mtp_heads           | (V, D), (n, V, D) | 0                                                   |
+    | bigram_embed              | (bigram_rows, D)  | 0                                                   |
     | attn_bank: Q, K, V, O     | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0             |
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
     | attn_gate                 | (A, H, G)         | 0: every gate starts at 1/2                         |
     | attn_lambdas              | (A, 2)            | 0.5 on v, 1 on the output                           |
     | resid_lambdas             | (L, 2)            | 1.1 on the stream, 0 on x0                          |
     | smear_gate, smear_lambda  | (G,), ()          | 0                                                   |
+    | bigram_lambdas            | (L,)              | 0.1                                                 |
     | skip_lambdas              | (skips,)          | -1.5, before a sigmoid                              |
     | backout_lambda            | ()                | 0.5                                                 |
     | smear_mtp_lambda          | ()                | 0                                                   |
@@ -1294,7 +1333,8 @@ class GPT(nn.Module):
                  kernels: str = "reference", fp8: bool = False):
         super().__init__()
         self.cfg, self.dtype, self.attention = cfg, dtype, ATTENTION[attention]
-        self.isolated_cfg = replace(cfg, cut_smear=True, cut_key_offset=True, cut_smear_mtp=True)
+        cuts = "cut_smear", "cut_key_offset", "cut_smear_mtp", "cut_bigram"
+        self.isolated_cfg = replace(cfg, **dict.fromkeys(cuts, True))
         self.regions, self.kernels, self.fp8 = REGIONS, kernels, fp8
         self.weights, self.graphs = {}, None
         scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # y + lambda * shift(y) fits while |lambda| <= 1
@@ -1318,6 +1358,10 @@ class GPT(nn.Module):
             self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
         if cfg.x0_mix:
             self.resid_lambdas = nn.Parameter(torch.tensor([1.1, 0.0]).repeat(L, 1))
+        if cfg.bigram_rows:
+            self.bigram_embed = nn.Parameter(torch.zeros(cfg.bigram_rows, D))
+            self.bigram_lambdas = nn.Parameter(torch.full((L,), 0.1))
+            self.register_buffer("bigram_signs", draw_signs(D).to(self.embed.device), persistent=False)
         if cfg.smear:
             self.smear_gate = nn.Parameter(torch.zeros(cfg.gate_inputs))
             self.smear_lambda = nn.Parameter(torch.zeros(()))
@@ -1346,10 +1390,10 @@ class GPT(nn.Module):
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype, self.regions)
         gate, smear_lambda = (self.smear_gate, self.smear_lambda) if cfg.smear else (None, None)
         x_TD = x0_TD = self.regions["embed_region"](embed_TD, gate, smear_lambda, starts_T, cfg.cut_smear)
-        values = self.value_rows(tokens_T)
+        values, bigram_TD = self.value_rows(tokens_T), self.bigrams(tokens_T, starts_T, cfg.cut_bigram)
         outputs = {}
         for i, layer in enumerate(cfg.layers):
-            mixing = *self.skip_input(i, outputs), x0_TD if i else None, *self.mixing_factors(i)
+            mixing = *self.skip_input(i, outputs), bigram_TD, x0_TD if i else None, *self.mixing_factors(i)
             x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, cfg.gate_inputs)
             if layer.window != "none":
                 a = cfg.attention_layers.index(i)
@@ -1437,13 +1481,22 @@ class GPT(nn.Module):
         first = torch.arange(self.cfg.value_tables, device=tokens_T.device)[:, None] * self.cfg.padded_vocab
         return Lookup.apply(tokens_T + first, self.value_embeds, self.dtype, self.regions).unbind(0)
 
+    def bigrams(self, tokens_T: Tensor, starts_T: Tensor, cut: bool) -> Tensor | None:
+        """What each token and the one before look up together: (T, D)."""
+        if not self.cfg.bigram_rows:
+            return None
+        row_T, sign_T = self.regions["bigram_region"](tokens_T, starts_T, self.cfg.bigram_rows, cut)
+        rows_TD = Lookup.apply(row_T, self.bigram_embed, self.dtype, self.regions)
+        return self.regions["sign_region"](rows_TD, self.bigram_signs, sign_T)
+
     def skip_input(self, i: int, outputs: dict) -> tuple:
         if i not in self.skips:
             return None, None
         return outputs[self.cfg.layers[i].skip_from], self.skip_lambdas[self.skips.index(i)]
 
     def mixing_factors(self, i: int) -> tuple:
-        return tuple(self.resid_lambdas[i].unbind()) if self.cfg.x0_mix else (None, None)
+        bigram_lambda = self.bigram_lambdas[i] if self.cfg.bigram_rows else None
+        return *(self.resid_lambdas[i].unbind() if self.cfg.x0_mix else (None, None)), bigram_lambda
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Soft-capped float32 logits (T, V) of final latents."""
@@ -1494,12 +1547,14 @@ def optimizer_table(cfg: Config) -> list[Row]:
     rows = [
         table("embed", lr=(cfg.embed_lr_ratio * adam,)),
         table("value_embeds", lr=(cfg.embed_lr_ratio * adam,)),
+        table("bigram_embed", lr=(cfg.embed_lr_ratio * adam,), betas=(0.75, 0.95)),
         table("head", lr=(adam,)),
         table("mtp_heads", lr=(adam,)),
         scalar("attn_gate", lr=(adam,)),
         scalar("smear_gate", lr=(adam,)),
         scalar("attn_lambdas", lr=(5 * adam,)),
         scalar("resid_lambdas", lr=(5 * adam,)),
+        scalar("bigram_lambdas", lr=(5 * adam,)),
         scalar("smear_lambda", lr=(5 * adam,)),
         scalar("skip_lambdas", lr=(5 * adam,)),
         scalar("backout_lambda", lr=(5 * adam,)),
@@ -1512,6 +1567,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
         "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "resid_lambdas": cfg.x0_mix,
         "skip_lambdas": cfg.skip and any(layer.skip_from >= 0 for layer in cfg.layers),
         "backout_lambda": cfg.backout_from >= 0, "smear_mtp_lambda": cfg.smear_mtp,
+        "bigram_embed": cfg.bigram_rows, "bigram_lambdas": cfg.bigram_rows,
     }
     return [row for row in rows if present.get(row.name, True)]
 

@@ -44,8 +44,9 @@ CFG = t.Config(
     sliding_window=True, key_offset="table", x0_mix=True, smear=True, skip=True, attn_gate=True, qk_norm=True,
     smear_mtp=True, multi_target=True,
 )  # fmt: skip
-CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True}
-ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS)
+CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
+ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, bigram_ratio=2.0,
+                 **CUTS)  # fmt: skip
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
 MECHANISM_TESTS = {}
@@ -576,9 +577,49 @@ def test_fp8_mlp_rounds_the_operands_of_the_forward_products_in_training_alone()
         assert relative_error(down_grad, (r**2).T @ direction) < 0.01
 
 
+def wrapped(n):
+    """As int32."""
+    return (n + 2**31) % 2**32 - 2**31
+
+
+def pair_by_hand(token, before, rows):
+    """Rows of a pair of tokens in the table and in the signs; of a token alone, if none is before."""
+    if before is None:
+        return rows - 1, 0
+    return (wrapped(36313 * token) ^ wrapped(27191 * before)) % (rows - 1), (token ^ before) % 8192
+
+
+@mechanism("bigram_ratio", mix_region={"bigram_TD": None}, bigram_region={"tokens_T": torch.zeros_like},
+           sign_region={"signs_SD": torch.ones_like})  # fmt: skip
+def test_bigrams_add_the_signed_row_of_each_pair_of_tokens_in_front_of_every_layer_and_start_inert():
+    tokens, _ = text = packed(9, 12)
+    cfg = replace(CFG, bigram_ratio=1.5, skip=False)
+    fresh, off = make_model(cfg, bigram_embed=0), make_model(replace(cfg, bigram_ratio=0.0))
+    assert cfg.bigram_rows == 576 and torch.equal(latents(fresh, *text), latents(off, *text))
+    model = make_model(cfg)
+    before = [None, *tokens[:-1].tolist()]
+    rows, signs = torch.tensor([pair_by_hand(*pair, 576) for pair in zip(tokens.tolist(), before)]).T
+    bigram = model.bigram_embed.detach()[rows] * model.bigram_signs[signs]
+    trace, lambdas = Trace(model, *text), model.resid_lambdas.detach()
+    streams = [trace.x0, *trace.outputs[:-1]]
+    for x, stream, (own, first), factor in zip(trace.inputs, streams, lambdas, model.bigram_lambdas.detach()):
+        assert_close(x, own * stream + first * trace.x0 + factor * bigram)
+    latents(model, *text).square().sum().backward()
+    assert set(model.bigram_embed.grad.any(-1).nonzero().flatten().tolist()) == set(rows.tolist())
+    assert model.bigram_lambdas.grad.all() and abs(model.bigram_signs.float().mean()) < 0.01
+    assert torch.equal(model.bigram_signs, t.GPT(cfg).bigram_signs)
+
+    tokens = torch.randint(2**16, (500,))
+    pairs = t.bigram_region(tokens, None, 10_007, False)
+    before = [None, *tokens[:-1].tolist()]
+    assert list(zip(*(x.tolist() for x in pairs))) == [
+        pair_by_hand(*pair, 10_007) for pair in zip(tokens.tolist(), before)]  # fmt: skip
+
+
 def check_cut(flag):
-    """With all three cuts a document's latents ignore the one before it; with `flag` off they don't."""
-    for cfg, leaks in ((replace(CFG, **CUTS), False), (replace(CFG, **{**CUTS, flag: False}), True)):
+    """With all four cuts a document's latents ignore the one before it; with `flag` off they don't."""
+    cuts, every = {**CUTS, flag: False}, replace(CFG, bigram_ratio=1.5, **CUTS)
+    for cfg, leaks in ((every, False), (replace(every, **cuts), True)):
         reached = influence(make_model(cfg), *packed(9, 12), position=8)
         assert (max(reached) >= 9) == leaks
 
@@ -596,6 +637,11 @@ def test_cut_key_offset_keeps_keys_within_documents():
 @mechanism("cut_smear_mtp", final_region={"cut": False})
 def test_cut_smear_mtp_keeps_latents_within_documents():
     check_cut("cut_smear_mtp")
+
+
+@mechanism("cut_bigram", bigram_region={"cut": False})
+def test_cut_bigram_keeps_pairs_of_tokens_within_documents():
+    check_cut("cut_bigram")
 
 
 def one_document(docs):
@@ -928,7 +974,8 @@ def test_initial_values_are_the_documented_ones():
     model = t.GPT(ALL_ON)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
     zero = "value_embeds", "head", "mtp_heads", "attn_gate", "smear_gate", "smear_lambda", "smear_mtp_lambda"
-    constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5}
+    constant = dict.fromkeys((*zero, "bigram_embed"), 0.0)
+    constant |= {"skip_lambdas": -1.5, "backout_lambda": 0.5, "bigram_lambdas": 0.1}
     rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas", "resid_lambdas"}
     assert {name for name, _ in model.named_parameters()} == set(constant) | rest
     for name, value in constant.items():
@@ -948,7 +995,8 @@ def test_every_parameter_receives_a_gradient_within_three_steps():
     model = t.GPT(cfg)
     optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
     shapes = {"attn_bank": (3, 4, -1), "mlp_bank": (4, 2, -1), "attn_gate": (3, 2, -1), "mtp_heads": (2, -1),
-              "value_embeds": (2, -1), "embed": (1, -1), "head": (1, -1), "smear_gate": (1, -1)}  # fmt: skip
+              "value_embeds": (2, -1), "embed": (1, -1), "head": (1, -1), "smear_gate": (1, -1),
+              "bigram_embed": (1, -1)}  # fmt: skip
     reached = {name: False for name, _ in model.named_parameters()}
     for step in range(3):
         micro_backward(model, make_batch(17, 1, 20, seed=step))
@@ -963,6 +1011,7 @@ OFF = {
     "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"}, "x0_mix": {"resid_lambdas"},
     "smear": {"smear_gate", "smear_lambda"}, "skip": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"},
     "mtp_heads": {"mtp_heads"}, "backout_from": {"backout_lambda"},
+    "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
 }  # fmt: skip
 
 
@@ -976,7 +1025,7 @@ def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follo
 
 def test_lambdas_are_every_learned_scalar_by_name():
     sizes = {"attn_lambdas": 6, "resid_lambdas": 8, "smear_lambda": 1, "skip_lambdas": 1, "backout_lambda": 1,
-             "smear_mtp_lambda": 1}  # fmt: skip
+             "smear_mtp_lambda": 1, "bigram_lambdas": 4}  # fmt: skip
     model = make_model(ALL_ON)
     found = model.lambdas()
     assert {name: len(values) for name, values in found.items()} == sizes

@@ -279,6 +279,7 @@ def narrow(track):
 FLAGS = {
     "defaults": {},
     "mtp_heads": {"mtp_heads": 2},
+    "bigrams": {"bigram_ratio": 5.0},
     "no_value_embeds": {"value_embeds": False},
     "no_smear_no_skip": {"smear": False, "skip": False},
     "no_gates_no_x0": {"attn_gate": False, "x0_mix": False},
@@ -298,11 +299,11 @@ def test_table_has_one_row_for_each_parameter_of_every_track(track, flags):
 
 
 def test_effective_learning_rates_of_the_short_track():
-    table = optimizer_table(replace(narrow("short"), mtp_heads=1))
+    table = optimizer_table(replace(narrow("short"), mtp_heads=1, bigram_ratio=5.0))
     rates = {row.name: [round(lr, 9) for lr in row.lr] for row in table}
     assert rates == {
         "embed": [0.6], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
-        "attn_gate": [0.008], "smear_gate": [0.008],
+        "bigram_embed": [0.6], "bigram_lambdas": [0.04], "attn_gate": [0.008], "smear_gate": [0.008],
         "attn_lambdas": [0.04], "resid_lambdas": [0.04], "smear_lambda": [0.04], "skip_lambdas": [0.04],
         "backout_lambda": [0.04], "smear_mtp_lambda": [0.04],
         "attn_bank": [0.046, 0.046, 0.046, 0.046], "mlp_bank": [0.046, 0.092],
