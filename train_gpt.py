@@ -188,6 +188,7 @@ class Config:
     mtp_weight: float = 0.1      # of the mean auxiliary loss
     leaky_slope: float = 0.5     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
     bigram_ratio: float = 0.0    # rows of the table of hashed token pairs over padded_vocab; 0: off
+    untie_at: float = 0.0        # head and embedding are one up to this part of scheduled_steps; 0: never
     cut_smear: bool = False      # these four stop where a document starts (BOS)
     cut_key_offset: bool = False
     cut_smear_mtp: bool = False
@@ -1313,9 +1314,9 @@ class GPT(nn.Module):
 
     | parameter                 | shape             | initial value                                       |
     |---------------------------|-------------------|-----------------------------------------------------|
-    | embed                     | (V, D)            | normal(0, 1)                                        |
+    | embed                     | (V, D)            | normal(0, 1); with untie_at normal(0, 0.005)        |
     | value_embeds              | (tables * V, D)   | 0                                                   |
-    | head, mtp_heads           | (V, D), (n, V, D) | 0                                                   |
+    | head, mtp_heads           | (V, D), (n, V, D) | 0; with untie_at the head is embed                  |
     | bigram_embed              | (bigram_rows, D)  | 0                                                   |
     | attn_bank: Q, K, V, O     | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0             |
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
@@ -1344,8 +1345,8 @@ class GPT(nn.Module):
         L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
         bound = math.sqrt(3) * 0.5 / math.sqrt(D)
 
-        self.embed = nn.Parameter(torch.randn(V, D))
-        self.head = nn.Parameter(torch.zeros(V, D))
+        self.embed = nn.Parameter(torch.randn(V, D) * (0.005 if cfg.untie_at else 1))
+        self.head = nn.Parameter(self.embed.detach().clone() if cfg.untie_at else torch.zeros(V, D))
         attn_bank, mlp_bank = torch.zeros(A, 4, D, D), torch.zeros(L, 2, cfg.mlp_ratio * D, D)
         self.attn_bank = nn.Parameter(attn_bank)
         self.mlp_bank = nn.Parameter(mlp_bank)
@@ -1533,6 +1534,8 @@ class Row(NamedTuple):
     betas: tuple = (0.0, 0.95)   # of the moments; normuon's first is the schedule's momentum instead
     weight_decay: float = 0.0
     every: int = 1               # steps between updates; gradients add up meanwhile
+    copy_of: str = ""            # a row of the same shape, of which this is a copy, moments and all ..
+    copy_until: int = 0          # .. until this step; its gradient is added to that row's
 
 
 def optimizer_table(cfg: Config) -> list[Row]:
@@ -1544,8 +1547,12 @@ def optimizer_table(cfg: Config) -> list[Row]:
     table = partial(Row, algorithm="adam", comms="sharded", betas=(0.65, 0.95), every=cfg.adam_every)
     scalar = partial(Row, algorithm="adam", comms="replicated", betas=(0.65, 0.95), every=cfg.adam_every)
     bank = partial(Row, algorithm="normuon", comms="sharded", weight_decay=cfg.muon_weight_decay)
+    embed = table("embed", lr=(cfg.embed_lr_ratio * adam,))
+    if cfg.untie_at:  # from then on a weight of its own, at the head's rate (record 53)
+        untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
+        embed = table("embed", lr=(adam,), copy_of="head", copy_until=untied)
     rows = [
-        table("embed", lr=(cfg.embed_lr_ratio * adam,)),
+        embed,
         table("value_embeds", lr=(cfg.embed_lr_ratio * adam,)),
         table("bigram_embed", lr=(cfg.embed_lr_ratio * adam,), betas=(0.75, 0.95)),
         table("head", lr=(adam,)),
@@ -1694,7 +1701,13 @@ class Optimizer:
 
     def due(self, step: int) -> list[RowState]:
         """Rows that are updated at the end of `step` (0, 1, ..)."""
-        return [s for s in self.states if (step + 1) % s.row.every == 0]
+        return [s for s in self.states if (step + 1) % s.row.every == 0 and step >= s.row.copy_until]
+
+    def copies(self, step: int) -> list[tuple]:
+        """Rows that would be due, but are copies still, each with the row that it is a copy of."""
+        rows = {s.row.name: s for s in self.states}
+        late = (s for s in self.states if (step + 1) % s.row.every == 0 and step < s.row.copy_until)
+        return [(s, rows[s.row.copy_of]) for s in late]
 
     @torch.no_grad()
     def step(self, step: int, lr_multiplier: float, momentum: float, share: Tensor) -> Tensor:
@@ -1703,10 +1716,13 @@ class Optimizer:
         share: what else to sum over ranks, of which nothing may be infinite or NaN either. Returns its sum,
         and for each due row the number of ranks whose gradient isn't finite: (share.numel() + rows,).
         """
-        due = self.due(step)
-        for state in due:
+        due, copies = self.due(step), self.copies(step)
+        for state in (*due, *(copy for copy, _ in copies)):
             if state.parameter.grad is None:
                 raise RuntimeError(f"parameter {state.row.name} is trained but got no gradient")
+        for copy, original in copies:
+            original.parameter.grad += copy.parameter.grad
+            copy.parameter.grad.zero_()
         reduced = [self.reduce(due[0])]  # which hides the search for what isn't finite
         norms = torch.stack(torch._foreach_norm([s.parameter.grad for s in due]))
         report = torch.cat([share, (~norms.isfinite()).type_as(share)])
@@ -1724,6 +1740,10 @@ class Optimizer:
             state.parameter.grad.zero_()  # in place: graphs know its address
         for finish in gathers:
             finish()
+        for copy, original in copies:
+            copy.parameter.copy_(original.parameter)
+            for name, moment in original.buffers.items():
+                copy.buffers[name].copy_(moment)
         return report
 
     def reduce(self, state: RowState):

@@ -616,6 +616,36 @@ def test_bigrams_add_the_signed_row_of_each_pair_of_tokens_in_front_of_every_lay
         pair_by_hand(*pair, 10_007) for pair in zip(tokens.tolist(), before)]  # fmt: skip
 
 
+@mechanism("untie_at", GPT={"cfg": having(untie_at=0.0)}, optimizer_table={"cfg": having(untie_at=0.0)})
+def test_head_and_embedding_are_one_weight_until_they_are_untied_with_the_moments_they_have():
+    for untie_at, updates in ((0.5, ("tied", "tied", "own", "own")), (0.6, ("tied", "tied", "own", "own")),
+                              (0.1, ("own",) * 4), (9.0, ("tied",) * 4)):  # fmt: skip
+        cfg = replace(CFG, untie_at=untie_at, scheduled_steps=8, adam_every=2)
+        model, names = t.GPT(cfg), ("embed", "head")
+        optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
+        expected = {name: model.get_parameter(name).detach().clone() for name in names}
+        assert torch.equal(*expected.values())
+        assert_close(model.head.std().item(), 0.005, rtol=0.02, atol=0)
+        moments = {name: torch.zeros(2, *model.head.shape) for name in names}
+        for step in range(8):
+            micro_backward(model, make_batch(17, 1, 20, seed=step))
+            if step % 2:
+                grads, lr = {name: model.get_parameter(name).grad.clone() for name in names}, cfg.adam_lr
+                if updates[step // 2] == "tied":
+                    grads = dict.fromkeys(names, grads["head"] + grads["embed"])
+                biases = (1 - beta ** (step // 2 + 1) for beta in (0.65, 0.95))
+                rest = lr, *biases, torch.tensor(True), 0.65, 0.95
+                for name in names:
+                    t.adam_update(expected[name], grads[name], *moments[name], *rest)
+            report = optimizer.step(step, 1.0, 0.9, torch.zeros(2))
+            assert len(report) == 2 + len(optimizer.due(step))
+            for name in names:
+                assert_close(model.get_parameter(name).detach(), expected[name], rtol=1e-5, atol=1e-8)
+            tied = updates[step // 2] == "tied" if step % 2 else step == 0 or updates[step // 2 - 1] == "tied"
+            assert torch.equal(model.embed, model.head) == tied
+    assert t.optimizer_table(replace(CFG, untie_at=0.5))[0].lr == (CFG.adam_lr,)
+
+
 def check_cut(flag):
     """With all four cuts a document's latents ignore the one before it; with `flag` off they don't."""
     cuts, every = {**CUTS, flag: False}, replace(CFG, bigram_ratio=1.5, **CUTS)

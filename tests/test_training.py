@@ -279,7 +279,7 @@ def narrow(track):
 FLAGS = {
     "defaults": {},
     "mtp_heads": {"mtp_heads": 2},
-    "bigrams": {"bigram_ratio": 5.0},
+    "bigrams_tied": {"bigram_ratio": 5.0, "untie_at": 0.5},
     "no_value_embeds": {"value_embeds": False},
     "no_smear_no_skip": {"smear": False, "skip": False},
     "no_gates_no_x0": {"attn_gate": False, "x0_mix": False},
@@ -1045,7 +1045,8 @@ def replay_graphs(monkeypatch):
     return replace_all
 
 
-@pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"]])
+@pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"],
+                                   ["--dtype=bfloat16", "--untie_at=0.5", "--bigram_ratio=2"]])  # fmt: skip
 def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graphs, flags):
     plain = runs("--val_every=2", "--save_every=1", "--keep=0", *flags)
     replay_graphs()
@@ -1094,7 +1095,8 @@ def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(replay_
 # ----------------------------------------------------------------- checkpoint
 
 
-@pytest.mark.parametrize("flags", [["--mtp_heads=1"], ["--adam_every=3", "--document_rest=skip"]])
+@pytest.mark.parametrize("flags", [["--mtp_heads=1"], ["--adam_every=3", "--document_rest=skip"],
+                                   ["--untie_at=0.5", "--bigram_ratio=2"]])  # fmt: skip
 def test_resume_at_every_step_is_bit_exact(runs, flags):
     whole = runs("--save_every=1", "--keep=0", *flags)
     waiting = []
