@@ -71,6 +71,7 @@ class Layer(NamedTuple):
     value_embed: int = -1        # value-embedding table added to v; -1: none
     key_offset: bool = False     # k[t] takes its stationary dims from k[t-1]: one-layer induction
     skip_from: int = -1          # earlier layer whose output is added before this layer; -1: none
+    paired: bool = False         # with paired_heads: two heads attend as one, on twice as many tokens
 
 
 class Stage(NamedTuple):
@@ -178,6 +179,7 @@ class Config:
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
     attn_gate: bool = True
     gate_inputs: int = 12        # leading channels read by the attention and smear gates
+    paired_heads: bool = False   # heads 0 and 1, 2 and 3, .. see each other's keys in the layers marked so
     qk_norm: bool = True
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
     softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
@@ -233,18 +235,21 @@ class Config:
     def offsets_keys(self, layer: Layer) -> bool:
         return {"off": False, "all": True, "table": layer.key_offset}[self.key_offset]
 
+    def pairs_heads(self, layer: Layer) -> bool:
+        return self.paired_heads and layer.paired
+
 
 SHORT_LAYERS = (
-    Layer("short", value_embed=1),
+    Layer("short", value_embed=1, paired=True),
     Layer("short", value_embed=2),
-    Layer("short"),
+    Layer("short", paired=True),
     Layer("long", key_offset=True),
     Layer("short"),
-    Layer("short"),
+    Layer("short", paired=True),
     Layer("none", skip_from=3),
     Layer("short"),
     Layer("short", value_embed=0),
-    Layer("short", value_embed=1),
+    Layer("short", value_embed=1, paired=True),
     Layer("long", value_embed=2, key_offset=True),
 )
 
@@ -288,9 +293,9 @@ MEDIUM_STAGES = (
 )
 
 TINY_LAYERS = (
-    Layer("short", value_embed=0),
+    Layer("short", value_embed=0, paired=True),
     Layer("long", value_embed=1, key_offset=True),
-    Layer("short"),
+    Layer("short", paired=True),
     Layer("none", skip_from=1),
     Layer("long", value_embed=1, key_offset=True),
 )
@@ -425,6 +430,8 @@ def resolve_config(cfg: Config) -> Config:
         raise UserError("layer table: needs a layer with attention, and skips only from earlier layers")
     if any(layer.window not in ("short", "long", "none") for layer in cfg.layers):
         raise UserError("layer table: a window is short, long or none")
+    if cfg.paired_heads and (cfg.heads % 2 or not any(layer.paired for layer in cfg.layers)):
+        raise UserError("--paired_heads: needs an even number of heads, and layers marked in the layer table")
     if not cfg.stages or cfg.stages[0].start != 0:
         raise UserError("stage table: the first stage must start at 0")
     if any(min(stage.batch_tokens, stage.max_doc) < 1 or not stage.targets for stage in cfg.stages):
@@ -921,6 +928,11 @@ def rotate(x_THE: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_THE)
 
 
+def pair_heads(x_THE: Tensor) -> Tensor:
+    """The heads of each pair one after the other, as one head on two tokens: (2 T, H/2, E) (record 58)."""
+    return x_THE.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
+
+
 def offset_keys(k_THE: Tensor, dims: Tensor, starts_T: Tensor | None) -> Tensor:
     """Partial key offset (record 49): k[t] with the marked dims taken from k[t-1]; t = 0 keeps its own.
 
@@ -1088,6 +1100,7 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
 
     The longer windows of the final validation are used without a change of tables.
     """
+    positions *= 2 if any(map(cfg.pairs_heads, cfg.layers)) else 1
     half = cfg.head_dim // 2
     moving = round(half * cfg.rotary_fraction)
     frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, moving), torch.zeros(half - moving)]).double()
@@ -1168,25 +1181,38 @@ def mix_region(x_TD, skip_TD, skip_lambda, bigram_TD, x0_TD, x_lambda, x0_lambda
 
 
 def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config,
-               offset: bool):
-    """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D)."""
+               offset: bool, paired: bool):
+    """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D).
+
+    paired: all three are as pair_heads returns them.
+    """
     T = qkv_TC.size(0)
     q_THE, k_THE, v_THE = qkv_TC.view(T, 3, cfg.heads, cfg.head_dim).unbind(1)
     if cfg.qk_norm:
         q_THE, k_THE = norm(q_THE), norm(k_THE)
-    q_THE = rotate(q_THE * scale, cos_PJ[:T], sin_PJ[:T])
-    k_THE = rotate(k_THE, cos_PJ[:T], sin_PJ[:T])
+    if paired:  # head h of token t is at position 2 t + h % 2
+        turn = [table[: 2 * T].unflatten(0, (T, 2)) for table in (cos_PJ, sin_PJ)]
+        q_THE, k_THE = (rotate(x.unflatten(1, (-1, 2)), *turn).flatten(1, 2) for x in (q_THE * scale, k_THE))
+    else:
+        q_THE = rotate(q_THE * scale, cos_PJ[:T], sin_PJ[:T])
+        k_THE = rotate(k_THE, cos_PJ[:T], sin_PJ[:T])
     if offset:
         dims_E = still_E if cfg.key_offset_dims == "stationary" else torch.ones_like(still_E)
         k_THE = offset_keys(k_THE, dims_E, starts_T if cfg.cut_key_offset else None)
     v_THE = (v_lambda.expand(T, 1, 1) * v_THE).type_as(qkv_TC)
     if value_TD is not None:
         v_THE = v_THE + value_TD.view_as(v_THE)
+    if paired:
+        q_THE, k_THE, v_THE = map(pair_heads, (q_THE, k_THE, v_THE))
     return q_THE, k_THE, v_THE.contiguous()
 
 
 def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
-    """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D)."""
+    """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D).
+
+    y_THE: or (T, H/2, 2, E).
+    """
+    y_THE = y_THE.flatten(1, -2)
     factor_TH = out_lambda.expand(y_THE.size(0), 1)
     if gate_HG is not None:
         factor_TH = factor_TH * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)
@@ -1404,9 +1430,9 @@ class GPT(nn.Module):
                 qkv_TC = Linear.apply(h_TD, qkv_CD, grads[0])
                 qkv_TC = adapters.add("q k v", a, h_TD, qkv_TC) if adapters else qkv_TC
                 q_THE, k_THE, v_THE = self.regions["qkv_region"](
-                    qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
-                window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
-                y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
+                    qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer),
+                    cfg.pairs_heads(layer))
+                y_THE = self.attend(layer, q_THE, k_THE, v_THE, docs, windows)
                 gate_HG = self.attn_gate[a] if cfg.attn_gate else None
                 y_TD = self.regions["gate_region"](y_THE, lead_TG, gate_HG, out_lambda)
                 o_TD = Linear.apply(y_TD, o_DD, grads[1])
@@ -1424,6 +1450,14 @@ class GPT(nn.Module):
         backout = (outputs[cfg.backout_from], self.backout_lambda) if cfg.backout_from >= 0 else (None, None)
         mtp_lambda = self.smear_mtp_lambda if cfg.smear_mtp else None
         return self.regions["final_region"](x_TD, *backout, mtp_lambda, starts_T, cfg.cut_smear_mtp)
+
+    def attend(self, layer: Layer, q_THE, k_THE, v_THE, docs: Documents, windows: dict) -> Tensor:
+        """Attention's output, (T, H, E); of paired heads (T, H/2, 2, E), whose window counts half-tokens."""
+        window = windows[layer.window] if self.cfg.sliding_window else q_THE.size(0)
+        if not self.cfg.pairs_heads(layer):
+            return self.attention(q_THE, k_THE, v_THE, docs, window)
+        halves = Documents(2 * docs.cu_seqlens, 2 * docs.longest)
+        return self.attention(q_THE, k_THE, v_THE, halves, window).unflatten(0, (-1, 2)).transpose(1, 2)
 
     def adapted_mlp(self, i: int, x_TD: Tensor, h_TD: Tensor, adapters) -> Tensor:
         """Layer i's MLP with low-rank updates of both matrices, for autograd; its weights get no gradient."""

@@ -35,6 +35,7 @@ VARIANTS = {
     "cut at document starts": ["--cut_smear", "--cut_key_offset", "--cut_smear_mtp"],
     "bigram table of 5 V rows": ["--bigram_ratio=5"],
     "head tied until 2/3": ["--untie_at=0.6667"],
+    "paired heads": ["--paired_heads"],
     "token smear off": ["--smear=off"],
     "skip connection off": ["--skip=off"],
     "backout off": ["--backout_from=-1"],

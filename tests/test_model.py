@@ -29,7 +29,7 @@ from small import BOS, CPU
 
 WIDE = {"short": 1000, "long": 1000}
 LAYERS = (
-    t.Layer("short", value_embed=0),
+    t.Layer("short", value_embed=0, paired=True),
     t.Layer("long", value_embed=1, key_offset=True),
     t.Layer("none", skip_from=0),
     t.Layer("short"),
@@ -46,7 +46,7 @@ CFG = t.Config(
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
 ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, bigram_ratio=2.0,
-                 **CUTS)  # fmt: skip
+                 paired_heads=True, **CUTS)  # fmt: skip
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
 MECHANISM_TESTS = {}
@@ -374,6 +374,34 @@ def test_gates_read_exactly_the_leading_channels():
         used = {**more, name: make_model(wide, std=1.0).get_parameter(name).detach()}
         used[name][..., :4] = more[name][..., :4]
         assert not torch.allclose(latents(make_model(wide, **used), *text), latents(few, *text), atol=1e-3)
+
+
+@mechanism("paired_heads", GPT={"cfg": having(paired_heads=False)}, pair_heads={"x_THE": lambda x: x.flip(1)})
+def test_paired_heads_attend_to_the_keys_of_both_with_positions_and_windows_in_half_tokens():
+    tokens, _ = text = packed(9, 12)
+    H, E, document, narrow = 4, 8, [0] * 9 + [1] * 12, {"short": 5, "long": 5}
+    four = replace(CFG, heads=H)
+    model, rotary = make_model(replace(four, paired_heads=True)), build_rotary(four, 42)
+    trace, values = Trace(model, *text, narrow), model.value_embeds.detach()
+    qkv = (rms_normed(trace.inputs[0]) @ model.attn_bank.detach()[0, :3].flatten(0, 1).T).view(21, 3, H, E)
+    halves = [(i, h) for i in range(21) for h in range(2)]
+    for pair in range(H // 2):
+        q, k, v = ([qkv[i, n, 2 * pair + h] for i, h in halves] for n in range(3))
+        q, k = (t.rotate(rms_normed(torch.stack(x))[:, None], *rotary[:2])[:, 0] for x in (q, k))
+        v = model.attn_lambdas.detach()[0, 0] * torch.stack(v)
+        v = v + torch.stack([values[tokens[i]].view(H, E)[2 * pair + h] for i, h in halves])
+        for at, (i, h) in enumerate(halves):
+            seen = [to for to in range(max(at - 5, 0), at + 1) if document[halves[to][0]] == document[i]]
+            weights = (CFG.attn_scale * k[seen] @ q[at]).softmax(0)
+            assert_close(trace.gated[0][0][i, pair, h], weights @ v[seen])
+    assert trace.heads[0][0].shape == (42, 2, E) and trace.heads[1][0].shape == (21, H, E)
+
+    for window, reach in ((0, 0), (1, 1), (4, 2), (5, 3), (100, 15)):
+        layer = t.Layer("short", paired=True)
+        cfg = replace(ATTENTION_ONLY, layers=(layer,), backout_from=-1, paired_heads=True)
+        alone = make_model(cfg)
+        assert influence(alone, *packed(20), 4, {"short": window}) == list(range(4, 4 + reach + 1))
+        assert influence(make_model(replace(cfg, sliding_window=False)), *packed(20), 4) == list(range(4, 20))
 
 
 @mechanism("qk_norm", qkv_region={"cfg": having(qk_norm=False)})

@@ -1046,7 +1046,7 @@ def replay_graphs(monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"],
-                                   ["--dtype=bfloat16", "--untie_at=0.5", "--bigram_ratio=2"]])  # fmt: skip
+                                   ["--dtype=bfloat16", "--untie_at=0.5", "--bigram_ratio=2", "--paired_heads"]])  # fmt: skip
 def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graphs, flags):
     plain = runs("--val_every=2", "--save_every=1", "--keep=0", *flags)
     replay_graphs()
