@@ -198,6 +198,7 @@ class Config:
     # optimizer: the table built from these is `optimizer_table`
     muon_lr: float = 0.023
     muon_weight_decay: float = 0.0276  # per step: lr * weight_decay, both times the schedule's multiplier
+    muon_heads: int = 0          # heads of Q, and of K, that are orthogonalised together; 0: all
     adam_lr: float = 0.008
     attn_lr_ratio: float = 2.0   # learning rate of the attention matrices over muon_lr
     embed_lr_ratio: float = 75.0 # learning rate of the embedding tables over adam_lr
@@ -432,6 +433,8 @@ def resolve_config(cfg: Config) -> Config:
         raise UserError("layer table: a window is short, long or none")
     if cfg.paired_heads and (cfg.heads % 2 or not any(layer.paired for layer in cfg.layers)):
         raise UserError("--paired_heads: needs an even number of heads, and layers marked in the layer table")
+    if cfg.muon_heads and cfg.heads % cfg.muon_heads:
+        raise UserError(f"--muon_heads={cfg.muon_heads}: must divide the {cfg.heads} heads")
     if not cfg.stages or cfg.stages[0].start != 0:
         raise UserError("stage table: the first stage must start at 0")
     if any(min(stage.batch_tokens, stage.max_doc) < 1 or not stage.targets for stage in cfg.stages):
@@ -1568,6 +1571,7 @@ class Row(NamedTuple):
     betas: tuple = (0.0, 0.95)   # of the moments; normuon's first is the schedule's momentum instead
     weight_decay: float = 0.0
     every: int = 1               # steps between updates; gradients add up meanwhile
+    groups: tuple = ()           # of rows, orthogonalised apart: as many for each matrix as lr; (): one
     copy_of: str = ""            # a row of the same shape, of which this is a copy, moments and all ..
     copy_until: int = 0          # .. until this step; its gradient is added to that row's
 
@@ -1581,6 +1585,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
     table = partial(Row, algorithm="adam", comms="sharded", betas=(0.65, 0.95), every=cfg.adam_every)
     scalar = partial(Row, algorithm="adam", comms="replicated", betas=(0.65, 0.95), every=cfg.adam_every)
     bank = partial(Row, algorithm="normuon", comms="sharded", weight_decay=cfg.muon_weight_decay)
+    groups = (cfg.heads // cfg.muon_heads,) * 2 + (1, 1) if cfg.muon_heads else ()  # record 80
     embed = table("embed", lr=(cfg.embed_lr_ratio * adam,))
     if cfg.untie_at:  # from then on a weight of its own, at the head's rate (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
@@ -1600,7 +1605,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
         scalar("skip_lambdas", lr=(5 * adam,)),
         scalar("backout_lambda", lr=(5 * adam,)),
         scalar("smear_mtp_lambda", lr=(5 * adam,)),
-        bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4),
+        bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4, groups=groups),
         bank("mlp_bank", lr=(2 * muon, 4 * muon)),
     ]
     present = {
@@ -1647,6 +1652,17 @@ def polar_express(x_NRC: Tensor, kernels: str = "reference") -> Tensor:
     return x.mT if tall else x
 
 
+def orthogonalise(x_NRC: Tensor, groups: tuple, kernels: str = "reference") -> Tensor:
+    """polar_express of each of the groups[i] parts into which matrix i is cut along its rows; (): whole."""
+    out = {}
+    for count in sorted(set(groups)):
+        own = [i for i, n in enumerate(groups) if n == count]
+        x = torch.stack([x_NRC[i] for i in own]).unflatten(1, (count, -1)).flatten(0, 1)
+        x = polar_express(x / (1.02 * frobenius(x) + 1e-12) if count > 1 else x, kernels)
+        out |= zip(own, x.unflatten(0, (-1, count)).flatten(1, 2))
+    return torch.stack([out[i] for i in range(len(out))]) if out else polar_express(x_NRC, kernels)
+
+
 def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, ok, beta2: float):
     """Divide each row of x by its running RMS, keep each matrix's norm, and step with cautious decay."""
     x = x_NRC.to(p_NRC.dtype)
@@ -1658,15 +1674,15 @@ def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, ok, beta2: float):
 
 
 def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, ok, beta2: float, dtype,
-                   kernels: str = "reference", parts=(nesterov, apply_update)):
+                   kernels: str = "reference", parts=(nesterov, apply_update), groups: tuple = ()):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
     Nesterov momentum, orthogonalisation, division of each row by its running RMS with the matrix's norm kept,
     and decoupled decay only where it does not oppose the update. A row is an output of Q, K, V, O and up, and
     an input of down, which is stored transposed. mu, decay: () float32; lr_N11: one per matrix.
-    parts: the steps before and after the orthogonalisation, compiled or not.
+    parts: the steps before and after the orthogonalisation, compiled or not. groups: one for each matrix.
     """
-    x_NRC = polar_express(parts[0](g_NRC, momentum_NRC, mu, ok, dtype), kernels)
+    x_NRC = orthogonalise(parts[0](g_NRC, momentum_NRC, mu, ok, dtype), groups, kernels)
     parts[1](p_NRC, x_NRC, second_NR1, lr_N11, decay, ok, beta2)
 
 
@@ -1799,9 +1815,10 @@ class Optimizer:
             numbers = scalar(row.weight_decay * lr_multiplier), scalar(momentum), self.healthy, row.betas[1]
             tensors = p, grad, *state.buffers.values(), state.lr * lr_multiplier
             one_by_one = [slice(i, i + 1) for i in range(len(p))]
+            groups = (row.groups * state.parameter.size(0))[state.lo : state.hi]
             for own in one_by_one if self.deterministic else [slice(None)]:
-                stack = (x[own] for x in tensors)
-                normuon_update(*stack, *numbers, self.dtype, self.kernels, self.normuon_parts)
+                stack, rest = (x[own] for x in tensors), (self.normuon_parts, groups[own])
+                normuon_update(*stack, *numbers, self.dtype, self.kernels, *rest)
         else:
             updates = (step + 1) // row.every
             bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)

@@ -36,6 +36,7 @@ VARIANTS = {
     "bigram table of 5 V rows": ["--bigram_ratio=5"],
     "head tied until 2/3": ["--untie_at=0.6667"],
     "paired heads": ["--paired_heads"],
+    "Muon on pairs of heads": ["--muon_heads=2"],
     "token smear off": ["--smear=off"],
     "skip connection off": ["--skip=off"],
     "backout off": ["--backout_from=-1"],

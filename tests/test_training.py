@@ -157,6 +157,30 @@ def test_normuon_equals_a_plain_implementation_per_matrix(shape):
                 torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_grouped_rows_of_q_and_k_are_orthogonalised_by_themselves_and_v_and_o_whole():
+    table = optimizer_table(replace(narrow("short"), heads=4, muon_heads=2))
+    groups = {row.name: row.groups for row in table}
+    assert groups["attn_bank"] == (2, 2, 1, 1) and {*groups.values()} == {(), (2, 2, 1, 1)}
+    cfg = replace(SMALL, heads=4, muon_heads=2, muon_weight_decay=0.0)
+    model, optimizer = small_optimizer(cfg)
+    add_gradients(model, random_gradients(model, torch.Generator().manual_seed(9)))
+    with torch.no_grad():
+        model.attn_bank.grad[0, 0, :16] *= 1e-3  # a weak pair of heads moves as far as the others
+    before, grads = model.attn_bank.detach().clone(), model.attn_bank.grad.clone()
+    optimizer.step(0, lr_multiplier=1.0, momentum=0.9, share=SHARE)
+    moved = (before - model.attn_bank.detach()).double() / (cfg.attn_lr_ratio * cfg.muon_lr)
+    for a in range(len(moved)):
+        for m, count in enumerate((2, 2, 1, 1)):
+            expected = []
+            for part in grads[a, m].double().chunk(count):
+                u, s, vh = torch.linalg.svd(part, full_matrices=False)
+                expected.append(u * polar_scalar(s / s.norm()) @ vh)
+            x = torch.cat(expected)
+            scaled = x / x.norm(dim=1, keepdim=True)
+            wanted = scaled * x.norm() / scaled.norm()
+            torch.testing.assert_close(moved[a, m], wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_normuon_decays_only_where_decay_does_not_oppose_the_update():
     generator = torch.Generator().manual_seed(2)
     start, g = (torch.randn(2, 10, 10, generator=generator) for _ in range(2))
@@ -1046,7 +1070,8 @@ def replay_graphs(monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"],
-                                   ["--dtype=bfloat16", "--untie_at=0.5", "--bigram_ratio=2", "--paired_heads"]])  # fmt: skip
+                                   ["--dtype=bfloat16", "--untie_at=0.5", "--bigram_ratio=2",
+                                    "--paired_heads", "--muon_heads=1"]])  # fmt: skip
 def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graphs, flags):
     plain = runs("--val_every=2", "--save_every=1", "--keep=0", *flags)
     replay_graphs()
