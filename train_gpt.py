@@ -190,6 +190,7 @@ class Config:
     mtp_weight: float = 0.1      # of the mean auxiliary loss
     leaky_slope: float = 0.5     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
     bigram_ratio: float = 0.0    # rows of the table of hashed token pairs over padded_vocab; 0: off
+    mudd_width: int = 0          # hidden width of what says how far the end reads earlier layers; 0: off
     untie_at: float = 0.0        # head and embedding are one up to this part of scheduled_steps; 0: never
     cut_smear: bool = False      # these four stop where a document starts (BOS)
     cut_key_offset: bool = False
@@ -1247,6 +1248,13 @@ def activation_region(z_TF, slope: float) -> Tensor:
     return r_TF * r_TF
 
 
+def dense_region(x_TD, earlier_TSD, in_MD, out_SM, bias_S) -> Tensor:
+    """x plus S earlier activations, each times a number that depends on x (MUDD, arXiv 2502.12170)."""
+    hidden_TM = F.gelu(x_TD @ in_MD.type_as(x_TD).T)
+    factor_TS = 0.1 * (hidden_TM.type_as(out_SM) @ out_SM.T + bias_S)
+    return (x_TD + (factor_TS[..., None] * earlier_TSD).sum(1)).type_as(x_TD)
+
+
 def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bool) -> Tensor:
     """Latents that the head reads: backout, norm, and smear-MTP y'[t] = y[t] + lambda y[t-1] (PR 151)."""
     if backout_TD is not None:
@@ -1319,8 +1327,8 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
 
 REGIONS = {f.__name__: f for f in (embed_region, bigram_region, sign_region, mix_region, qkv_region,
                                    gate_region, add_rows_region, branch_region, branch_backward_region,
-                                   activation_region, final_region, loss_region, float8_region,
-                                   cross_entropy_region)}
+                                   activation_region, dense_region, final_region, loss_region,
+                                   float8_region, cross_entropy_region)}
 
 
 def compile_region(function):
@@ -1356,6 +1364,8 @@ class GPT(nn.Module):
     | bigram_lambdas            | (L,)              | 0.1                                                 |
     | skip_lambdas              | (skips,)          | -1.5, before a sigmoid                              |
     | backout_lambda            | ()                | 0.5                                                 |
+    | mudd_in                   | (2, M, D)         | uniform, std 1 / sqrt(3 D)                          |
+    | mudd_out, mudd_bias       | (2, S, M), (2, S) | 0                                                   |
     | smear_mtp_lambda          | ()                | 0                                                   |
     """
 
@@ -1401,6 +1411,12 @@ class GPT(nn.Module):
             self.backout_lambda = nn.Parameter(torch.tensor(0.5))
         if cfg.smear_mtp:
             self.smear_mtp_lambda = nn.Parameter(torch.zeros(()))
+        if cfg.mudd_width:
+            self.sources = [i for i in sorted(self.tap_layers) if 0 <= i < L - 2]
+            S = len(self.sources) + 2
+            self.mudd_in = nn.Parameter((2 * torch.rand(2, cfg.mudd_width, D) - 1) / math.sqrt(D))
+            self.mudd_out = nn.Parameter(torch.zeros(2, S, cfg.mudd_width))
+            self.mudd_bias = nn.Parameter(torch.zeros(2, S))
         if cfg.mtp_heads:
             self.mtp_heads = nn.Parameter(torch.zeros(cfg.mtp_heads, V, D))
 
@@ -1408,8 +1424,7 @@ class GPT(nn.Module):
                 adapters=None) -> Tensor:
         """Final latents (T, D) of packed tokens (T,) int64, in `dtype`; the head is applied by the caller.
 
-        windows: tokens that the "short" and the "long" layers look back. adapters: low-rank updates of the
-        weights (Adapters), which are trained in their place.
+        windows: tokens that "short" and "long" layers look back. adapters: trained in place of the weights.
         """
         cfg = self.cfg if docs.first_T is None else self.isolated_cfg
         weights = self.weights or self.refresh()
@@ -1423,6 +1438,7 @@ class GPT(nn.Module):
         values, bigram_TD = self.value_rows(tokens_T), self.bigrams(tokens_T, starts_T, cfg.cut_bigram)
         outputs = {}
         for i, layer in enumerate(cfg.layers):
+            x_TD = self.connect(i, x_TD, x0_TD, outputs)
             mixing = *self.skip_input(i, outputs), bigram_TD, x0_TD if i else None, *self.mixing_factors(i)
             x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, cfg.gate_inputs)
             if layer.window != "none":
@@ -1450,6 +1466,7 @@ class GPT(nn.Module):
                                  cfg.leaky_slope, self.kernels)
             if i in self.tap_layers:
                 outputs[i] = x_TD
+        x_TD = self.connect(len(cfg.layers), x_TD, x0_TD, outputs)
         backout = (outputs[cfg.backout_from], self.backout_lambda) if cfg.backout_from >= 0 else (None, None)
         mtp_lambda = self.smear_mtp_lambda if cfg.smear_mtp else None
         return self.regions["final_region"](x_TD, *backout, mtp_lambda, starts_T, cfg.cut_smear_mtp)
@@ -1532,6 +1549,20 @@ class GPT(nn.Module):
             return None, None
         return outputs[self.cfg.layers[i].skip_from], self.skip_lambdas[self.skips.index(i)]
 
+    def connect(self, i: int, x_TD: Tensor, x0_TD: Tensor, outputs: dict) -> Tensor:
+        """The stream in front of layer i; of the last layer and of the head with what they read from earlier.
+
+        Both read the embedding, layers whose outputs are kept in any case, and the last but one.
+        """
+        point = i - len(self.cfg.layers) + 1
+        if not self.cfg.mudd_width or point < 0:
+            return x_TD
+        if point == 0:
+            kept = (outputs[source] for source in self.sources)
+            outputs["earlier"] = torch.stack([x0_TD, *kept, x_TD], dim=1)
+        factors = (p[point] for p in (self.mudd_in, self.mudd_out, self.mudd_bias))
+        return self.regions["dense_region"](x_TD, outputs["earlier"], *factors)
+
     def mixing_factors(self, i: int) -> tuple:
         bigram_lambda = self.bigram_lambdas[i] if self.cfg.bigram_rows else None
         return *(self.resid_lambdas[i].unbind() if self.cfg.x0_mix else (None, None)), bigram_lambda
@@ -1605,6 +1636,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
         scalar("skip_lambdas", lr=(5 * adam,)),
         scalar("backout_lambda", lr=(5 * adam,)),
         scalar("smear_mtp_lambda", lr=(5 * adam,)),
+        *(scalar(f"mudd_{part}", lr=(adam / 4,), betas=(0.9, 0.99)) for part in ("in", "out", "bias")),
         bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4, groups=groups),
         bank("mlp_bank", lr=(2 * muon, 4 * muon)),
     ]
@@ -1614,6 +1646,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
         "skip_lambdas": cfg.skip and any(layer.skip_from >= 0 for layer in cfg.layers),
         "backout_lambda": cfg.backout_from >= 0, "smear_mtp_lambda": cfg.smear_mtp,
         "bigram_embed": cfg.bigram_rows, "bigram_lambdas": cfg.bigram_rows,
+        **dict.fromkeys(("mudd_in", "mudd_out", "mudd_bias"), cfg.mudd_width),
     }
     return [row for row in rows if present.get(row.name, True)]
 

@@ -37,6 +37,7 @@ VARIANTS = {
     "head tied until 2/3": ["--untie_at=0.6667"],
     "paired heads": ["--paired_heads"],
     "Muon on pairs of heads": ["--muon_heads=2"],
+    "MUDD before the last layer and the head": ["--mudd_width=64"],
     "token smear off": ["--smear=off"],
     "skip connection off": ["--skip=off"],
     "backout off": ["--backout_from=-1"],

@@ -28,7 +28,7 @@ STEPS, SIZES = 20, (1, 2, 4)
 EQUAL = replace(
     SMALL, stages=(*SMALL.stages, Stage(1.0, 256, 64, 16, 64, 0.5)), scheduled_steps=18, extension_steps=2,
     mtp_heads=1, epochs=2, val_every=5, yarn_window=48, save_every=1, keep=0, bigram_ratio=1.5,
-    muon_heads=1,
+    muon_heads=1, mudd_width=8,
 )  # fmt: skip
 # The head is untied at step 10.
 VARIANTS = {  # Adam acts every third step in one, every second in the other: between, its gradients wait

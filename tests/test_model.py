@@ -46,7 +46,7 @@ CFG = t.Config(
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
 ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, bigram_ratio=2.0,
-                 paired_heads=True, **CUTS)  # fmt: skip
+                 paired_heads=True, mudd_width=8, **CUTS)  # fmt: skip
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
 MECHANISM_TESTS = {}
@@ -644,6 +644,26 @@ def test_bigrams_add_the_signed_row_of_each_pair_of_tokens_in_front_of_every_lay
         pair_by_hand(*pair, 10_007) for pair in zip(tokens.tolist(), before)]  # fmt: skip
 
 
+@mechanism("mudd_width", dense_region={"earlier_TSD": torch.zeros_like})
+def test_mudd_adds_earlier_outputs_by_factors_of_each_token_and_starts_inert():
+    text, cfg = packed(9, 12), replace(CFG, mudd_width=8, skip=False, smear_mtp=False)
+    start = {"mudd_out": 0, "mudd_bias": 0}
+    fresh, off = make_model(cfg, **start), make_model(replace(cfg, mudd_width=0))
+    assert torch.equal(latents(fresh, *text), latents(off, *text))
+    assert not t.GPT(cfg).mudd_out.any() and not t.GPT(cfg).mudd_bias.any()
+    model = make_model(cfg)
+    trace, (own, first) = Trace(model, *text), model.resid_lambdas.detach()[3]
+    w_in, w_out, bias = (p.detach() for p in (model.mudd_in, model.mudd_out, model.mudd_bias))
+
+    def connected(x, point):
+        factors = 0.1 * (F.gelu(x @ w_in[point].T) @ w_out[point].T + bias[point])
+        return x + sum(factors[:, s, None] * y for s, y in enumerate((trace.x0, *trace.outputs[:3])))
+
+    assert_close(trace.inputs[3], own * connected(trace.outputs[2], 0) + first * trace.x0)
+    x = connected(trace.outputs[3], 1) - model.backout_lambda.detach() * trace.outputs[1]
+    assert_close(trace.latents, rms_normed(x))
+
+
 @mechanism("untie_at", GPT={"cfg": having(untie_at=0.0)}, optimizer_table={"cfg": having(untie_at=0.0)})
 def test_head_and_embedding_are_one_weight_until_they_are_untied_with_the_moments_they_have():
     for untie_at, updates in ((0.5, ("tied", "tied", "own", "own")), (0.6, ("tied", "tied", "own", "own")),
@@ -869,7 +889,7 @@ def test_gradients_are_finite_differences_of_the_loss(exact):
 
     micro_backward(model, batch)
     for name, p in model.named_parameters():
-        start, step, losses = p.detach().clone(), 1e-5 * torch.randn_like(p), []
+        start, step, losses = p.detach().clone(), 3e-6 * torch.randn_like(p), []
         with torch.no_grad():
             for value in (start + step, start - step, start):
                 p.copy_(value)
@@ -1032,9 +1052,9 @@ def test_initial_values_are_the_documented_ones():
     model = t.GPT(ALL_ON)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
     zero = "value_embeds", "head", "mtp_heads", "attn_gate", "smear_gate", "smear_lambda", "smear_mtp_lambda"
-    constant = dict.fromkeys((*zero, "bigram_embed"), 0.0)
+    constant = dict.fromkeys((*zero, "bigram_embed", "mudd_out", "mudd_bias"), 0.0)
     constant |= {"skip_lambdas": -1.5, "backout_lambda": 0.5, "bigram_lambdas": 0.1}
-    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas", "resid_lambdas"}
+    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas", "resid_lambdas", "mudd_in"}
     assert {name for name, _ in model.named_parameters()} == set(constant) | rest
     for name, value in constant.items():
         assert (model.get_parameter(name) == value).all(), name
@@ -1045,6 +1065,7 @@ def test_initial_values_are_the_documented_ones():
         assert weights.abs().max() <= bound
         assert_close(weights.std().item(), 0.5 / math.sqrt(32), rtol=0.02, atol=0)
     assert_close(model.embed.std().item(), 1.0, rtol=0.02, atol=0)
+    assert 0.95 < model.mudd_in.abs().max() * math.sqrt(32) <= 1
 
 
 def test_every_parameter_receives_a_gradient_within_three_steps():
@@ -1069,7 +1090,7 @@ OFF = {
     "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"}, "x0_mix": {"resid_lambdas"},
     "smear": {"smear_gate", "smear_lambda"}, "skip": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"},
     "mtp_heads": {"mtp_heads"}, "backout_from": {"backout_lambda"},
-    "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
+    "bigram_ratio": {"bigram_embed", "bigram_lambdas"}, "mudd_width": {"mudd_in", "mudd_out", "mudd_bias"},
 }  # fmt: skip
 
 

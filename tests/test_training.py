@@ -303,7 +303,7 @@ def narrow(track):
 FLAGS = {
     "defaults": {},
     "mtp_heads": {"mtp_heads": 2},
-    "bigrams_tied": {"bigram_ratio": 5.0, "untie_at": 0.5},
+    "bigrams_tied_mudd": {"bigram_ratio": 5.0, "untie_at": 0.5, "mudd_width": 8},
     "no_value_embeds": {"value_embeds": False},
     "no_smear_no_skip": {"smear": False, "skip": False},
     "no_gates_no_x0": {"attn_gate": False, "x0_mix": False},
@@ -323,11 +323,12 @@ def test_table_has_one_row_for_each_parameter_of_every_track(track, flags):
 
 
 def test_effective_learning_rates_of_the_short_track():
-    table = optimizer_table(replace(narrow("short"), mtp_heads=1, bigram_ratio=5.0))
+    table = optimizer_table(replace(narrow("short"), mtp_heads=1, bigram_ratio=5.0, mudd_width=8))
     rates = {row.name: [round(lr, 9) for lr in row.lr] for row in table}
     assert rates == {
         "embed": [0.6], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
-        "bigram_embed": [0.6], "bigram_lambdas": [0.04], "attn_gate": [0.008], "smear_gate": [0.008],
+        "bigram_embed": [0.6], "bigram_lambdas": [0.04], "mudd_in": [0.002], "mudd_out": [0.002],
+        "mudd_bias": [0.002], "attn_gate": [0.008], "smear_gate": [0.008],
         "attn_lambdas": [0.04], "resid_lambdas": [0.04], "smear_lambda": [0.04], "skip_lambdas": [0.04],
         "backout_lambda": [0.04], "smear_mtp_lambda": [0.04],
         "attn_bank": [0.046, 0.046, 0.046, 0.046], "mlp_bank": [0.046, 0.092],
@@ -1071,7 +1072,7 @@ def replay_graphs(monkeypatch):
 
 @pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"],
                                    ["--dtype=bfloat16", "--untie_at=0.5", "--bigram_ratio=2",
-                                    "--paired_heads", "--muon_heads=1"]])  # fmt: skip
+                                    "--paired_heads", "--muon_heads=1", "--mudd_width=8"]])  # fmt: skip
 def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graphs, flags):
     plain = runs("--val_every=2", "--save_every=1", "--keep=0", *flags)
     replay_graphs()
