@@ -72,6 +72,7 @@ class Layer(NamedTuple):
     value_embed: int = -1        # value-embedding table added to v; -1: none
     key_offset: bool = False     # k[t] takes its stationary dims from k[t-1]: one-layer induction
     skip_from: int = -1          # earlier layer whose output is added before this layer; -1: none
+    paired: bool = False         # with paired_heads: two heads attend as one, on twice as many tokens
 
 
 class Stage(NamedTuple):
@@ -189,10 +190,11 @@ class Config:
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
     draw_output: bool = False    # O starts like Q, K and V instead of at 0 (record 64)
     late_attention: bool = False # attention of layers after backout_from reads that layer's output (77)
-    exclusive: bool = False      # heads' outputs lose a learned share of their part along v (82, 2603.09078)
+    exclusive: bool = False      # heads' outputs lose a learned share along v, unless paired (82, 2603.09078)
     attn_gate: bool = True
     value_skip_gates: bool = False  # also on value embeddings, by head, and on skip connections (record 55)
     gate_inputs: int = 12        # leading channels read by the gates
+    paired_heads: bool = False   # heads 0 and 1, 2 and 3, .. see each other's keys in the layers marked so
     qk_norm: bool = True
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
     softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
@@ -204,18 +206,23 @@ class Config:
     mtp_weight: float = 0.1      # of the mean auxiliary loss
     prefix_weight: float = 0.0   # of predicting the next token's prefix: in stage 1, to 0 over stage 2 (88)
     leaky_slope: float = 0.5     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
-    cut_smear: bool = False      # these three stop where a document starts (BOS)
+    bigram_ratio: float = 0.0    # rows of the table of hashed token pairs over padded_vocab; 0: off
+    mudd_width: int = 0          # hidden width of what says how far the end reads earlier layers; 0: off
+    untie_at: float = 0.0        # head and embedding are one up to this part of scheduled_steps; 0: never
+    cut_smear: bool = False      # these four stop where a document starts (BOS)
     cut_key_offset: bool = False
     cut_smear_mtp: bool = False
+    cut_bigram: bool = False
     # optimizer: the table built from these is `optimizer_table`
     muon_lr: float = 0.023
     muon_weight_decay: float = 0.0276  # per step: lr * weight_decay, both times the schedule's multiplier
+    muon_heads: int = 0          # heads of Q, and of K, that are orthogonalised together; 0: all
     adam_lr: float = 0.008
     attn_lr_ratio: float = 2.0   # learning rate of the attention matrices over muon_lr
     embed_lr_ratio: float = 75.0 # learning rate of the embedding tables over adam_lr
     adam_weight_decay: float = 0.0  # of tables and head, times their learning rate squared (50: 0.005)
     adam_every: int = 2          # steps between Adam updates; gradients add up meanwhile
-    smooth_scalars: bool = False # Adam's betas 0.9, 0.99 for scalars and gates, but the factors on x0 (52)
+    smooth_scalars: bool = False # Adam's betas 0.9, 0.99 for scalars, gates, but factors on x0, bigrams (52)
 
     @property
     def head_dim(self) -> int:
@@ -259,21 +266,32 @@ class Config:
     def reads_late(self, i: int) -> bool:
         return self.late_attention and 0 <= self.backout_from < i and i in self.attention_layers
 
+    @property
+    def bigram_rows(self) -> int:
+        return max(2, round(self.bigram_ratio * self.padded_vocab)) if self.bigram_ratio else 0
+
     def offsets_keys(self, layer: Layer) -> bool:
         return {"off": False, "all": True, "table": layer.key_offset}[self.key_offset]
 
+    def pairs_heads(self, layer: Layer) -> bool:
+        return self.paired_heads and layer.paired
+
+    @property
+    def exclusive_layers(self) -> list[int]:
+        return [i for i in self.attention_layers if self.exclusive and not self.pairs_heads(self.layers[i])]
+
 
 SHORT_LAYERS = (
-    Layer("short", value_embed=1),
+    Layer("short", value_embed=1, paired=True),
     Layer("short", value_embed=2),
-    Layer("short"),
+    Layer("short", paired=True),
     Layer("long", key_offset=True),
     Layer("short"),
-    Layer("short"),
+    Layer("short", paired=True),
     Layer("none", skip_from=3),
     Layer("short"),
     Layer("short", value_embed=0),
-    Layer("short", value_embed=1),
+    Layer("short", value_embed=1, paired=True),
     Layer("long", value_embed=2, key_offset=True),
 )
 
@@ -317,9 +335,9 @@ MEDIUM_STAGES = (
 )
 
 TINY_LAYERS = (
-    Layer("short", value_embed=0),
+    Layer("short", value_embed=0, paired=True),
     Layer("long", value_embed=1, key_offset=True),
-    Layer("short"),
+    Layer("short", paired=True),
     Layer("none", skip_from=1),
     Layer("long", value_embed=1, key_offset=True),
 )
@@ -455,6 +473,10 @@ def resolve_config(cfg: Config) -> Config:
         raise UserError("layer table: needs a layer with attention, and skips only from earlier layers")
     if any(layer.window not in ("short", "long", "none") for layer in cfg.layers):
         raise UserError("layer table: a window is short, long or none")
+    if cfg.paired_heads and (cfg.heads % 2 or not any(layer.paired for layer in cfg.layers)):
+        raise UserError("--paired_heads: needs an even number of heads, and layers marked in the layer table")
+    if cfg.muon_heads and cfg.heads % cfg.muon_heads:
+        raise UserError(f"--muon_heads={cfg.muon_heads}: must divide the {cfg.heads} heads")
     if not cfg.stages or cfg.stages[0].start != 0:
         raise UserError("stage table: the first stage must start at 0")
     if cfg.first_max_doc:
@@ -957,6 +979,11 @@ def rotate(x_THE: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_THE)
 
 
+def pair_heads(x_THE: Tensor) -> Tensor:
+    """The heads of each pair one after the other, as one head on two tokens: (2 T, H/2, E) (record 58)."""
+    return x_THE.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
+
+
 def offset_keys(k_THE: Tensor, dims: Tensor, starts_T: Tensor | None) -> Tensor:
     """Partial key offset (record 49): k[t] with the marked dims taken from k[t-1]; t = 0 keeps its own.
 
@@ -1100,7 +1127,7 @@ def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tenso
     """The same through torch's variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest, _ = docs
+    cu, longest = docs[:2]
     options = {"scale": 1.0, "window_size": (window, 0)}
     if "num_splits" in varlen_parameters():
         options["num_splits"] = 1  # FlashAttention 3 would split, which costs more than it gives here
@@ -1124,6 +1151,7 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
 
     The longer windows of the final validation are used without a change of tables.
     """
+    positions *= 2 if any(map(cfg.pairs_heads, cfg.layers)) else 1
     half = cfg.head_dim // 2
     moving = round(half * cfg.rotary_fraction)
     frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, moving), torch.zeros(half - moving)]).double()
@@ -1155,9 +1183,36 @@ def embed_region(embed_TD, gate_G, smear_lambda, starts_T, cut: bool) -> Tensor:
     return norm(embed_TD)
 
 
-def mix_region(x_TD, skip_TD, skip_lambda, skip_gate_G, x0_TD, x_lambda, x0_lambda, source_TD,
-               gate_inputs: int):
-    """Residual stream as a layer sees it: plus the skip connection, mixed with the embedding x0.
+BIGRAM_SIGNS = 8192
+
+
+def draw_signs(width: int) -> Tensor:
+    """+-1 as int8, (8192, D): the same in every model, as they aren't saved."""
+    random = torch.Generator().manual_seed(0)
+    return (2 * torch.randint(2, (BIGRAM_SIGNS, width), generator=random, device="cpu") - 1).to(torch.int8)
+
+
+def bigram_region(tokens_T, starts_T, rows: int, cut: bool):
+    """Hashes of each token and the one before: its row of the table (record 62), of the signs (record 83).
+
+    Where nothing is before, the last row and the first signs. Products wrap around as int32.
+    """
+    alone_T = torch.arange(tokens_T.size(0), device=tokens_T.device) == 0
+    alone_T = alone_T | starts_T if cut else alone_T
+    token_T, before_T = tokens_T.int(), shift(tokens_T).int()
+    row_T = ((36313 * token_T) ^ (27191 * before_T)) % (rows - 1)
+    sign_T = (token_T ^ before_T) % BIGRAM_SIGNS
+    return row_T.masked_fill(alone_T, rows - 1).long(), sign_T.masked_fill(alone_T, 0).long()
+
+
+def sign_region(rows_TD, signs_SD, sign_T) -> Tensor:
+    """Rows with their signs: pairs that share a row are told apart by them."""
+    return rows_TD * signs_SD[sign_T]
+
+
+def mix_region(x_TD, skip_TD, skip_lambda, skip_gate_G, bigram_TD, x0_TD, x_lambda, x0_lambda, bigram_lambda,
+               source_TD, gate_inputs: int):
+    """Residual stream as a layer sees it: plus the skip connection and bigrams, mixed with the embedding x0.
 
     Layer 0, whose stream is x0 itself, gets x0_TD = None and has its two factors merged into one.
     Returns the stream, the stream or source_TD if given, normed, both (T, D), and the latter's leading
@@ -1173,20 +1228,30 @@ def mix_region(x_TD, skip_TD, skip_lambda, skip_gate_G, x0_TD, x_lambda, x0_lamb
         x_TD = (x_lambda + x0_lambda).expand(rows) * x_TD
     elif x0_lambda is not None:
         x_TD = x_lambda.expand(rows) * x_TD + x0_lambda.expand(rows) * x0_TD
+    if bigram_TD is not None:
+        x_TD = x_TD + bigram_lambda.expand(rows) * bigram_TD
     x_TD = x_TD.to(dtype)
     h_TD = norm(x_TD if source_TD is None else source_TD)
     return x_TD, h_TD, h_TD[:, :gate_inputs].contiguous()
 
 
 def qkv_region(qkv_TC, v_lambda, value_TD, lead_TG, gate_HG, cos_PJ, sin_PJ, scale, still_E, starts_T,
-               cfg: Config, offset: bool):
-    """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D)."""
+               cfg: Config, offset: bool, paired: bool):
+    """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D).
+
+    paired: all three are as pair_heads returns them. What a head is apart from the other, its own key of the
+    token before and the gate on its value embedding, comes before that.
+    """
     T = qkv_TC.size(0)
     q_THE, k_THE, v_THE = qkv_TC.view(T, 3, cfg.heads, cfg.head_dim).unbind(1)
     if cfg.qk_norm:
         q_THE, k_THE = norm(q_THE), norm(k_THE)
-    q_THE = rotate(q_THE * scale, cos_PJ[:T], sin_PJ[:T])
-    k_THE = rotate(k_THE, cos_PJ[:T], sin_PJ[:T])
+    if paired:  # head h of token t is at position 2 t + h % 2
+        turn = [table[: 2 * T].unflatten(0, (T, 2)) for table in (cos_PJ, sin_PJ)]
+        q_THE, k_THE = (rotate(x.unflatten(1, (-1, 2)), *turn).flatten(1, 2) for x in (q_THE * scale, k_THE))
+    else:
+        q_THE = rotate(q_THE * scale, cos_PJ[:T], sin_PJ[:T])
+        k_THE = rotate(k_THE, cos_PJ[:T], sin_PJ[:T])
     if offset:
         dims_E = still_E if cfg.key_offset_dims == "stationary" else torch.ones_like(still_E)
         k_THE = offset_keys(k_THE, dims_E, starts_T if cfg.cut_key_offset else None)
@@ -1196,6 +1261,8 @@ def qkv_region(qkv_TC, v_lambda, value_TD, lead_TG, gate_HG, cos_PJ, sin_PJ, sca
         if gate_HG is not None:
             value_THE = 2 * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)[..., None] * value_THE
         v_THE = (v_THE + value_THE).type_as(v_THE)
+    if paired:
+        q_THE, k_THE, v_THE = map(pair_heads, (q_THE, k_THE, v_THE))
     return q_THE, k_THE, v_THE.contiguous()
 
 
@@ -1203,7 +1270,9 @@ def gate_region(y_THE, v_THE, exclusive_H, lead_TG, gate_HG, out_lambda) -> Tens
     """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D).
 
     With exclusive_H, first minus tanh(exclusive_H) times its projection on the token's own value.
+    y_THE: or (T, H/2, 2, E), of paired heads.
     """
+    y_THE = y_THE.flatten(1, -2)
     factor_TH, dtype = out_lambda.expand(y_THE.size(0), 1), y_THE.dtype
     if exclusive_H is not None:
         y_THE, v_THE = y_THE.float(), v_THE.float()
@@ -1238,6 +1307,13 @@ def activation_region(z_TF, slope: float) -> Tensor:
     """LeakyReLU(z)^2: (T, F)."""
     r_TF = F.leaky_relu(z_TF, slope)
     return r_TF * r_TF
+
+
+def dense_region(x_TD, earlier_TSD, in_MD, out_SM, bias_S) -> Tensor:
+    """x plus S earlier activations, each times a number that depends on x (MUDD, arXiv 2502.12170)."""
+    hidden_TM = F.gelu(x_TD @ in_MD.type_as(x_TD).T)
+    factor_TS = 0.1 * (hidden_TM.type_as(out_SM) @ out_SM.T + bias_S)
+    return (x_TD + (factor_TS[..., None] * earlier_TSD).sum(1)).type_as(x_TD)
 
 
 def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bool) -> Tensor:
@@ -1309,9 +1385,10 @@ def cap(logits: Tensor, softcap: Softcap) -> Tensor:
     return height * torch.tanh((logits + shift) / width) if height else logits
 
 
-REGIONS = {f.__name__: f for f in (embed_region, mix_region, qkv_region, gate_region, add_rows_region,
-                                   branch_region, branch_backward_region, activation_region, final_region,
-                                   loss_region, float8_region, cross_entropy_region)}
+REGIONS = {f.__name__: f for f in (embed_region, bigram_region, sign_region, mix_region, qkv_region,
+                                   gate_region, add_rows_region, branch_region, branch_backward_region,
+                                   activation_region, dense_region, final_region, loss_region,
+                                   float8_region, cross_entropy_region)}
 
 
 def compile_region(function):
@@ -1321,12 +1398,22 @@ def compile_region(function):
     compiled = torch.compile(function, fullgraph=True)
 
     def call(*args):
-        for i in tokens:
-            if args[i] is not None and args[i].size(0) > 1:  # a single row is compiled for itself
-                torch._dynamo.mark_dynamic(args[i], 0)
+        for x in (args[i] for i in tokens if i < len(args)):
+            if x is not None and x.size(0) > 1:  # a single row is compiled for itself
+                torch._dynamo.mark_dynamic(x, 0)
         return compiled(*args)
 
     return call
+
+
+class Packing(NamedTuple):
+    """How the tokens of one forward pass lie side by side, and how far each sees."""
+
+    cfg: Config                  # the model's, or with every cut_*
+    starts_T: Tensor             # bool: where documents start
+    docs: Documents
+    windows: dict                # "short", "long" -> tokens
+    rotary: Rotary
 
 
 class GPT(nn.Module):
@@ -1334,20 +1421,24 @@ class GPT(nn.Module):
 
     | parameter                 | shape             | initial value                                       |
     |---------------------------|-------------------|-----------------------------------------------------|
-    | embed                     | (V, D)            | normal(0, 1)                                        |
+    | embed                     | (V, D)            | normal(0, 1); with untie_at normal(0, 0.005)        |
     | value_embeds              | (tables * V, D)   | 0; untied: normal(0, 0.01)                          |
-    | head, mtp_heads           | (V, D), (n, V, D) | 0                                                   |
+    | head, mtp_heads           | (V, D), (n, V, D) | 0; with untie_at the head is embed                  |
+    | bigram_embed              | (bigram_rows, D)  | 0                                                   |
     | attn_bank: Q, K, V, O     | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0 or the same |
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
     | attn_gate                 | (A, H, G)         | 0: every gate starts at 1/2                         |
     | value_gate                | (.., H, G)        | 0: every gate starts at 1; one for each layer       |
     | skip_gate                 | (skips, G)        | 0: every gate starts at 1                           |
     | attn_lambdas              | (A, 2)            | 0.5 on v, 1 on the output                           |
-    | exclusive_lambdas         | (A, H)            | 0, before a tanh                                    |
+    | exclusive_lambdas         | (.., H)           | 0, before a tanh; one for each layer not paired     |
     | resid_lambdas, x0_lambdas | (L,)              | 1.1 on the stream, 0 on x0                          |
     | smear_gate, smear_lambda  | (G,), ()          | 0                                                   |
+    | bigram_lambdas            | (L,)              | 0.1                                                 |
     | skip_lambdas              | (skips,)          | -1.5, before a sigmoid                              |
     | backout_lambda            | ()                | 0.5                                                 |
+    | mudd_in                   | (2, M, D)         | uniform, std 1 / sqrt(3 D)                          |
+    | mudd_out, mudd_bias       | (2, S, M), (2, S) | 0                                                   |
     | smear_mtp_lambda          | ()                | 0                                                   |
     """
 
@@ -1355,7 +1446,8 @@ class GPT(nn.Module):
                  kernels: str = "reference", fp8: bool = False):
         super().__init__()
         self.cfg, self.dtype, self.attention = cfg, dtype, ATTENTION[attention]
-        self.isolated_cfg = replace(cfg, cut_smear=True, cut_key_offset=True, cut_smear_mtp=True)
+        cuts = "cut_smear", "cut_key_offset", "cut_smear_mtp", "cut_bigram"
+        self.isolated_cfg = replace(cfg, **dict.fromkeys(cuts, True))
         self.regions, self.kernels, self.fp8 = REGIONS, kernels, fp8
         self.weights, self.graphs = {}, None
         scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # y + lambda * shift(y) fits while |lambda| <= 1
@@ -1364,22 +1456,27 @@ class GPT(nn.Module):
         L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
         bound = math.sqrt(3) * 0.5 / math.sqrt(D)
 
-        self.embed = nn.Parameter(torch.randn(V, D))
-        self.head = nn.Parameter(torch.zeros(V, D))
+        self.embed = nn.Parameter(torch.randn(V, D) * (0.005 if cfg.untie_at else 1))
+        self.head = nn.Parameter(self.embed.detach().clone() if cfg.untie_at else torch.zeros(V, D))
         attn_bank, mlp_bank = torch.zeros(A, 4, D, D), torch.zeros(L, 2, cfg.mlp_ratio * D, D)
         self.attn_bank = nn.Parameter(attn_bank)
         self.mlp_bank = nn.Parameter(mlp_bank)
         attn_bank[:, : 4 if cfg.draw_output else 3].uniform_(-bound, bound)
         mlp_bank[:, 0].uniform_(-bound, bound)
         self.attn_lambdas = nn.Parameter(torch.tensor([0.5, 1.0]).repeat(A, 1))
+        self.add_mechanisms(cfg)
+
+    def add_mechanisms(self, cfg: Config):
+        """The parameters that only some configurations have."""
+        L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
         if cfg.value_tables:
             shape = cfg.value_tables * V, D
             values = 0.01 * torch.randn(shape) if cfg.untied_values else torch.zeros(shape)
             self.value_embeds = nn.Parameter(values)
         if cfg.attn_gate:
             self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
-        if cfg.exclusive:
-            self.exclusive_lambdas = nn.Parameter(torch.zeros(A, cfg.heads))
+        if cfg.exclusive_layers:
+            self.exclusive_lambdas = nn.Parameter(torch.zeros(len(cfg.exclusive_layers), cfg.heads))
         if cfg.value_skip_gates and cfg.value_layers:
             self.value_gate = nn.Parameter(torch.zeros(len(cfg.value_layers), cfg.heads, cfg.gate_inputs))
         if cfg.value_skip_gates and cfg.skips:
@@ -1387,6 +1484,10 @@ class GPT(nn.Module):
         if cfg.x0_mix:
             self.resid_lambdas = nn.Parameter(torch.full((L,), 1.1))
             self.x0_lambdas = nn.Parameter(torch.zeros(L))
+        if cfg.bigram_rows:
+            self.bigram_embed = nn.Parameter(torch.zeros(cfg.bigram_rows, D))
+            self.bigram_lambdas = nn.Parameter(torch.full((L,), 0.1))
+            self.register_buffer("bigram_signs", draw_signs(D).to(self.embed.device), persistent=False)
         if cfg.smear:
             self.smear_gate = nn.Parameter(torch.zeros(cfg.gate_inputs))
             self.smear_lambda = nn.Parameter(torch.zeros(()))
@@ -1396,6 +1497,12 @@ class GPT(nn.Module):
             self.backout_lambda = nn.Parameter(torch.tensor(0.5))
         if cfg.smear_mtp:
             self.smear_mtp_lambda = nn.Parameter(torch.zeros(()))
+        if cfg.mudd_width:
+            self.sources = [i for i in sorted(self.tap_layers) if 0 <= i < L - 2]
+            S = len(self.sources) + 2
+            self.mudd_in = nn.Parameter((2 * torch.rand(2, cfg.mudd_width, D) - 1) / math.sqrt(D))
+            self.mudd_out = nn.Parameter(torch.zeros(2, S, cfg.mudd_width))
+            self.mudd_bias = nn.Parameter(torch.zeros(2, S))
         if cfg.mtp_heads:
             self.mtp_heads = nn.Parameter(torch.zeros(cfg.mtp_heads, V, D))
 
@@ -1403,8 +1510,7 @@ class GPT(nn.Module):
                 adapters=None) -> Tensor:
         """Final latents (T, D) of packed tokens (T,) int64, in `dtype`; the head is applied by the caller.
 
-        windows: tokens that the "short" and the "long" layers look back. adapters: low-rank updates of the
-        weights (Adapters), which are trained in their place.
+        windows: tokens that "short" and "long" layers look back. adapters: trained in place of the weights.
         """
         cfg = self.cfg if docs.first_T is None else self.isolated_cfg
         weights = self.weights or self.refresh()
@@ -1415,25 +1521,19 @@ class GPT(nn.Module):
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype, self.regions)
         gate, smear_lambda = (self.smear_gate, self.smear_lambda) if cfg.smear else (None, None)
         x_TD = x0_TD = self.regions["embed_region"](embed_TD, gate, smear_lambda, starts_T, cfg.cut_smear)
-        values, outputs = self.value_rows(tokens_T), {}
+        values, bigram_TD = self.value_rows(tokens_T), self.bigrams(tokens_T, starts_T, cfg.cut_bigram)
+        packing, outputs = Packing(cfg, starts_T, docs, windows, rotary), {}
         for i, layer in enumerate(cfg.layers):
-            mixing = *self.skip_input(i, outputs), x0_TD if i else None, *self.mixing_factors(i)
+            x_TD = self.connect(i, x_TD, x0_TD, outputs)
+            mixing = *self.skip_input(i, outputs), bigram_TD, x0_TD if i else None, *self.mixing_factors(i)
             source_TD = outputs[cfg.backout_from] if cfg.reads_late(i) else None
             x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, source_TD, cfg.gate_inputs)
             if layer.window != "none":
                 a = cfg.attention_layers.index(i)
                 (qkv_CD, o_DD), grads = map(split_attention, (weights["attn_bank"][a], attn_grad[a]))
-                v_lambda, out_lambda = self.attn_lambdas[a].unbind()
                 qkv_TC = Linear.apply(h_TD, qkv_CD, grads[0])
                 qkv_TC = adapters.add("q k v", a, h_TD, qkv_TC) if adapters else qkv_TC
-                q_THE, k_THE, v_THE = self.regions["qkv_region"](
-                    qkv_TC, v_lambda, *self.value_input(i, values, lead_TG), *rotary, starts_T, cfg,
-                    cfg.offsets_keys(layer))
-                window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
-                y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
-                exclusive_H = self.exclusive_lambdas[a] if cfg.exclusive else None
-                gate_HG = self.attn_gate[a] if cfg.attn_gate else None
-                y_TD = self.regions["gate_region"](y_THE, v_THE, exclusive_H, lead_TG, gate_HG, out_lambda)
+                y_TD = self.attend(i, qkv_TC, lead_TG, values, packing)
                 o_TD = Linear.apply(y_TD, o_DD, grads[1])
                 o_TD = adapters.add("o", a, y_TD, o_TD) if adapters else o_TD
                 x_TD, h_TD = Branch.apply(x_TD, o_TD, self.regions)
@@ -1446,9 +1546,28 @@ class GPT(nn.Module):
                                  cfg.leaky_slope, self.kernels)
             if i in self.tap_layers:
                 outputs[i] = x_TD
+        x_TD = self.connect(len(cfg.layers), x_TD, x0_TD, outputs)
         backout = (outputs[cfg.backout_from], self.backout_lambda) if cfg.backout_from >= 0 else (None, None)
         mtp_lambda = self.smear_mtp_lambda if cfg.smear_mtp else None
         return self.regions["final_region"](x_TD, *backout, mtp_lambda, starts_T, cfg.cut_smear_mtp)
+
+    def attend(self, i: int, qkv_TC: Tensor, lead_TG: Tensor, values: tuple, packing: Packing) -> Tensor:
+        """Layer i's attention from the product with Q, K, V to what O reads: (T, D)."""
+        cfg, starts_T, docs, windows, rotary = packing
+        layer, a = cfg.layers[i], cfg.attention_layers.index(i)
+        v_lambda, out_lambda = self.attn_lambdas[a].unbind()
+        q_THE, k_THE, v_THE = self.regions["qkv_region"](
+            qkv_TC, v_lambda, *self.value_input(i, values, lead_TG), *rotary, starts_T, cfg,
+            cfg.offsets_keys(layer), cfg.pairs_heads(layer))
+        window = windows[layer.window] if cfg.sliding_window else q_THE.size(0)
+        if cfg.pairs_heads(layer):  # the window counts half-tokens
+            halves = Documents(2 * docs.cu_seqlens, 2 * docs.longest)
+            y_THE = self.attention(q_THE, k_THE, v_THE, halves, window).unflatten(0, (-1, 2)).transpose(1, 2)
+        else:
+            y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
+        gate_HG = self.attn_gate[a] if cfg.attn_gate else None
+        exclusive = self.exclusive_input(i, v_THE)
+        return self.regions["gate_region"](y_THE, *exclusive, lead_TG, gate_HG, out_lambda)
 
     def adapted_mlp(self, i: int, x_TD: Tensor, h_TD: Tensor, adapters) -> Tensor:
         """Layer i's MLP with low-rank updates of both matrices, for autograd; its weights get no gradient."""
@@ -1519,6 +1638,20 @@ class GPT(nn.Module):
         gate_HG = self.value_gate[self.cfg.value_layers.index(i)] if self.cfg.value_skip_gates else None
         return values[self.cfg.value_table(i)], lead_TG, gate_HG
 
+    def exclusive_input(self, i: int, v_THE: Tensor) -> tuple:
+        """The values that layer i's outputs lose their part along, and how much of it; or None."""
+        if i not in self.cfg.exclusive_layers:
+            return None, None
+        return v_THE, self.exclusive_lambdas[self.cfg.exclusive_layers.index(i)]
+
+    def bigrams(self, tokens_T: Tensor, starts_T: Tensor, cut: bool) -> Tensor | None:
+        """What each token and the one before look up together: (T, D)."""
+        if not self.cfg.bigram_rows:
+            return None
+        row_T, sign_T = self.regions["bigram_region"](tokens_T, starts_T, self.cfg.bigram_rows, cut)
+        rows_TD = Lookup.apply(row_T, self.bigram_embed, self.dtype, self.regions)
+        return self.regions["sign_region"](rows_TD, self.bigram_signs, sign_T)
+
     def skip_input(self, i: int, outputs: dict) -> tuple:
         """The stream that joins at layer i, its factor and its gate; or None."""
         if i not in self.cfg.skips:
@@ -1527,8 +1660,23 @@ class GPT(nn.Module):
         gate_G = self.skip_gate[at] if self.cfg.value_skip_gates else None
         return outputs[self.cfg.layers[i].skip_from], self.skip_lambdas[at], gate_G
 
+    def connect(self, i: int, x_TD: Tensor, x0_TD: Tensor, outputs: dict) -> Tensor:
+        """The stream in front of layer i; of the last layer and of the head with what they read from earlier.
+
+        Both read the embedding, layers whose outputs are kept in any case, and the last but one.
+        """
+        point = i - len(self.cfg.layers) + 1
+        if not self.cfg.mudd_width or point < 0:
+            return x_TD
+        if point == 0:
+            kept = (outputs[source] for source in self.sources)
+            outputs["earlier"] = torch.stack([x0_TD, *kept, x_TD], dim=1)
+        factors = (p[point] for p in (self.mudd_in, self.mudd_out, self.mudd_bias))
+        return self.regions["dense_region"](x_TD, outputs["earlier"], *factors)
+
     def mixing_factors(self, i: int) -> tuple:
-        return (self.resid_lambdas[i], self.x0_lambdas[i]) if self.cfg.x0_mix else (None, None)
+        cfg, bigram_lambda = self.cfg, self.bigram_lambdas[i] if self.cfg.bigram_rows else None
+        return *((self.resid_lambdas[i], self.x0_lambdas[i]) if cfg.x0_mix else (None, None)), bigram_lambda
 
     def products(self, x_TD: Tensor) -> Tensor:
         """Logits before the soft cap, (T, V), of final latents, in their dtype."""
@@ -1569,6 +1717,9 @@ class Row(NamedTuple):
     betas: tuple = (0.0, 0.95)   # of the moments; normuon's first is the schedule's momentum instead
     weight_decay: float = 0.0
     every: int = 1               # steps between updates; gradients add up meanwhile
+    groups: tuple = ()           # of rows, orthogonalised apart: as many for each matrix as lr; (): one
+    copy_of: str = ""            # a row of the same shape, of which this is a copy, moments and all ..
+    copy_until: int = 0          # .. until this step; its gradient is added to that row's
 
 
 def optimizer_table(cfg: Config) -> list[Row]:
@@ -1586,9 +1737,15 @@ def optimizer_table(cfg: Config) -> list[Row]:
     betas = (0.9, 0.99) if cfg.smooth_scalars else (0.65, 0.95)
     scalar = partial(Row, algorithm="adam", comms="replicated", betas=betas, every=cfg.adam_every)
     bank = partial(Row, algorithm="normuon", comms="sharded", weight_decay=cfg.muon_weight_decay)
+    groups = (cfg.heads // cfg.muon_heads,) * 2 + (1, 1) if cfg.muon_heads else ()  # record 80
+    embed = table("embed", cfg.embed_lr_ratio)
+    if cfg.untie_at:  # from then on a weight of its own, at the head's rate and decay (record 53)
+        untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
+        embed = table("embed", decay=150)._replace(copy_of="head", copy_until=untied)
     rows = [
-        table("embed", cfg.embed_lr_ratio),
+        embed,
         table("value_embeds", cfg.embed_lr_ratio, decay=5),
+        table("bigram_embed", cfg.embed_lr_ratio, decay=5)._replace(betas=(0.75, 0.95)),
         table("head", decay=150),
         table("mtp_heads", decay=150),
         scalar("attn_gate", lr=(adam,)),
@@ -1599,22 +1756,30 @@ def optimizer_table(cfg: Config) -> list[Row]:
         scalar("attn_lambdas", lr=(5 * adam,)),
         scalar("resid_lambdas", lr=(5 * adam,)),
         scalar("x0_lambdas", lr=(5 * adam,), betas=(0.65, 0.95)),  # smoothing hurts them
+        scalar("bigram_lambdas", lr=(5 * adam,), betas=(0.65, 0.95)),
         scalar("smear_lambda", lr=(5 * adam,)),
         scalar("skip_lambdas", lr=(5 * adam,)),
         scalar("backout_lambda", lr=(5 * adam,)),
         scalar("smear_mtp_lambda", lr=(5 * adam,)),
-        bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4),
+        *(scalar(f"mudd_{part}", lr=(adam / 4,), betas=(0.9, 0.99)) for part in ("in", "out", "bias")),
+        bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4, groups=groups),
         bank("mlp_bank", lr=(2 * muon, 4 * muon)),
     ]
-    present = {
+    some = mechanism_parameters(cfg)
+    return [row for row in rows if some.get(row.name, True)]
+
+
+def mechanism_parameters(cfg: Config) -> dict:
+    """Names of the parameters that only some configurations have: true if this one does."""
+    return {
         "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
-        "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "resid_lambdas": cfg.x0_mix,
-        "x0_lambdas": cfg.x0_mix,
-        "exclusive_lambdas": cfg.exclusive, "value_gate": cfg.value_skip_gates and cfg.value_layers,
+        "value_gate": cfg.value_skip_gates and cfg.value_layers, "exclusive_lambdas": cfg.exclusive_layers,
         "skip_gate": cfg.value_skip_gates and cfg.skips, "skip_lambdas": cfg.skips,
-        "backout_lambda": cfg.backout_from >= 0, "smear_mtp_lambda": cfg.smear_mtp,
+        "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "smear_mtp_lambda": cfg.smear_mtp,
+        "resid_lambdas": cfg.x0_mix, "x0_lambdas": cfg.x0_mix, "backout_lambda": cfg.backout_from >= 0,
+        "bigram_embed": cfg.bigram_rows, "bigram_lambdas": cfg.bigram_rows,
+        **dict.fromkeys(("mudd_in", "mudd_out", "mudd_bias"), cfg.mudd_width),
     }
-    return [row for row in rows if present.get(row.name, True)]
 
 
 # Polar Express, five iterations (arXiv 2505.16932, safety 2 %): X <- a X + (b A + c A A) X with A = X X^T.
@@ -1651,6 +1816,17 @@ def polar_express(x_NRC: Tensor, kernels: str = "reference") -> Tensor:
     return x.mT if tall else x
 
 
+def orthogonalise(x_NRC: Tensor, groups: tuple, kernels: str = "reference") -> Tensor:
+    """polar_express of each of the groups[i] parts into which matrix i is cut along its rows; (): whole."""
+    out = {}
+    for count in sorted(set(groups)):
+        own = [i for i, n in enumerate(groups) if n == count]
+        x = torch.stack([x_NRC[i] for i in own]).unflatten(1, (count, -1)).flatten(0, 1)
+        x = polar_express(x / (1.02 * frobenius(x) + 1e-12) if count > 1 else x, kernels)
+        out |= zip(own, x.unflatten(0, (-1, count)).flatten(1, 2))
+    return torch.stack([out[i] for i in range(len(out))]) if out else polar_express(x_NRC, kernels)
+
+
 def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, ok, beta2: float):
     """Divide each row of x by its running RMS, keep each matrix's norm, and step with cautious decay."""
     x = x_NRC.to(p_NRC.dtype)
@@ -1662,15 +1838,15 @@ def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, ok, beta2: float):
 
 
 def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, ok, beta2: float, dtype,
-                   kernels: str = "reference", parts=(nesterov, apply_update)):
+                   kernels: str = "reference", parts=(nesterov, apply_update), groups: tuple = ()):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
     Nesterov momentum, orthogonalisation, division of each row by its running RMS with the matrix's norm kept,
     and decoupled decay only where it does not oppose the update. A row is an output of Q, K, V, O and up, and
     an input of down, which is stored transposed. mu, decay: () float32; lr_N11: one per matrix.
-    parts: the steps before and after the orthogonalisation, compiled or not.
+    parts: the steps before and after the orthogonalisation, compiled or not. groups: one for each matrix.
     """
-    x_NRC = polar_express(parts[0](g_NRC, momentum_NRC, mu, ok, dtype), kernels)
+    x_NRC = orthogonalise(parts[0](g_NRC, momentum_NRC, mu, ok, dtype), groups, kernels)
     parts[1](p_NRC, x_NRC, second_NR1, lr_N11, decay, ok, beta2)
 
 
@@ -1740,7 +1916,13 @@ class Optimizer:
 
     def due(self, step: int) -> list[RowState]:
         """Rows that are updated at the end of `step` (0, 1, ..)."""
-        return [s for s in self.states if (step + 1) % s.row.every == 0]
+        return [s for s in self.states if (step + 1) % s.row.every == 0 and step >= s.row.copy_until]
+
+    def copies(self, step: int) -> list[tuple]:
+        """Rows that would be due, but are copies still, each with the row that it is a copy of."""
+        rows = {s.row.name: s for s in self.states}
+        late = (s for s in self.states if (step + 1) % s.row.every == 0 and step < s.row.copy_until)
+        return [(s, rows[s.row.copy_of]) for s in late]
 
     @torch.no_grad()
     def step(self, step: int, lr_multiplier: float, momentum: float, share: Tensor) -> Tensor:
@@ -1749,10 +1931,13 @@ class Optimizer:
         share: what else to sum over ranks, of which nothing may be infinite or NaN either. Returns its sum,
         and for each due row the number of ranks whose gradient isn't finite: (share.numel() + rows,).
         """
-        due = self.due(step)
-        for state in due:
+        due, copies = self.due(step), self.copies(step)
+        for state in (*due, *(copy for copy, _ in copies)):
             if state.parameter.grad is None:
                 raise RuntimeError(f"parameter {state.row.name} is trained but got no gradient")
+        for copy, original in copies:
+            original.parameter.grad += copy.parameter.grad
+            copy.parameter.grad.zero_()
         reduced = [self.reduce(due[0])]  # which hides the search for what isn't finite
         norms = torch.stack(torch._foreach_norm([s.parameter.grad for s in due]))
         report = torch.cat([share, (~norms.isfinite()).type_as(share)])
@@ -1770,6 +1955,10 @@ class Optimizer:
             state.parameter.grad.zero_()  # in place: graphs know its address
         for finish in gathers:
             finish()
+        for copy, original in copies:
+            copy.parameter.copy_(original.parameter)
+            for name, moment in original.buffers.items():
+                copy.buffers[name].copy_(moment)
         return report
 
     def reduce(self, state: RowState):
@@ -1791,9 +1980,10 @@ class Optimizer:
             numbers = scalar(row.weight_decay * lr_multiplier), scalar(momentum), self.healthy, row.betas[1]
             tensors = p, grad, *state.buffers.values(), state.lr * lr_multiplier
             one_by_one = [slice(i, i + 1) for i in range(len(p))]
+            groups = (row.groups * state.parameter.size(0))[state.lo : state.hi]
             for own in one_by_one if self.deterministic else [slice(None)]:
-                stack = (x[own] for x in tensors)
-                normuon_update(*stack, *numbers, self.dtype, self.kernels, self.normuon_parts)
+                stack, rest = (x[own] for x in tensors), (self.normuon_parts, groups[own])
+                normuon_update(*stack, *numbers, self.dtype, self.kernels, *rest)
         else:
             updates = (step + 1) // row.every
             bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
@@ -2787,7 +2977,8 @@ class Evaluation:
         """One step of SGD on a chunk, all of whose targets have been scored."""
         cfg, model = self.cfg, self.model
         lo, hi = chunk * cfg.sgd_chunk, min((chunk + 1) * cfg.sgd_chunk, len(self.tokens) - 1)
-        plan = plan_step(cfg, cfg.total_steps)._replace(windows=final_windows(cfg), weights=(1.0,))
+        plan = plan_step(cfg, cfg.total_steps)
+        plan = plan._replace(windows=final_windows(cfg), weights=(1.0,), prefix=False)
         loss = torch.tensor([1 / (hi - lo)], device=self.device), torch.zeros(1, device=self.device)
         edges = np.linspace(lo, hi, cfg.micro_batches + 1).astype(int)
         model.requires_grad_(True)

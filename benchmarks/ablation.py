@@ -33,6 +33,11 @@ VARIANTS = {
     "LeakyReLU slope 0": ["--leaky_slope=0"],
     "LeakyReLU slope 0.75": ["--leaky_slope=0.75"],
     "cut at document starts": ["--cut_smear", "--cut_key_offset", "--cut_smear_mtp"],
+    "bigram table of 5 V rows": ["--bigram_ratio=5"],
+    "head tied until 2/3": ["--untie_at=0.6667"],
+    "paired heads": ["--paired_heads"],
+    "Muon on pairs of heads": ["--muon_heads=2"],
+    "MUDD before the last layer and the head": ["--mudd_width=64"],
     "token smear off": ["--smear=off"],
     "skip connection off": ["--skip=off"],
     "backout off": ["--backout_from=-1"],
@@ -50,7 +55,20 @@ VARIANTS = {
     "prefix-token prediction": ["--prefix_weight=0.25"],
     "learning-rate floor 0.15": ["--lr_floor=0.15"],
     "documents of 896 in stage 1": ["--first_max_doc=896"],
+    "head tied until 2/3 and weighted targets": ["--untie_at=0.6667", "--multi_target"],
+    "floor 0.15 and documents of 896 in stage 1": ["--lr_floor=0.15", "--first_max_doc=896"],
 }
+FEWER_STEPS = (  # what took most steps off the field's records first; what lost here before last
+    "bigram table of 5 V rows", "head tied until 2/3", "paired heads",
+    "MUDD before the last layer and the head", "asymmetric logit rescale on",
+    "late attention reads the backout layer", "gates on value embeddings and skip on", "exclusive attention",
+    "a value-embedding table per layer", "O drawn like Q, K and V",
+    "floor 0.15 and documents of 896 in stage 1", "weight decay in Adam", "prefix-token prediction",
+    "Muon on pairs of heads", "smoothed scalars on",
+)
+for count in (3, 5, 8, 11, len(FEWER_STEPS)):
+    VARIANTS[f"the first {count} of the savers of steps"] = [
+        flag for name in FEWER_STEPS[:count] for flag in VARIANTS[name]]  # fmt: skip
 
 
 def read_log(folder: Path) -> dict:

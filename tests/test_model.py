@@ -29,7 +29,7 @@ from small import BOS, CPU
 
 WIDE = {"short": 1000, "long": 1000}
 LAYERS = (
-    t.Layer("short", value_embed=0),
+    t.Layer("short", value_embed=0, paired=True),
     t.Layer("long", value_embed=1, key_offset=True),
     t.Layer("none", skip_from=0),
     t.Layer("short"),
@@ -44,9 +44,9 @@ CFG = t.Config(
     sliding_window=True, key_offset="table", x0_mix=True, smear=True, skip=True, attn_gate=True, qk_norm=True,
     smear_mtp=True, multi_target=True,
 )  # fmt: skip
-CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True}
+CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
 NEW = {"logit_rescale": True, "value_skip_gates": True, "late_attention": True, "exclusive": True,
-       "prefix_weight": 0.25}  # fmt: skip
+       "prefix_weight": 0.25, "bigram_ratio": 2.0, "paired_heads": True, "mudd_width": 8}  # fmt: skip
 ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
@@ -307,13 +307,18 @@ def test_key_offset_dims_all_takes_every_dim_from_the_previous_key():
     assert torch.equal(k, keys_by_loop(own, range(16)))
 
 
+def mixing_factors(model):
+    """On the stream and on x0, by layer: (L, 2)."""
+    return torch.stack([model.resid_lambdas, model.x0_lambdas], dim=1).detach()
+
+
 @mechanism("x0_mix", mix_region={"x0_lambda": None})
 def test_x0_mix_adds_the_embedding_to_every_layer_and_merges_both_factors_in_layer_0():
     text = packed(9, 12)
     cfg = replace(CFG, skip=False)
     model = make_model(cfg)
     trace = Trace(model, *text)
-    lambdas = torch.stack([model.resid_lambdas, model.x0_lambdas], dim=1).detach()
+    lambdas = mixing_factors(model)
     assert torch.equal(trace.inputs[0], lambdas[0].sum() * trace.x0)
     for i in range(1, len(LAYERS)):
         assert torch.equal(trace.inputs[i], lambdas[i, 0] * trace.outputs[i - 1] + lambdas[i, 1] * trace.x0)
@@ -452,6 +457,34 @@ def test_gates_read_exactly_the_leading_channels():
         used = {**more, name: make_model(wide, std=1.0).get_parameter(name).detach()}
         used[name][..., :4] = more[name][..., :4]
         assert not torch.allclose(latents(make_model(wide, **used), *text), latents(few, *text), atol=1e-3)
+
+
+@mechanism("paired_heads", GPT={"cfg": having(paired_heads=False)}, pair_heads={"x_THE": lambda x: x.flip(1)})
+def test_paired_heads_attend_to_the_keys_of_both_with_positions_and_windows_in_half_tokens():
+    tokens, _ = text = packed(9, 12)
+    H, E, document, narrow = 4, 8, [0] * 9 + [1] * 12, {"short": 5, "long": 5}
+    four = replace(CFG, heads=H)
+    model, rotary = make_model(replace(four, paired_heads=True)), build_rotary(four, 42)
+    trace, values = Trace(model, *text, narrow), model.value_embeds.detach()
+    qkv = (rms_normed(trace.inputs[0]) @ model.attn_bank.detach()[0, :3].flatten(0, 1).T).view(21, 3, H, E)
+    halves = [(i, h) for i in range(21) for h in range(2)]
+    for pair in range(H // 2):
+        q, k, v = ([qkv[i, n, 2 * pair + h] for i, h in halves] for n in range(3))
+        q, k = (t.rotate(rms_normed(torch.stack(x))[:, None], *rotary[:2])[:, 0] for x in (q, k))
+        v = model.attn_lambdas.detach()[0, 0] * torch.stack(v)
+        v = v + torch.stack([values[tokens[i]].view(H, E)[2 * pair + h] for i, h in halves])
+        for at, (i, h) in enumerate(halves):
+            seen = [to for to in range(max(at - 5, 0), at + 1) if document[halves[to][0]] == document[i]]
+            weights = (CFG.attn_scale * k[seen] @ q[at]).softmax(0)
+            assert_close(trace.gated[0][0][i, pair, h], weights @ v[seen])
+    assert trace.heads[0][0].shape == (42, 2, E) and trace.heads[1][0].shape == (21, H, E)
+
+    for window, reach in ((0, 0), (1, 1), (4, 2), (5, 3), (100, 15)):
+        layer = t.Layer("short", paired=True)
+        cfg = replace(ATTENTION_ONLY, layers=(layer,), backout_from=-1, paired_heads=True)
+        alone = make_model(cfg)
+        assert influence(alone, *packed(20), 4, {"short": window}) == list(range(4, 4 + reach + 1))
+        assert influence(make_model(replace(cfg, sliding_window=False)), *packed(20), 4) == list(range(4, 20))
 
 
 @mechanism("qk_norm", qkv_region={"cfg": having(qk_norm=False)})
@@ -694,9 +727,100 @@ def test_fp8_mlp_rounds_the_operands_of_the_forward_products_in_training_alone()
         assert relative_error(down_grad, (r**2).T @ direction) < 0.01
 
 
+def wrapped(n):
+    """As int32."""
+    return (n + 2**31) % 2**32 - 2**31
+
+
+def pair_by_hand(token, before, rows):
+    """Rows of a pair of tokens in the table and in the signs; of a token alone, if none is before."""
+    if before is None:
+        return rows - 1, 0
+    return (wrapped(36313 * token) ^ wrapped(27191 * before)) % (rows - 1), (token ^ before) % 8192
+
+
+@mechanism("bigram_ratio", mix_region={"bigram_TD": None}, bigram_region={"tokens_T": torch.zeros_like},
+           sign_region={"signs_SD": torch.ones_like})  # fmt: skip
+def test_bigrams_add_the_signed_row_of_each_pair_of_tokens_in_front_of_every_layer_and_start_inert():
+    tokens, _ = text = packed(9, 12)
+    cfg = replace(CFG, bigram_ratio=1.5, skip=False)
+    fresh, off = make_model(cfg, bigram_embed=0), make_model(replace(cfg, bigram_ratio=0.0))
+    assert cfg.bigram_rows == 576 and torch.equal(latents(fresh, *text), latents(off, *text))
+    model = make_model(cfg)
+    before = [None, *tokens[:-1].tolist()]
+    rows, signs = torch.tensor([pair_by_hand(*pair, 576) for pair in zip(tokens.tolist(), before)]).T
+    bigram = model.bigram_embed.detach()[rows] * model.bigram_signs[signs]
+    trace, lambdas = Trace(model, *text), mixing_factors(model)
+    streams = [trace.x0, *trace.outputs[:-1]]
+    for x, stream, (own, first), factor in zip(trace.inputs, streams, lambdas, model.bigram_lambdas.detach()):
+        assert_close(x, own * stream + first * trace.x0 + factor * bigram)
+    latents(model, *text).square().sum().backward()
+    assert set(model.bigram_embed.grad.any(-1).nonzero().flatten().tolist()) == set(rows.tolist())
+    assert model.bigram_lambdas.grad.all() and abs(model.bigram_signs.float().mean()) < 0.01
+    assert torch.equal(model.bigram_signs, t.GPT(cfg).bigram_signs)
+
+    tokens = torch.randint(2**16, (500,))
+    pairs = t.bigram_region(tokens, None, 10_007, False)
+    before = [None, *tokens[:-1].tolist()]
+    assert list(zip(*(x.tolist() for x in pairs))) == [
+        pair_by_hand(*pair, 10_007) for pair in zip(tokens.tolist(), before)]  # fmt: skip
+
+
+@mechanism("mudd_width", dense_region={"earlier_TSD": torch.zeros_like})
+def test_mudd_adds_earlier_outputs_by_factors_of_each_token_and_starts_inert():
+    text, cfg = packed(9, 12), replace(CFG, mudd_width=8, skip=False, smear_mtp=False)
+    start = {"mudd_out": 0, "mudd_bias": 0}
+    fresh, off = make_model(cfg, **start), make_model(replace(cfg, mudd_width=0))
+    assert torch.equal(latents(fresh, *text), latents(off, *text))
+    assert not t.GPT(cfg).mudd_out.any() and not t.GPT(cfg).mudd_bias.any()
+    model = make_model(cfg)
+    trace, (own, first) = Trace(model, *text), mixing_factors(model)[3]
+    w_in, w_out, bias = (p.detach() for p in (model.mudd_in, model.mudd_out, model.mudd_bias))
+
+    def connected(x, point):
+        factors = 0.1 * (F.gelu(x @ w_in[point].T) @ w_out[point].T + bias[point])
+        return x + sum(factors[:, s, None] * y for s, y in enumerate((trace.x0, *trace.outputs[:3])))
+
+    assert_close(trace.inputs[3], own * connected(trace.outputs[2], 0) + first * trace.x0)
+    x = connected(trace.outputs[3], 1) - model.backout_lambda.detach() * trace.outputs[1]
+    assert_close(trace.latents, rms_normed(x))
+
+
+@mechanism("untie_at", GPT={"cfg": having(untie_at=0.0)}, optimizer_table={"cfg": having(untie_at=0.0)})
+def test_head_and_embedding_are_one_weight_until_they_are_untied_with_the_moments_they_have():
+    for untie_at, decay, updates in ((0.5, 0.0, ("tied", "tied", "own", "own")), (0.1, 0.0, ("own",) * 4),
+                                     (0.6, 20.0, ("tied", "tied", "own", "own")),
+                                     (9.0, 20.0, ("tied",) * 4)):  # fmt: skip
+        cfg = replace(CFG, untie_at=untie_at, scheduled_steps=8, adam_every=2, adam_weight_decay=decay)
+        model, names = t.GPT(cfg), ("embed", "head")
+        optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
+        expected = {name: model.get_parameter(name).detach().clone() for name in names}
+        assert torch.equal(*expected.values())
+        assert_close(model.head.std().item(), 0.005, rtol=0.02, atol=0)
+        moments = {name: torch.zeros(2, *model.head.shape) for name in names}
+        for step in range(8):
+            micro_backward(model, make_batch(17, 1, 20, seed=step))
+            if step % 2:
+                grads, lr = {name: model.get_parameter(name).grad.clone() for name in names}, cfg.adam_lr
+                if updates[step // 2] == "tied":
+                    grads = dict.fromkeys(names, grads["head"] + grads["embed"])
+                biases = (1 - beta ** (step // 2 + 1) for beta in (0.65, 0.95))
+                rest = lr, *biases, torch.tensor(True), 0.65, 0.95, 150 * decay * lr
+                for name in names:
+                    t.adam_update(expected[name], grads[name], *moments[name], *rest)
+            report = optimizer.step(step, 1.0, 0.9, torch.zeros(2))
+            assert len(report) == 2 + len(optimizer.due(step))
+            for name in names:
+                assert_close(model.get_parameter(name).detach(), expected[name], rtol=1e-5, atol=1e-8)
+            tied = updates[step // 2] == "tied" if step % 2 else step == 0 or updates[step // 2 - 1] == "tied"
+            assert torch.equal(model.embed, model.head) == tied
+    assert t.optimizer_table(replace(CFG, untie_at=0.5))[0].lr == (CFG.adam_lr,)
+
+
 def check_cut(flag):
-    """With all three cuts a document's latents ignore the one before it; with `flag` off they don't."""
-    for cfg, leaks in ((replace(CFG, **CUTS), False), (replace(CFG, **{**CUTS, flag: False}), True)):
+    """With all four cuts a document's latents ignore the one before it; with `flag` off they don't."""
+    cuts, every = {**CUTS, flag: False}, replace(CFG, bigram_ratio=1.5, **CUTS)
+    for cfg, leaks in ((every, False), (replace(every, **cuts), True)):
         reached = influence(make_model(cfg), *packed(9, 12), position=8)
         assert (max(reached) >= 9) == leaks
 
@@ -714,6 +838,78 @@ def test_cut_key_offset_keeps_keys_within_documents():
 @mechanism("cut_smear_mtp", final_region={"cut": False})
 def test_cut_smear_mtp_keeps_latents_within_documents():
     check_cut("cut_smear_mtp")
+
+
+@mechanism("cut_bigram", bigram_region={"cut": False})
+def test_cut_bigram_keeps_pairs_of_tokens_within_documents():
+    check_cut("cut_bigram")
+
+
+def test_paired_layers_have_no_exclusive_attention():
+    text, cfg = packed(9, 12), replace(CFG, exclusive=True, paired_heads=True, attn_gate=False)
+    model = make_model(cfg, exclusive_lambdas=torch.tensor([[0.5, -1.0], [2.0, 0.3]]))
+    assert cfg.exclusive_layers == [1, 3] == [i for i in (0, 1, 3) if not LAYERS[i].paired]
+    trace, (_, factors) = Trace(model, *text), model.attn_lambdas.detach().unbind(1)
+    (paired, out), *rest = trace.gated
+    assert torch.equal(out, factors[0] * paired)
+    strengths = model.exclusive_lambdas.detach().tanh()[..., None]
+    for (y, out), (_, _, v), strength, factor in zip(rest, trace.heads[1:], strengths, factors[1:], strict=True):
+        along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True)
+        assert_close(out, factor * (y - strength * along * v))
+    alone = replace(cfg, layers=(LAYERS[0],), backout_from=-1)
+    assert not alone.exclusive_layers and not hasattr(t.GPT(alone), "exclusive_lambdas")
+    assert [row.name for row in t.optimizer_table(alone)].count("exclusive_lambdas") == 0
+
+
+def test_key_offset_and_gates_are_of_a_head_by_itself_before_it_is_paired():
+    """The gated values of both, and each head's own key of the token before."""
+    text, four = packed(9, 12), replace(CFG, heads=4, key_offset="all", value_skip_gates=True)
+    four = replace(four, untied_values=True, sliding_window=False)
+    weights = {"value_gate": torch.randn(2, 4, 4), "attn_gate": torch.randn(3, 4, 4)}
+    paired, plain = (make_silent_model(replace(four, paired_heads=on), **weights) for on in (True, False))
+    (q2, k2, v2), (q, k, v) = Trace(paired, *text).heads[0], Trace(plain, *text).heads[0]
+    still = build_rotary(four, 1).still_E
+    assert torch.equal(v2.view(21, 2, 2, 8).transpose(1, 2).flatten(1, 2), v)
+    k2 = k2.view(21, 2, 2, 8).transpose(1, 2).flatten(1, 2)
+    assert_close(k2[..., still], k[..., still])  # which don't turn: positions have no part in them
+    assert not torch.allclose(k2[..., ~still], k[..., ~still], atol=1e-2)
+    trace = Trace(paired, *text)
+    gates = torch.sigmoid(rms_normed(trace.inputs[0])[:, :4] @ paired.attn_gate.detach()[0].T)
+    y, out = trace.gated[0]
+    assert_close(out.flatten(1, 2), paired.attn_lambdas.detach()[0, 1] * gates[..., None] * y.flatten(1, 2))
+
+
+def test_with_mudd_late_attention_reads_the_backout_layer_and_the_mlp_what_was_added():
+    text, cfg = packed(9, 12), replace(CFG, late_attention=True, mudd_width=8, bigram_ratio=1.5)
+    model, plain = make_model(cfg), make_model(replace(cfg, mudd_width=0))
+    trace, without = Trace(model, *text), Trace(plain, *text)
+    for found, expected in zip(trace.heads, without.heads, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert torch.equal(trace.outputs[2], without.outputs[2])
+    x, earlier = trace.outputs[2], torch.stack([trace.x0, *trace.outputs[:3]], dim=1)
+    factors = (p.detach()[0] for p in (model.mudd_in, model.mudd_out, model.mudd_bias))
+    added = t.dense_region(x, earlier, *factors)
+    assert_close(trace.inputs[3] - without.inputs[3], mixing_factors(model)[3, 0] * (added - x))
+    (stream, _), (other, _) = trace.mlp_inputs[3], without.mlp_inputs[3]
+    assert_close(stream - other, trace.inputs[3] - without.inputs[3], rtol=1e-4, atol=1e-5)
+
+
+def test_factors_on_bigrams_reach_no_late_attention_but_the_stream():
+    text, cfg = packed(9, 12), replace(CFG, late_attention=True, bigram_ratio=1.5, attn_gate=False)
+    lambdas = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.8]])
+    model, other = (make_model(cfg, bigram_lambdas=x) for x in lambdas)
+    trace, changed = Trace(model, *text), Trace(other, *text)
+    assert all(torch.equal(x, y) for x, y in zip(trace.heads[-1], changed.heads[-1], strict=True))
+    assert not torch.allclose(trace.inputs[3], changed.inputs[3], atol=1e-2)
+
+
+def test_a_tied_embedding_has_the_heads_rate_and_decay_and_value_tables_keep_theirs():
+    cfg = replace(CFG, untie_at=0.5, adam_weight_decay=0.005, untied_values=True, bigram_ratio=1.5)
+    rows = {row.name: row for row in t.optimizer_table(cfg)}
+    assert rows["embed"].weight_decay == rows["head"].weight_decay == 150 * 0.005 * cfg.adam_lr
+    assert rows["embed"].lr == rows["head"].lr == (cfg.adam_lr,)
+    for row in (rows["value_embeds"], rows["bigram_embed"]):
+        assert row.lr == (75 * cfg.adam_lr,) and row.weight_decay == 5 * 0.005 * 75 * cfg.adam_lr
 
 
 def one_document(docs):
@@ -900,7 +1096,7 @@ def test_gradients_are_finite_differences_of_the_loss(exact):
 
     micro_backward(model, batch)
     for name, p in model.named_parameters():
-        start, step, losses = p.detach().clone(), 1e-5 * torch.randn_like(p), []
+        start, step, losses = p.detach().clone(), 3e-6 * torch.randn_like(p), []
         with torch.no_grad():
             for value in (start + step, start - step, start):
                 p.copy_(value)
@@ -1063,10 +1259,11 @@ def test_initial_values_are_the_documented_ones():
     model = t.GPT(ALL_ON)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
     zero = ("value_embeds", "head", "mtp_heads", "attn_gate", "value_gate", "skip_gate", "smear_gate",
-            "smear_lambda", "smear_mtp_lambda", "exclusive_lambdas")  # fmt: skip
-    constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5,
-                                           "resid_lambdas": torch.tensor(1.1), "x0_lambdas": 0.0}  # fmt: skip
-    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas"}
+            "smear_lambda", "smear_mtp_lambda", "exclusive_lambdas", "bigram_embed", "mudd_out", "mudd_bias",
+            "x0_lambdas")  # fmt: skip
+    constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5, "bigram_lambdas": 0.1,
+                                           "resid_lambdas": torch.tensor(1.1)}  # fmt: skip
+    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas", "mudd_in"}
     assert {name for name, _ in model.named_parameters()} == set(constant) | rest
     for name, value in constant.items():
         assert (model.get_parameter(name) == value).all(), name
@@ -1076,6 +1273,7 @@ def test_initial_values_are_the_documented_ones():
         assert weights.abs().max() <= bound
         assert_close(weights.std().item(), 0.5 / math.sqrt(32), rtol=0.02, atol=0)
     assert_close(model.embed.std().item(), 1.0, rtol=0.02, atol=0)
+    assert 0.95 < model.mudd_in.abs().max() * math.sqrt(32) <= 1
 
 
 def test_every_parameter_receives_a_gradient_within_four_steps():
@@ -1085,7 +1283,7 @@ def test_every_parameter_receives_a_gradient_within_four_steps():
     optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
     shapes = {"attn_bank": (3, 4, -1), "mlp_bank": (4, 2, -1), "attn_gate": (3, 2, -1), "mtp_heads": (2, -1),
               "value_embeds": (2, -1), "embed": (1, -1), "head": (1, -1), "smear_gate": (1, -1),
-              "value_gate": (2, 2, -1), "skip_gate": (1, -1)}  # fmt: skip
+              "value_gate": (2, 2, -1), "skip_gate": (1, -1), "bigram_embed": (1, -1)}  # fmt: skip
     reached = {name: False for name, _ in model.named_parameters()}
     for step in range(4):
         micro_backward(model, make_batch(17, 1, 20, seed=step))
@@ -1097,10 +1295,12 @@ def test_every_parameter_receives_a_gradient_within_four_steps():
 
 
 OFF = {
-    "value_embeds": {"value_embeds", "value_gate"}, "attn_gate": {"attn_gate"}, "x0_mix": {"resid_lambdas", "x0_lambdas"},
-    "smear": {"smear_gate", "smear_lambda"}, "skip": {"skip_lambdas", "skip_gate"},
-    "smear_mtp": {"smear_mtp_lambda"}, "mtp_heads": {"mtp_heads"}, "backout_from": {"backout_lambda"},
-    "value_skip_gates": {"value_gate", "skip_gate"}, "exclusive": {"exclusive_lambdas"},
+    "value_embeds": {"value_embeds", "value_gate"}, "attn_gate": {"attn_gate"},
+    "x0_mix": {"resid_lambdas", "x0_lambdas"}, "smear": {"smear_gate", "smear_lambda"},
+    "skip": {"skip_lambdas", "skip_gate"}, "smear_mtp": {"smear_mtp_lambda"}, "mtp_heads": {"mtp_heads"},
+    "backout_from": {"backout_lambda"}, "value_skip_gates": {"value_gate", "skip_gate"},
+    "exclusive": {"exclusive_lambdas"}, "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
+    "mudd_width": {"mudd_in", "mudd_out", "mudd_bias"},
 }  # fmt: skip
 
 
@@ -1114,7 +1314,8 @@ def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follo
 
 def test_lambdas_are_every_learned_scalar_by_name():
     sizes = {"attn_lambdas": 6, "resid_lambdas": 4, "x0_lambdas": 4, "smear_lambda": 1, "skip_lambdas": 1,
-             "backout_lambda": 1, "smear_mtp_lambda": 1, "exclusive_lambdas": 6}  # fmt: skip
+             "backout_lambda": 1, "smear_mtp_lambda": 1, "exclusive_lambdas": 4,
+             "bigram_lambdas": 4}  # fmt: skip
     model = make_model(ALL_ON)
     found = model.lambdas()
     assert {name: len(values) for name, values in found.items()} == sizes

@@ -157,6 +157,30 @@ def test_normuon_equals_a_plain_implementation_per_matrix(shape):
                 torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_grouped_rows_of_q_and_k_are_orthogonalised_by_themselves_and_v_and_o_whole():
+    table = optimizer_table(replace(narrow("short"), heads=4, muon_heads=2))
+    groups = {row.name: row.groups for row in table}
+    assert groups["attn_bank"] == (2, 2, 1, 1) and {*groups.values()} == {(), (2, 2, 1, 1)}
+    cfg = replace(SMALL, heads=4, muon_heads=2, muon_weight_decay=0.0)
+    model, optimizer = small_optimizer(cfg)
+    add_gradients(model, random_gradients(model, torch.Generator().manual_seed(9)))
+    with torch.no_grad():
+        model.attn_bank.grad[0, 0, :16] *= 1e-3  # a weak pair of heads moves as far as the others
+    before, grads = model.attn_bank.detach().clone(), model.attn_bank.grad.clone()
+    optimizer.step(0, lr_multiplier=1.0, momentum=0.9, share=SHARE)
+    moved = (before - model.attn_bank.detach()).double() / (cfg.attn_lr_ratio * cfg.muon_lr)
+    for a in range(len(moved)):
+        for m, count in enumerate((2, 2, 1, 1)):
+            expected = []
+            for part in grads[a, m].double().chunk(count):
+                u, s, vh = torch.linalg.svd(part, full_matrices=False)
+                expected.append(u * polar_scalar(s / s.norm()) @ vh)
+            x = torch.cat(expected)
+            scaled = x / x.norm(dim=1, keepdim=True)
+            wanted = scaled * x.norm() / scaled.norm()
+            torch.testing.assert_close(moved[a, m], wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_normuon_decays_only_where_decay_does_not_oppose_the_update():
     generator = torch.Generator().manual_seed(2)
     start, g = (torch.randn(2, 10, 10, generator=generator) for _ in range(2))
@@ -297,6 +321,7 @@ def narrow(track):
 FLAGS = {
     "defaults": {},
     "mtp_heads": {"mtp_heads": 2},
+    "bigrams_tied_mudd": {"bigram_ratio": 5.0, "untie_at": 0.5, "mudd_width": 8},
     "no_value_embeds": {"value_embeds": False},
     "no_smear_no_skip": {"smear": False, "skip": False},
     "no_gates_no_x0": {"attn_gate": False, "x0_mix": False},
@@ -306,6 +331,10 @@ FLAGS = {
     "gates_of_nothing": {"value_skip_gates": True, "value_embeds": False, "skip": False},
     "bare": {"value_embeds": False, "smear": False, "skip": False, "attn_gate": False, "x0_mix": False,
              "smear_mtp": False, "backout_from": -1},
+    "everything": {"bigram_ratio": 5.0, "untie_at": 0.5, "mudd_width": 8, "mtp_heads": 2, "muon_heads": 1,
+                   "paired_heads": True, "value_skip_gates": True, "exclusive": True, "untied_values": True,
+                   "draw_output": True, "late_attention": True, "logit_rescale": True, "prefix_weight": 0.25,
+                   "adam_weight_decay": 0.005},
     "bare_and_mtp_heads": {"value_embeds": False, "smear_mtp": False, "backout_from": -1, "mtp_heads": 2},
 }  # fmt: skip
 
@@ -320,23 +349,26 @@ def test_table_has_one_row_for_each_parameter_of_every_track(track, flags):
 
 
 def test_effective_learning_rates_of_the_short_track():
-    table = optimizer_table(replace(narrow("short"), mtp_heads=1))
+    table = optimizer_table(replace(narrow("short"), mtp_heads=1, bigram_ratio=5.0, mudd_width=8))
     rates = {row.name: [round(lr, 9) for lr in row.lr] for row in table}
     assert rates == {
         "embed": [0.6], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
-        "attn_gate": [0.008], "smear_gate": [0.008],
+        "bigram_embed": [0.6], "bigram_lambdas": [0.04], "mudd_in": [0.002], "mudd_out": [0.002],
+        "mudd_bias": [0.002], "attn_gate": [0.008], "smear_gate": [0.008],
         "attn_lambdas": [0.04], "resid_lambdas": [0.04], "x0_lambdas": [0.04],
         "smear_lambda": [0.04], "skip_lambdas": [0.04], "backout_lambda": [0.04], "smear_mtp_lambda": [0.04],
         "attn_bank": [0.046, 0.046, 0.046, 0.046], "mlp_bank": [0.046, 0.092],
     }  # fmt: skip
 
 
-def test_smooth_scalars_raise_the_betas_of_every_scalar_and_gate_but_the_factors_on_x0():
-    off, on = (optimizer_table(replace(TRACKS["short"], smooth_scalars=smooth)) for smooth in (False, True))
+def test_smooth_scalars_raise_the_betas_of_every_scalar_and_gate_but_the_factors_on_x0_and_bigrams():
+    cfg = replace(narrow("short"), **FLAGS["everything"])
+    off, on = (optimizer_table(replace(cfg, smooth_scalars=smooth)) for smooth in (False, True))
+    always = dict.fromkeys(("mudd_in", "mudd_out", "mudd_bias"), (0.9, 0.99)) | {"bigram_embed": (0.75, 0.95)}
     for before, row in zip(off, on, strict=True):
-        smoothed = row.comms == "replicated" and row.name != "x0_lambdas"
+        smoothed = row.comms == "replicated" and row.name not in ("x0_lambdas", "bigram_lambdas")
         assert row == before._replace(betas=(0.9, 0.99) if smoothed else before.betas)
-        assert row.algorithm == "normuon" or before.betas == (0.65, 0.95)
+        assert row.algorithm == "normuon" or before.betas == always.get(row.name, (0.65, 0.95))
 
 
 def test_matrices_of_the_short_track_move_at_the_rates_of_the_table():
@@ -1096,7 +1128,9 @@ def replay_graphs(monkeypatch):
     return replace_all
 
 
-@pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"]])
+@pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"],
+                                   ["--dtype=bfloat16", "--untie_at=0.5", "--bigram_ratio=2",
+                                    "--paired_heads", "--muon_heads=1", "--mudd_width=8"]])  # fmt: skip
 def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graphs, flags):
     plain = runs("--val_every=2", "--save_every=1", "--keep=0", *flags)
     replay_graphs()
@@ -1145,7 +1179,8 @@ def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(replay_
 # ----------------------------------------------------------------- checkpoint
 
 
-@pytest.mark.parametrize("flags", [["--mtp_heads=1"], ["--adam_every=3", "--document_rest=skip"]])
+@pytest.mark.parametrize("flags", [["--mtp_heads=1"], ["--adam_every=3", "--document_rest=skip"],
+                                   ["--untie_at=0.5", "--bigram_ratio=2"]])  # fmt: skip
 def test_resume_at_every_step_is_bit_exact(runs, flags):
     whole = runs("--save_every=1", "--keep=0", *flags)
     waiting = []
