@@ -2118,7 +2118,7 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Training step and evaluation
+# Training step and validation
 
 
 def multi_targets(targets_T: Tensor, count: int) -> Tensor:
