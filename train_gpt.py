@@ -564,6 +564,12 @@ class World(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
+    def leave(self):
+        """Wait for the others, then end the exchange with them."""
+        self.barrier()
+        if self.size > 1:
+            dist.destroy_process_group()
+
 
 class Hardware(NamedTuple):
     device: torch.device
@@ -2415,7 +2421,7 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Training step and evaluation
+# Training step and validation
 
 
 def multi_targets(targets_T: Tensor, count: int) -> Tensor:
@@ -3938,13 +3944,10 @@ def run(argv: list[str]):
     launch.mark("process group")
     if cfg.eval:
         evaluate(cfg, hardware, world)
-    else:
-        model, log = train(cfg, hardware, world, launch)
-    world.barrier()
-    if world.size > 1:
-        dist.destroy_process_group()
-    if cfg.eval:
+        world.leave()
         return
+    model, log = train(cfg, hardware, world, launch)
+    world.leave()
     finish(cfg, model, log, world)  # nobody waits for rank 0 meanwhile
     if log.unsaved:
         raise UserError(f"the last checkpoint couldn't be written: {log.unsaved}; --resume=auto goes on from "
