@@ -48,7 +48,7 @@ VARIANTS = {
     "smoothed scalars on": ["--smooth_scalars"],
     "gates on value embeddings and skip on": ["--value_skip_gates"],
     "a value-embedding table per layer": ["--untied_values"],
-    "O drawn like Q, K and V": ["--draw_output"],
+    "O drawn like the others": ["--draw_output"],
     "weight decay in Adam": ["--adam_weight_decay=0.005"],
     "late attention reads the backout layer": ["--late_attention"],
     "exclusive attention": ["--exclusive"],
@@ -62,7 +62,7 @@ FEWER_STEPS = (  # what took most steps off the field's records first; what lost
     "bigram table of 5 V rows", "head tied until 2/3", "paired heads",
     "MUDD before the last layer and the head", "asymmetric logit rescale on",
     "late attention reads the backout layer", "gates on value embeddings and skip on", "exclusive attention",
-    "a value-embedding table per layer", "O drawn like Q, K and V",
+    "a value-embedding table per layer", "O drawn like the others",
     "floor 0.15 and documents of 896 in stage 1", "weight decay in Adam", "prefix-token prediction",
     "Muon on pairs of heads", "smoothed scalars on",
 )
