@@ -2475,15 +2475,13 @@ def upload(array: np.ndarray, device) -> Tensor:
 
 def window_losses(model: GPT, batch: WindowBatch, rotary: Rotary, adapters=None) -> Tensor:
     """Cross entropy of the batch's targets, (R,) float32; 0 where there is none."""
-    cfg, losses = model.cfg, []
+    cfg, loss_region = model.cfg, model.regions["loss_region"]
     x_TD = model(batch.tokens, batch.docs, final_windows(cfg), rotary, adapters)
     x_RD = x_TD.index_select(0, batch.rows)
     if adapters:
-        return model.regions["loss_region"](adapters.add_head(x_RD, model.products(x_RD)), batch.targets,
-                                            cfg.softcap)
-    for x, targets in zip(x_RD.split(cfg.loss_chunk), batch.targets.split(cfg.loss_chunk)):
-        losses.append(model.regions["loss_region"](model.products(x), targets, cfg.softcap))
-    return torch.cat(losses)
+        return loss_region(adapters.add_head(x_RD, model.products(x_RD)), batch.targets, cfg.softcap)
+    chunks = zip(x_RD.split(cfg.loss_chunk), batch.targets.split(cfg.loss_chunk))
+    return torch.cat([loss_region(model.products(x), targets, cfg.softcap) for x, targets in chunks])
 
 
 class Scores:
@@ -2585,8 +2583,8 @@ class Evaluation:
 
     def __init__(self, model: GPT, tokens: np.ndarray, world: World):
         self.model, self.cfg, self.tokens, self.world = model, model.cfg, tokens, world
-        self.device, self.documents = model.embed.device, find_documents(tokens, model.cfg.bos)
-        cfg = self.cfg
+        self.device, cfg = model.embed.device, model.cfg
+        self.documents = find_documents(tokens, cfg.bos)
         positions = max(cfg.eval_batch, cfg.val_chunk, cfg.eval_context, cfg.sgd_chunk) + BLOCK
         self.rotary = build_rotary(cfg, len(cfg.stages) - 1, positions, self.device)
         model.requires_grad_(False)
