@@ -2287,6 +2287,12 @@ def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None) ->
     return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
 
 
+def cut_at_bos(tokens: Tensor, bos: int) -> MicroBatch:
+    """Successive tokens of a stream, which may begin inside a document."""
+    inner = np.flatnonzero(tokens[1:-1].numpy() == bos) + 1
+    return MicroBatch(tokens, to_documents(np.append(0, inner), len(tokens) - 1))
+
+
 def micro_count(cfg: Config, world: World) -> int:
     """Micro-batches of one optimizer step over all ranks: at least one a rank."""
     return max(cfg.micro_batches, world.size)
@@ -2599,6 +2605,12 @@ class Validation:
             raise UserError(f"--val_tokens={cfg.val_tokens}: the validation shards hold only {have}")
         return cls(cfg, np.concatenate([s[: count + 1] for s in shards])[: count + 1], tokenizer)
 
+    @classmethod
+    def load_documents(cls, cfg: Config, tokenizer: Tokenizer | None = None):
+        """The same for every eval_every-th document alone."""
+        whole = cls.load(cfg)
+        return whole.part(find_documents(whole.tokens.numpy(), cfg.bos)[:: cfg.eval_every], tokenizer)
+
     def part(self, documents: list[tuple], tokenizer: Tokenizer | None):
         """The same for these documents alone, (first token, end) each."""
         return Validation(self.cfg, np.concatenate([self.tokens[lo:hi] for lo, hi in documents]), tokenizer)
@@ -2613,8 +2625,7 @@ class Validation:
         for i, lo in enumerate(range(0, self.count, self.cfg.val_chunk)):
             if i % world.size == world.rank:
                 tokens = self.tokens[lo : min(lo + self.cfg.val_chunk, self.count) + 1]
-                inner = np.flatnonzero(tokens[1:-1].numpy() == self.cfg.bos) + 1
-                yield i, MicroBatch(tokens, to_documents(np.append(0, inner), len(tokens) - 1))
+                yield i, cut_at_bos(tokens, self.cfg.bos)
 
     @torch.no_grad()
     def run(self, model: GPT, windows: dict, rotary: Rotary, world: World, beat=lambda: None) -> dict:
@@ -2781,15 +2792,13 @@ def upload(array: np.ndarray, device) -> Tensor:
 
 def window_losses(model: GPT, batch: WindowBatch, rotary: Rotary, adapters=None) -> Tensor:
     """Cross entropy of the batch's targets, (R,) float32; 0 where there is none."""
-    cfg, losses = model.cfg, []
+    cfg, loss_region = model.cfg, model.regions["loss_region"]
     x_TD = model(batch.tokens, batch.docs, final_windows(cfg), rotary, adapters)
     x_RD = x_TD.index_select(0, batch.rows)
     if adapters:
-        return model.regions["loss_region"](adapters.add_head(x_RD, model.products(x_RD)), batch.targets,
-                                            cfg.logit_cap)
-    for x, targets in zip(x_RD.split(cfg.loss_chunk), batch.targets.split(cfg.loss_chunk)):
-        losses.append(model.regions["loss_region"](model.products(x), targets, cfg.logit_cap))
-    return torch.cat(losses)
+        return loss_region(adapters.add_head(x_RD, model.products(x_RD)), batch.targets, cfg.logit_cap)
+    chunks = zip(x_RD.split(cfg.loss_chunk), batch.targets.split(cfg.loss_chunk))
+    return torch.cat([loss_region(model.products(x), targets, cfg.logit_cap) for x, targets in chunks])
 
 
 class Scores:
@@ -2891,8 +2900,8 @@ class Evaluation:
 
     def __init__(self, model: GPT, tokens: np.ndarray, world: World):
         self.model, self.cfg, self.tokens, self.world = model, model.cfg, tokens, world
-        self.device, self.documents = model.embed.device, find_documents(tokens, model.cfg.bos)
-        cfg = self.cfg
+        self.device, cfg = model.embed.device, model.cfg
+        self.documents = find_documents(tokens, cfg.bos)
         positions = max(cfg.eval_batch, cfg.val_chunk, cfg.eval_context, cfg.sgd_chunk) + BLOCK
         self.rotary = build_rotary(cfg, len(cfg.stages) - 1, positions, self.device)
         model.requires_grad_(False)
@@ -2990,9 +2999,7 @@ class Evaluation:
         model.requires_grad_(True)
         pieces = [(first, end) for first, end in zip(edges, edges[1:]) if first < end]
         for first, end in pieces[self.world.rank :: self.world.size]:
-            tokens = self.tokens[first : end + 1].astype(np.int64)
-            starts = np.append(0, np.flatnonzero(tokens[1:-1] == cfg.bos) + 1)
-            batch = MicroBatch(torch.from_numpy(tokens), to_documents(starts, len(tokens) - 1))
+            batch = cut_at_bos(torch.from_numpy(self.tokens[first : end + 1].astype(np.int64)), cfg.bos)
             backward_micro_batch(model, to_device(batch, self.device), plan, self.rotary, loss)
         for p in weights:
             self.world.all_reduce(gradient(p))
@@ -3588,8 +3595,8 @@ def check_world(cfg: Config, world: World):
             raise UserError(f"{micro} micro-batches don't divide a batch of {stage.batch_tokens} tokens")
 
 
-def write_plot(folder: Path) -> Path | None:
-    """loss.png from metrics.jsonl, if matplotlib is there."""
+def pyplot():
+    """matplotlib.pyplot for drawing into files, or None if it isn't installed."""
     try:
         import matplotlib
 
@@ -3597,18 +3604,30 @@ def write_plot(folder: Path) -> Path | None:
         import matplotlib.pyplot as plt
     except ImportError:
         return None
+    return plt
+
+
+def save_plot(figure, axes, path: Path) -> Path:
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot().close(figure)
+    return path
+
+
+def write_plot(folder: Path) -> Path | None:
+    """loss.png from metrics.jsonl, if matplotlib is there."""
+    plt = pyplot()
+    if plt is None:
+        return None
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     figure, axes = plt.subplots(figsize=(7, 4))
     for key, style in (("train_loss", "-"), ("val_loss", "o-")):
         points = np.array([(r["step"], r[key]) for r in rows if key in r and r["step"]]).reshape(-1, 2)
         axes.plot(*points.T, style, label=key.replace("_", " "), lw=1, ms=4)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=120)
-    plt.close(figure)
-    return folder / "loss.png"
+    return save_plot(figure, axes, folder / "loss.png")
 
 
 def baseline_line(shards: Shards) -> str:
@@ -3797,9 +3816,8 @@ def evaluate(cfg: Config, hardware: Hardware, world: World):
     """--eval: the validation tokens scored by a checkpoint's model in several ways; a table and a plot."""
     model = load_model(cfg.checkpoint, cfg, hardware)
     tokenizer = optional_tokenizer(cfg, print if world.rank == 0 else lambda text: None)
-    val = Validation.load(cfg, tokenizer)
-    documents = find_documents(val.tokens.numpy(), cfg.bos)[:: cfg.eval_every]
-    val = val.part(documents, tokenizer)
+    val = Validation.load_documents(cfg, tokenizer)
+    documents = find_documents(val.tokens.numpy(), cfg.bos)
     if (val.tokens[1:] == cfg.bos).all():
         raise UserError(f"--eval_every={cfg.eval_every}: no token to score in {len(documents)} documents")
     log = Log(cfg, world)
@@ -3822,7 +3840,7 @@ def evaluate(cfg: Config, hardware: Hardware, world: World):
     gains = {name: nats["stride"] - x for name, x in nats.items() if x is not None and "stride" in nats}
     if log.active and len(gains) > 1:
         try:
-            plot = write_gain_plot(log.folder, find_documents(val.tokens.numpy(), cfg.bos), gains)
+            plot = write_gain_plot(log.folder, documents, gains)
         except OSError as error:
             plot = f"not drawn: {error}"
         log.line(f"plot: {plot}")
@@ -3848,12 +3866,11 @@ def measure(name: str, model: GPT, val: Validation, hardware: Hardware, world: W
 
 def score_with(name: str, model: GPT, val: Validation, world: World) -> tuple:
     """The sum of nats, the number of tokens scored, and the nats of each, None for packed."""
-    evaluation = Evaluation(model, val.tokens.numpy(), world)
     if name == "packed":
-        rotary = build_rotary(model.cfg, len(model.cfg.stages) - 1, val.positions, evaluation.device)
+        rotary = build_rotary(model.cfg, len(model.cfg.stages) - 1, val.positions, model.embed.device)
         result = val.run(model, final_windows(model.cfg), rotary, world)
         return result["val_loss"] * val.count, val.count, None
-    nats = getattr(evaluation, name.replace("-", "_"))()
+    nats = getattr(Evaluation(model, val.tokens.numpy(), world), name.replace("-", "_"))()
     return nats.sum(), int((val.tokens[1:] != model.cfg.bos).sum()), nats
 
 
@@ -3879,12 +3896,8 @@ def evaluation_table(results: dict) -> str:
 
 def write_gain_plot(folder: Path, documents: list, gains: dict) -> str:
     """gain.png: nats per token gained over stride, by position in the document; if matplotlib is there."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
+    plt = pyplot()
+    if plt is None:
         return "not drawn, matplotlib is not installed"
     position = np.concatenate([np.arange(hi - lo) for lo, hi in documents])
     bucket = np.floor(2 * np.log2(np.maximum(position, 1))).astype(int)  # two to a doubling
@@ -3895,12 +3908,7 @@ def write_gain_plot(folder: Path, documents: list, gains: dict) -> str:
         mean = np.bincount(bucket, gain)[some] / count[some]
         axes.plot(2 ** (some / 2), mean, "o-", label=name, lw=1, ms=3)
     axes.set(xscale="log", xlabel="position in the document (tokens)", ylabel="nats gained over stride")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "gain.png", dpi=120)
-    plt.close(figure)
-    return str(folder / "gain.png")
+    return str(save_plot(figure, axes, folder / "gain.png"))
 
 
 def help_text() -> str:

@@ -41,12 +41,6 @@ SCHEDULES = {
 }
 
 
-def documents_of(cfg: tg.Config) -> tg.Validation:
-    """Every eval_every-th document of the validation tokens."""
-    val = tg.Validation.load(cfg)
-    return val.part(tg.find_documents(val.tokens.numpy(), cfg.bos)[:: cfg.eval_every], None)
-
-
 def timed(function, hardware: tg.Hardware) -> tuple[float, object]:
     hardware.synchronize()
     start = time.perf_counter()
@@ -58,17 +52,17 @@ def timed(function, hardware: tg.Hardware) -> tuple[float, object]:
 def compare_schedules(model: tg.GPT, hardware: tg.Hardware, repeats: int) -> dict:
     """{schedule: seconds of each repeat, batches, tokens run and nats}."""
     cfg, out = model.cfg, {}
-    windows = tg.Evaluation(model, documents_of(cfg).tokens.numpy(), tg.World()).windows(
-        cfg.eval_context, cfg.eval_stride)
+    tokens = tg.Validation.load_documents(cfg).tokens.numpy()
+    windows = tg.Evaluation(model, tokens, tg.World()).windows(cfg.eval_context, cfg.eval_stride)
     for name, schedule in SCHEDULES.items():
         batches = list(schedule(tg.deal_documents(windows, tg.World()), cfg.eval_slots, cfg.eval_batch))
         run = sum(turn.window.blocks * tg.BLOCK for batch in batches for turn in batch)
         out[name] = {"seconds": [], "batches": len(batches), "tokens": run}
     model.cfg = replace(cfg, eval_batch=max(cfg.eval_batch, cfg.eval_slots * (cfg.eval_context + tg.BLOCK)))
-    wide = tg.Evaluation(model, documents_of(cfg).tokens.numpy(), tg.World())
+    wide = tg.Evaluation(model, tokens, tg.World())
     model.cfg = wide.cfg = cfg  # the wide one only has rotary tables for what neighbours run at a time
     for name, schedule in SCHEDULES.items():
-        tg.Evaluation.ttt_lora(synthetic(wide), schedule)
+        synthetic(wide).ttt_lora(schedule)
     for _ in range(repeats):
         for name, schedule in SCHEDULES.items():
             seconds, nats = timed(partial(wide.ttt_lora, schedule), hardware)
@@ -86,7 +80,8 @@ def synthetic(evaluation: tg.Evaluation) -> tg.Evaluation:
 
 def schedule_table(results: dict) -> str:
     base = statistics.median(results["continuous"]["seconds"])
-    lines = ["| schedule | seconds | continuous is faster by | batches | tokens run | nats |", "|---|--:|--:|--:|--:|--:|"]
+    lines = ["| schedule | seconds | continuous is faster by | batches | tokens run | nats |",
+             "|---|--:|--:|--:|--:|--:|"]
     for name, row in results.items():
         seconds = statistics.median(row["seconds"])
         lines.append(f"| {name} | {seconds:.1f} | {seconds / base:.2f} x | {row['batches']:,} | "
@@ -105,7 +100,7 @@ def compare_settings(model: tg.GPT, points: list[dict], hardware: tg.Hardware) -
         kinds = tg.flag_kinds()
         cfg = replace(base, **{name: tg.parse_value(name, kinds[name], text) for name, text in point.items()})
         model.cfg = cfg
-        val = documents_of(cfg)
+        val = tg.Validation.load_documents(cfg)
         evaluation = tg.Evaluation(model, val.tokens.numpy(), tg.World())
         key = cfg.eval_context, cfg.eval_stride
         if key not in strides:

@@ -220,9 +220,15 @@ def build(folder):
         source = f"documentation inside Python {platform.python_version()}: help topics and docstrings"
         manifest = make_manifest(NAME, "bytes", VOCAB_SIZE, BOS, writers, source)
         tokens = [np.array(read_shard(stage / f"{NAME}_{split}_000000.bin")) for split in ("train", "val")]
+        manifest["builder"] = builder()
         manifest["baseline"] = baselines(*tokens, writers["val"].bytes)
         publish(stage, folder, manifest)
     return manifest
+
+
+def builder():
+    """The sha256 of this file: another version of it may build other data."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def existing(folder):
@@ -230,10 +236,14 @@ def existing(folder):
     if not (folder / MANIFEST).exists():
         return None
     try:
-        return check_folder(folder)
+        manifest = check_folder(folder)
     except (ValueError, OSError) as error:
         print(f"building again: {error}")
         return None
+    if manifest.get("builder") != builder():
+        print("building again: another version of sample.py built what is there")
+        return None
+    return manifest
 
 
 def describe(manifest):

@@ -29,3 +29,22 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs main() with arguments: (exit status, stdout, stderr)."""
+
+    import train_gpt
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            train_gpt.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return (code, *capsys.readouterr())
+
+    return call

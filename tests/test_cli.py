@@ -19,23 +19,6 @@ NARROW = ("--width=32", "--heads=2", "--scheduled_steps=6", "--val_every=3", "--
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """Runs main() with arguments: (exit status, stdout, stderr)."""
-
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, argv)])
-        capsys.readouterr()
-        try:
-            train_gpt.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return (code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(train_gpt.TRACKS, "tiny", replace(SMALL, vocab_size=0))
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -223,6 +224,16 @@ def test_sample_is_rebuilt_only_if_damaged_and_then_identical(sample_folder):
     assert "building again" in stdout and path.name in stdout
     assert (sample_folder / "manifest.json").read_bytes() == before  # it holds the sha256 of every shard
     shards.check_folder(sample_folder)
+
+
+def test_sample_of_another_version_of_the_script_is_built_again(sample_folder, tmp_path):
+    folder = tmp_path / "sample"
+    shutil.copytree(sample_folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"builder": "another"}))
+    stdout, _ = run_script("sample.py", "--out", folder)
+    assert "another version of sample.py" in stdout and "built" in stdout
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
 
 
 def test_sample_ngram_against_a_direct_count():

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import random
 import re
-import sys
 import time
 from dataclasses import replace
 from functools import cache, partial
@@ -923,23 +922,6 @@ def test_filling_windows_up_to_whole_blocks_changes_nothing(rows, model):
 QUICK = ("--eval_context=48", "--eval_stride=8", "--eval_batch=256", "--eval_slots=3", "--lora_rank=2",
          "--lora_lr=0.01", "--sgd_chunk=64", "--sgd_lr=0.1", "--device=cpu")  # fmt: skip
 ALL = "packed", "document", "stride", "ttt-sgd", "ttt-lora"
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Runs main() with arguments: (exit status, stdout, stderr)."""
-
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, argv)])
-        capsys.readouterr()
-        try:
-            t.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")
