@@ -3559,11 +3559,11 @@ def measure(name: str, model: GPT, val: Validation, hardware: Hardware, world: W
 
 def score_with(name: str, model: GPT, val: Validation, world: World) -> tuple:
     """The sum of nats, the number of tokens scored, and the nats of each, None for packed."""
+    evaluation = Evaluation(model, val.tokens.numpy(), world)
     if name == "packed":
-        rotary = build_rotary(model.cfg, len(model.cfg.stages) - 1, val.positions, model.embed.device)
-        result = val.run(model, final_windows(model.cfg), rotary, world)
+        result = val.run(model, final_windows(model.cfg), evaluation.rotary, world)
         return result["val_loss"] * val.count, val.count, None
-    nats = getattr(Evaluation(model, val.tokens.numpy(), world), name.replace("-", "_"))()
+    nats = getattr(evaluation, name.replace("-", "_"))()
     return nats.sum(), int((val.tokens[1:] != model.cfg.bos).sum()), nats
 
 

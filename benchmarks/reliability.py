@@ -186,6 +186,7 @@ def interrupt_early(rank: int, folder: Path):
     inner = train_gpt.build_model
 
     def build_model(cfg, hardware):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
         os.kill(os.getpid(), signal.SIGINT)
         return inner(cfg, hardware)
 
