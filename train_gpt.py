@@ -129,7 +129,7 @@ class Config:
     eval_batch: int = 32_768     # tokens that run at a time
     eval_slots: int = 64         # documents under way at a time
     lora_rank: int = 16
-    lora_lr: float = 1e-3
+    lora_lr: float = 3e-4
     lora_beta2: float = 0.999
     lora_matrices: str = "q,k,v,o,up,down,head"  # some of these
     sgd_chunk: int = 32_768      # tokens scored before each learning
