@@ -100,16 +100,12 @@ def compare_settings(model: tg.GPT, points: list[dict], hardware: tg.Hardware):
         kinds = tg.flag_kinds()
         cfg = replace(base, **{name: tg.parse_value(name, kinds[name], text) for name, text in point.items()})
         model.cfg = cfg
-        val = tg.Validation.load_documents(cfg)
-        evaluation = tg.Evaluation(model, val.tokens.numpy(), tg.World())
-        key = cfg.eval_context, cfg.eval_stride
+        val, key = tg.Validation.load_documents(cfg), (cfg.eval_context, cfg.eval_stride)
         if key not in strides:
-            synthetic(evaluation).ttt_lora()
-            strides[key] = evaluation.stride()
-        seconds, nats = timed(evaluation.ttt_lora, hardware)
-        scored = int((val.tokens[1:] != cfg.bos).sum())
-        yield {"point": point, "loss": nats.sum() / scored, "gain": (strides[key] - nats).sum() / scored,
-               "seconds": seconds}
+            strides[key] = tg.measure("stride", model, val, hardware, tg.World())[0]["loss"]
+        row, _ = tg.measure("ttt-lora", model, val, hardware, tg.World())
+        yield {"point": point, "loss": row["loss"], "gain": strides[key] - row["loss"],
+               "seconds": row["seconds"]}
     model.cfg = base
 
 
