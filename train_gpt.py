@@ -138,7 +138,7 @@ class Config:
     eval_batch: int = 32_768     # tokens that run at a time
     eval_slots: int = 64         # documents under way at a time
     lora_rank: int = 16
-    lora_lr: float = 1e-3
+    lora_lr: float = 3e-4
     lora_beta2: float = 0.999
     lora_matrices: str = "q,k,v,o,up,down,head"  # some of these
     sgd_chunk: int = 32_768      # tokens scored before each learning
@@ -390,7 +390,7 @@ EVAL_FLAGS = ("eval_every", "eval_context", "eval_stride", "eval_batch", "eval_s
               "lora_lr", "lora_beta2", "lora_matrices", "sgd_chunk", "sgd_lr", "sgd_epochs", "sgd_momentum",
               "sgd_clip", "sgd_weights", "val_tokens")
 EVALUATIONS = "packed", "document", "stride", "ttt-sgd", "ttt-lora"
-LORA_MATRICES = "q", "k", "v", "o", "up", "down", "head"
+LORA_MATRICES = tuple(Config.lora_matrices.split(","))
 MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
     ("epochs", "micro_batches", "val_chunk", "val_every", "scheduled_steps", "width", "heads", "mlp_ratio",
      "loss_chunk", "adam_every", "sample_tokens", "gate_inputs", "eval_every", "eval_context", "eval_stride",
@@ -2328,12 +2328,8 @@ class Loader:
             tokens, starts = pack(self.stream, T, stage.max_doc)
             if i % self.world.size == self.world.rank:
                 docs = to_documents(starts, T, stage.max_doc)
-                own.append(MicroBatch(self.host(tokens.astype(np.int64)), docs))
+                own.append(MicroBatch(pinned(tokens.astype(np.int64), self.device), docs))
         return own, self.stream.position
-
-    def host(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def __iter__(self):
         for _ in range(self.first, self.cfg.total_steps):
@@ -2442,7 +2438,7 @@ def multi_targets(targets_T: Tensor, count: int) -> Tensor:
 def loss_weights(cfg: Config, plan: StepPlan, device) -> tuple[Tensor, Tensor]:
     """Weights of the head's targets (K,) and of an auxiliary head (1,), over the tokens of the whole step."""
     both = torch.tensor([*plan.weights, cfg.mtp_weight / max(cfg.mtp_heads, 1)]) / plan.stage.batch_tokens
-    both = (both.pin_memory() if device.type == "cuda" else both).to(device, non_blocking=True)
+    both = upload(both, device)
     return both[:-1], both[-1:]
 
 
@@ -2534,6 +2530,16 @@ def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotar
     if inputs is None:
         return backward_micro_batch(model, to_device(batch, model.embed.device), plan, rotary, weights)
     return model.graphs.replay(plan.kind, [inputs[0], inputs[1].pin_memory(), *inputs[2:]])
+
+
+def pinned(data, device) -> Tensor:
+    """A tensor, array or list as a tensor that a GPU, if it is for one, can fetch while the host goes on."""
+    tensor = torch.as_tensor(data)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def upload(data, device) -> Tensor:
+    return pinned(data, device).to(device, non_blocking=True)
 
 
 def to_device(batch: MicroBatch, device) -> MicroBatch:
@@ -2785,11 +2791,6 @@ def lay_out(tokens: np.ndarray, windows: list[Window], rows: int, bos: int, devi
     return WindowBatch(put(out), docs, put(of_block), put(at), put(targets), put(places))
 
 
-def upload(array: np.ndarray, device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
 def window_losses(model: GPT, batch: WindowBatch, rotary: Rotary, adapters=None) -> Tensor:
     """Cross entropy of the batch's targets, (R,) float32; 0 where there is none."""
     cfg, loss_region = model.cfg, model.regions["loss_region"]
@@ -2945,7 +2946,7 @@ class Evaluation:
         cfg, device = self.cfg, self.device
         windows, learning = [turn.window for turn in turns], any(turn.more for turn in turns)
         batch = lay_out(self.tokens, windows, cfg.eval_stride, cfg.bos, device)
-        slots = upload(np.array([turn.slot for turn in turns]), device)
+        slots = upload([turn.slot for turn in turns], device)
         with torch.set_grad_enabled(learning):
             adapters, leaves = lora.take(slots, self.model.dtype, batch.window)
             losses = window_losses(self.model, batch, self.rotary, adapters)
@@ -3866,11 +3867,11 @@ def measure(name: str, model: GPT, val: Validation, hardware: Hardware, world: W
 
 def score_with(name: str, model: GPT, val: Validation, world: World) -> tuple:
     """The sum of nats, the number of tokens scored, and the nats of each, None for packed."""
+    evaluation = Evaluation(model, val.tokens.numpy(), world)
     if name == "packed":
-        rotary = build_rotary(model.cfg, len(model.cfg.stages) - 1, val.positions, model.embed.device)
-        result = val.run(model, final_windows(model.cfg), rotary, world)
+        result = val.run(model, final_windows(model.cfg), evaluation.rotary, world)
         return result["val_loss"] * val.count, val.count, None
-    nats = getattr(Evaluation(model, val.tokens.numpy(), world), name.replace("-", "_"))()
+    nats = getattr(evaluation, name.replace("-", "_"))()
     return nats.sum(), int((val.tokens[1:] != model.cfg.bos).sum()), nats
 
 

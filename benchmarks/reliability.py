@@ -17,7 +17,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +185,7 @@ def interrupt_early(rank: int, folder: Path):
     inner = train_gpt.build_model
 
     def build_model(cfg, hardware):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
         os.kill(os.getpid(), signal.SIGINT)
         return inner(cfg, hardware)
 

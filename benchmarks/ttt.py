@@ -93,32 +93,30 @@ def parse_settings(text: str) -> list[dict]:
     return [dict(pair.split("=") for pair in point.split(",") if pair) for point in text.split(";")]
 
 
-def compare_settings(model: tg.GPT, points: list[dict], hardware: tg.Hardware) -> list[dict]:
-    """Loss with ttt-lora and with stride, at each point, and the seconds of the first."""
-    base, out, strides = model.cfg, [], {}
+def compare_settings(model: tg.GPT, points: list[dict], hardware: tg.Hardware):
+    """For each point, once it is known: loss with ttt-lora, its gain over stride, and its seconds."""
+    base, strides = model.cfg, {}
     for point in points:
         kinds = tg.flag_kinds()
         cfg = replace(base, **{name: tg.parse_value(name, kinds[name], text) for name, text in point.items()})
         model.cfg = cfg
-        val = tg.Validation.load_documents(cfg)
-        evaluation = tg.Evaluation(model, val.tokens.numpy(), tg.World())
-        key = cfg.eval_context, cfg.eval_stride
+        val, key = tg.Validation.load_documents(cfg), (cfg.eval_context, cfg.eval_stride)
         if key not in strides:
-            strides[key] = evaluation.stride()
-        seconds, nats = timed(evaluation.ttt_lora, hardware)
-        scored = int((val.tokens[1:] != cfg.bos).sum())
-        out.append({"point": point, "loss": nats.sum() / scored, "gain": (strides[key] - nats).sum() / scored,
-                    "seconds": seconds})
+            strides[key] = tg.measure("stride", model, val, hardware, tg.World())[0]["loss"]
+        row, _ = tg.measure("ttt-lora", model, val, hardware, tg.World())
+        yield {"point": point, "loss": row["loss"], "gain": strides[key] - row["loss"],
+               "seconds": row["seconds"]}
     model.cfg = base
-    return out
 
 
-def settings_table(rows: list[dict]) -> str:
-    lines = ["| setting | loss | gain over stride | seconds |", "|---|--:|--:|--:|"]
-    for row in rows:
-        setting = " ".join(f"{name}={value}" for name, value in row["point"].items()) or "defaults"
-        lines.append(f"| {setting} | {row['loss']:.4f} | {row['gain']:+.4f} | {row['seconds']:.1f} |")
-    return "\n".join(lines)
+def setting_line(row: dict) -> str:
+    setting = " ".join(f"{name}={value}" for name, value in row["point"].items()) or "defaults"
+    return f"| {setting} | {row['loss']:.4f} | {row['gain']:+.4f} | {row['seconds']:.1f} |"
+
+
+def save(results: dict, path: Path | None):
+    if path:
+        path.write_text(json.dumps(results, indent=1))
 
 
 def main():
@@ -137,13 +135,16 @@ def main():
         if args.only != "settings":
             results["schedules"] = compare_schedules(model, hardware, args.repeats)
             print(schedule_table(results["schedules"]), flush=True)
+            save(results, args.out)
         if args.only != "schedules":
-            results["settings"] = compare_settings(model, parse_settings(args.settings), hardware)
-            print(settings_table(results["settings"]))
+            results["settings"] = []
+            print("| setting | loss | gain over stride | seconds |\n|---|--:|--:|--:|", flush=True)
+            for row in compare_settings(model, parse_settings(args.settings), hardware):
+                results["settings"].append(row)
+                print(setting_line(row), flush=True)
+                save(results, args.out)
     except tg.UserError as error:
         sys.exit(f"ttt.py: {error}")
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A model, a schedule and a corpus small enough to train many times in a test."""
 
 import itertools
+import multiprocessing
 import os
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +88,28 @@ def free_port():
                 return port
             except OSError:
                 continue
+
+
+def run_ranks(target, *args, seconds, method="spawn", preload=()):
+    """target(rank, *args) in each of four processes, which must end well within the time."""
+    context = multiprocessing.get_context(method)
+    if preload:
+        context.set_forkserver_preload(list(preload))
+    processes = [context.Process(target=target, args=(rank, *args), daemon=True) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * 4, codes
+
+
+def assert_refused(result, *words):
+    """(exit status, stdout, stderr): status 2 and one line that holds the words."""
+    code, _, error = result
+    assert code == 2, error
+    assert re.fullmatch("train_gpt.py: .+\n", error), error
+    assert [word for word in words if word not in error] == [], error
 
 
 def checkpoint_of(logs, step):

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from small import BOS, CPU, SCRIPT, SMALL, train_gpt, write_corpus, write_shard
+from small import BOS, CPU, SCRIPT, SMALL, assert_refused, train_gpt, write_corpus, write_shard
 
 NARROW = ("--width=32", "--heads=2", "--scheduled_steps=6", "--val_every=3", "--sample_tokens=5",
           "--mtp_heads=1", "--save_every=4")  # fmt: skip
@@ -68,14 +68,6 @@ def test_import_is_quick_and_silent(tmp_path):
 
 
 # ------------------------------------------------------------------- mistakes
-
-
-def assert_refused(result, *words):
-    """Exit status 2 and one line that holds the words."""
-    code, _, error = result
-    assert code == 2, error
-    assert re.fullmatch("train_gpt.py: .+\n", error), error
-    assert [word for word in words if word not in error] == [], error
 
 
 MISTAKES = {

@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,7 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from small import BOS, SCRIPT, SMALL, checkpoint_of, free_port, random_tokens, train_gpt, write_split
+from small import (
+    BOS, SCRIPT, SMALL, checkpoint_of, free_port, random_tokens, run_ranks, train_gpt, write_split,
+)  # fmt: skip
 from test_training import assert_equal, randomise, relative_error, weights_of
 from train_gpt import GPT, Stage, UserError, Validation
 
@@ -105,14 +106,7 @@ def run_jobs(root, jobs):
     for job in jobs:
         (root / job.name).mkdir()
     jobs = [(job, free_port()) for job in jobs]
-    spawn = multiprocessing.get_context("spawn")
-    start = partial(spawn.Process, target=train_as_rank, daemon=True)
-    processes = [start(args=(rank, root, jobs)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(1500)
-    assert [process.exitcode for process in processes] == [0] * 4
+    run_ranks(train_as_rank, root, jobs, seconds=1500)
 
 
 def unbroken(variant, size, mode="deterministic", every=1):

@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -24,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small import CPU, SMALL, checkpoint_of, free_port, write_corpus
+from small import CPU, SMALL, assert_refused, checkpoint_of, free_port, run_ranks, write_corpus
 from test_model import CFG, PLAIN, cross_entropies, make_model
 from torch.testing import assert_close
 
@@ -794,15 +793,7 @@ def evaluate_as_rank(rank, folder, jobs):
 def ranks(tmp_path_factory):
     """The folder with the scores of each rank. Its processes are forked from one that has imported torch."""
     folder, jobs = tmp_path_factory.mktemp("ranks"), [(size, free_port()) for size in (2, 4)]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo"])
-    start = partial(context.Process, target=evaluate_as_rank, daemon=True)
-    processes = [start(args=(rank, folder, jobs)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(600)
-    assert [process.exitcode for process in processes] == [0] * 4
+    run_ranks(evaluate_as_rank, folder, jobs, seconds=600, method="forkserver", preload=["torch._dynamo"])
     return folder
 
 
@@ -861,6 +852,19 @@ def test_bytes_before_the_first_target_of_a_stream_do_not_count():
     assert result["bpb"] == pytest.approx(nats.sum() / math.log(2) / (len(tokens) - 2), rel=1e-12)
     part = val.part([(0, 3), (20, 25)], tokenizer)
     assert (part.count, part.bytes, part.tokens.tolist()) == (7, 6, [*tokens[:3], *tokens[20:25]])
+
+
+def test_warm_up_of_packed_has_the_rotary_tables_of_what_is_timed(monkeypatch):
+    """Those of another length would be compiled for again, within the clock."""
+    cfg, lengths, run = replace(EVAL, val_chunk=1000), [], t.Validation.run
+
+    def recording(val, model, windows, rotary, world):
+        lengths.append([table.shape for table in rotary])
+        return run(val, model, windows, rotary, world)
+
+    monkeypatch.setattr(t.Validation, "run", recording)
+    t.measure("packed", make_model(cfg), t.Validation(cfg, BRIEF), CPU._replace(warmup=True), t.World())
+    assert len(lengths) == 2 and lengths[0] == lengths[1]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1063,13 +1067,6 @@ MISTAKES = {
     "resume and an evaluation": (["{resume}", "--eval=stride"], "--eval"),
     "another width": (["{checkpoint}", "--eval=stride", "--width=64"], "--width", "32"),
 }  # fmt: skip
-
-
-def assert_refused(result, *words):
-    """Exit status 2 and one line that holds the words."""
-    code, _, error = result
-    assert code == 2 and re.fullmatch("train_gpt.py: .+\n", error), error
-    assert [word for word in words if word not in error] == [], error
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import types
@@ -21,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 
 from small import (
-    BOS, CPU, SMALL, checkpoint_of, free_port, random_tokens, train_gpt, write_corpus, write_shard, write_split,
+    BOS, CPU, SMALL, checkpoint_of, free_port, random_tokens, run_ranks, train_gpt, write_corpus, write_shard,
+    write_split,
 )  # fmt: skip
 from train_gpt import (
     POLAR_EXPRESS, TRACKS, DocumentStream, GPT, Loader, Optimizer, Position, Row, Shards, Stage,
@@ -425,13 +425,7 @@ def ranks(tmp_path_factory):
     data = [f"--data={write_corpus(root / 'data')}"]
     jobs = [(size, free_port(), folders[size], data) for size in (4, 1, 2)]
     jobs.append((2, free_port(), folders["resumed"], [partial(resume_flag, folders[1], 2)]))
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=train_as_rank, args=(rank, jobs), daemon=True) for rank in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(500)
-    assert [process.exitcode for process in processes] == [0] * 4
+    run_ranks(train_as_rank, jobs, seconds=500)
     return folders
 
 
