@@ -72,7 +72,6 @@ class Layer(NamedTuple):
     value_embed: int = -1        # value-embedding table added to v; -1: none
     key_offset: bool = False     # k[t] takes its stationary dims from k[t-1]: one-layer induction
     skip_from: int = -1          # earlier layer whose output is added before this layer; -1: none
-    paired: bool = False         # with paired_heads: two heads attend as one, on twice as many tokens
 
 
 class Stage(NamedTuple):
@@ -190,11 +189,9 @@ class Config:
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
     draw_output: bool = False    # O starts like Q, K and V instead of at 0 (record 64)
     late_attention: bool = False # attention of layers after backout_from reads that layer's output (77)
-    exclusive: bool = False      # heads' outputs lose a learned share along v, unless paired (82, 2603.09078)
+    exclusive: bool = False      # heads' outputs lose a learned share along v (82, 2603.09078)
     attn_gate: bool = True
-    value_skip_gates: bool = False  # also on value embeddings, by head, and on skip connections (record 55)
-    gate_inputs: int = 12        # leading channels read by the gates
-    paired_heads: bool = False   # heads 0 and 1, 2 and 3, .. see each other's keys in the layers marked so
+    gate_inputs: int = 12        # leading channels read by the attention and smear gates
     qk_norm: bool = True
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
     softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
@@ -207,7 +204,6 @@ class Config:
     prefix_weight: float = 0.0   # of predicting the next token's prefix: in stage 1, to 0 over stage 2 (88)
     leaky_slope: float = 0.5     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
     bigram_ratio: float = 0.0    # rows of the table of hashed token pairs over padded_vocab; 0: off
-    mudd_width: int = 0          # hidden width of what says how far the end reads earlier layers; 0: off
     untie_at: float = 0.0        # head and embedding are one up to this part of scheduled_steps; 0: never
     cut_smear: bool = False      # these four stop where a document starts (BOS)
     cut_key_offset: bool = False
@@ -273,25 +269,18 @@ class Config:
     def offsets_keys(self, layer: Layer) -> bool:
         return {"off": False, "all": True, "table": layer.key_offset}[self.key_offset]
 
-    def pairs_heads(self, layer: Layer) -> bool:
-        return self.paired_heads and layer.paired
-
-    @property
-    def exclusive_layers(self) -> list[int]:
-        return [i for i in self.attention_layers if self.exclusive and not self.pairs_heads(self.layers[i])]
-
 
 SHORT_LAYERS = (
-    Layer("short", value_embed=1, paired=True),
+    Layer("short", value_embed=1),
     Layer("short", value_embed=2),
-    Layer("short", paired=True),
+    Layer("short"),
     Layer("long", key_offset=True),
     Layer("short"),
-    Layer("short", paired=True),
+    Layer("short"),
     Layer("none", skip_from=3),
     Layer("short"),
     Layer("short", value_embed=0),
-    Layer("short", value_embed=1, paired=True),
+    Layer("short", value_embed=1),
     Layer("long", value_embed=2, key_offset=True),
 )
 
@@ -335,9 +324,9 @@ MEDIUM_STAGES = (
 )
 
 TINY_LAYERS = (
-    Layer("short", value_embed=0, paired=True),
+    Layer("short", value_embed=0),
     Layer("long", value_embed=1, key_offset=True),
-    Layer("short", paired=True),
+    Layer("short"),
     Layer("none", skip_from=1),
     Layer("long", value_embed=1, key_offset=True),
 )
@@ -473,8 +462,6 @@ def resolve_config(cfg: Config) -> Config:
         raise UserError("layer table: needs a layer with attention, and skips only from earlier layers")
     if any(layer.window not in ("short", "long", "none") for layer in cfg.layers):
         raise UserError("layer table: a window is short, long or none")
-    if cfg.paired_heads and (cfg.heads % 2 or not any(layer.paired for layer in cfg.layers)):
-        raise UserError("--paired_heads: needs an even number of heads, and layers marked in the layer table")
     if cfg.muon_heads and cfg.heads % cfg.muon_heads:
         raise UserError(f"--muon_heads={cfg.muon_heads}: must divide the {cfg.heads} heads")
     if not cfg.stages or cfg.stages[0].start != 0:
@@ -985,11 +972,6 @@ def rotate(x_THE: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_THE)
 
 
-def pair_heads(x_THE: Tensor) -> Tensor:
-    """The heads of each pair one after the other, as one head on two tokens: (2 T, H/2, E) (record 58)."""
-    return x_THE.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
-
-
 def offset_keys(k_THE: Tensor, dims: Tensor, starts_T: Tensor | None) -> Tensor:
     """Partial key offset (record 49): k[t] with the marked dims taken from k[t-1]; t = 0 keeps its own.
 
@@ -1133,7 +1115,7 @@ def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tenso
     """The same through torch's variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest = docs[:2]
+    cu, longest, _ = docs
     options = {"scale": 1.0, "window_size": (window, 0)}
     if "num_splits" in varlen_parameters():
         options["num_splits"] = 1  # FlashAttention 3 would split, which costs more than it gives here
@@ -1157,7 +1139,6 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
 
     The longer windows of the final validation are used without a change of tables.
     """
-    positions *= 2 if any(map(cfg.pairs_heads, cfg.layers)) else 1
     half = cfg.head_dim // 2
     moving = round(half * cfg.rotary_fraction)
     frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, moving), torch.zeros(half - moving)]).double()
@@ -1216,7 +1197,7 @@ def sign_region(rows_TD, signs_SD, sign_T) -> Tensor:
     return rows_TD * signs_SD[sign_T]
 
 
-def mix_region(x_TD, skip_TD, skip_lambda, skip_gate_G, bigram_TD, x0_TD, x_lambda, x0_lambda, bigram_lambda,
+def mix_region(x_TD, skip_TD, skip_lambda, bigram_TD, x0_TD, x_lambda, x0_lambda, bigram_lambda,
                source_TD, gate_inputs: int):
     """Residual stream as a layer sees it: plus the skip connection and bigrams, mixed with the embedding x0.
 
@@ -1226,10 +1207,7 @@ def mix_region(x_TD, skip_TD, skip_lambda, skip_gate_G, bigram_TD, x0_TD, x_lamb
     """
     dtype, rows = x_TD.dtype, (x_TD.size(0), 1)
     if skip_TD is not None:
-        factor = torch.sigmoid(skip_lambda).expand(rows)
-        if skip_gate_G is not None:
-            factor = factor * 2 * torch.sigmoid(x0_TD[:, :gate_inputs].float() @ skip_gate_G.float())[:, None]
-        x_TD = x_TD + factor * skip_TD
+        x_TD = x_TD + torch.sigmoid(skip_lambda).expand(rows) * skip_TD
     if x0_lambda is not None and x0_TD is None:
         x_TD = (x_lambda + x0_lambda).expand(rows) * x_TD
     elif x0_lambda is not None:
@@ -1241,34 +1219,21 @@ def mix_region(x_TD, skip_TD, skip_lambda, skip_gate_G, bigram_TD, x0_TD, x_lamb
     return x_TD, h_TD, h_TD[:, :gate_inputs].contiguous()
 
 
-def qkv_region(qkv_TC, v_lambda, value_TD, lead_TG, gate_HG, cos_PJ, sin_PJ, scale, still_E, starts_T,
-               cfg: Config, offset: bool, paired: bool):
-    """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D).
-
-    paired: all three are as pair_heads returns them. What a head is apart from the other, its own key of the
-    token before and the gate on its value embedding, comes before that.
-    """
+def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config,
+               offset: bool):
+    """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D)."""
     T = qkv_TC.size(0)
     q_THE, k_THE, v_THE = qkv_TC.view(T, 3, cfg.heads, cfg.head_dim).unbind(1)
     if cfg.qk_norm:
         q_THE, k_THE = norm(q_THE), norm(k_THE)
-    if paired:  # head h of token t is at position 2 t + h % 2
-        turn = [table[: 2 * T].unflatten(0, (T, 2)) for table in (cos_PJ, sin_PJ)]
-        q_THE, k_THE = (rotate(x.unflatten(1, (-1, 2)), *turn).flatten(1, 2) for x in (q_THE * scale, k_THE))
-    else:
-        q_THE = rotate(q_THE * scale, cos_PJ[:T], sin_PJ[:T])
-        k_THE = rotate(k_THE, cos_PJ[:T], sin_PJ[:T])
+    q_THE = rotate(q_THE * scale, cos_PJ[:T], sin_PJ[:T])
+    k_THE = rotate(k_THE, cos_PJ[:T], sin_PJ[:T])
     if offset:
         dims_E = still_E if cfg.key_offset_dims == "stationary" else torch.ones_like(still_E)
         k_THE = offset_keys(k_THE, dims_E, starts_T if cfg.cut_key_offset else None)
     v_THE = (v_lambda.expand(T, 1, 1) * v_THE).type_as(qkv_TC)
     if value_TD is not None:
-        value_THE = value_TD.view_as(v_THE)
-        if gate_HG is not None:
-            value_THE = 2 * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)[..., None] * value_THE
-        v_THE = (v_THE + value_THE).type_as(v_THE)
-    if paired:
-        q_THE, k_THE, v_THE = map(pair_heads, (q_THE, k_THE, v_THE))
+        v_THE = v_THE + value_TD.view_as(v_THE)
     return q_THE, k_THE, v_THE.contiguous()
 
 
@@ -1276,9 +1241,7 @@ def gate_region(y_THE, v_THE, exclusive_H, lead_TG, gate_HG, out_lambda) -> Tens
     """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D).
 
     With exclusive_H, first minus tanh(exclusive_H) times its projection on the token's own value.
-    y_THE: or (T, H/2, 2, E), of paired heads.
     """
-    y_THE = y_THE.flatten(1, -2)
     factor_TH, dtype = out_lambda.expand(y_THE.size(0), 1), y_THE.dtype
     if exclusive_H is not None:
         y_THE, v_THE = y_THE.float(), v_THE.float()
@@ -1313,13 +1276,6 @@ def activation_region(z_TF, slope: float) -> Tensor:
     """LeakyReLU(z)^2: (T, F)."""
     r_TF = F.leaky_relu(z_TF, slope)
     return r_TF * r_TF
-
-
-def dense_region(x_TD, earlier_TSD, in_MD, out_SM, bias_S) -> Tensor:
-    """x plus S earlier activations, each times a number that depends on x (MUDD, arXiv 2502.12170)."""
-    hidden_TM = F.gelu(x_TD @ in_MD.type_as(x_TD).T)
-    factor_TS = 0.1 * (hidden_TM.type_as(out_SM) @ out_SM.T + bias_S)
-    return (x_TD + (factor_TS[..., None] * earlier_TSD).sum(1)).type_as(x_TD)
 
 
 def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bool) -> Tensor:
@@ -1393,7 +1349,7 @@ def cap(logits: Tensor, softcap: Softcap) -> Tensor:
 
 REGIONS = {f.__name__: f for f in (embed_region, bigram_region, sign_region, mix_region, qkv_region,
                                    gate_region, add_rows_region, branch_region, branch_backward_region,
-                                   activation_region, dense_region, final_region, loss_region,
+                                   activation_region, final_region, loss_region,
                                    float8_region, cross_entropy_region)}
 
 
@@ -1412,16 +1368,6 @@ def compile_region(function):
     return call
 
 
-class Packing(NamedTuple):
-    """How the tokens of one forward pass lie side by side, and how far each sees."""
-
-    cfg: Config                  # the model's, or with every cut_*
-    starts_T: Tensor             # bool: where documents start
-    docs: Documents
-    windows: dict                # "short", "long" -> tokens
-    rotary: Rotary
-
-
 class GPT(nn.Module):
     """Parameters are float32; forward runs in `dtype`. Mechanisms that are off have no parameters.
 
@@ -1434,17 +1380,13 @@ class GPT(nn.Module):
     | attn_bank: Q, K, V, O     | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0 or the same |
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
     | attn_gate                 | (A, H, G)         | 0: every gate starts at 1/2                         |
-    | value_gate                | (.., H, G)        | 0: every gate starts at 1; one for each layer       |
-    | skip_gate                 | (skips, G)        | 0: every gate starts at 1                           |
     | attn_lambdas              | (A, 2)            | 0.5 on v, 1 on the output                           |
-    | exclusive_lambdas         | (.., H)           | 0, before a tanh; one for each layer not paired     |
+    | exclusive_lambdas         | (A, H)            | 0, before a tanh                                    |
     | resid_lambdas, x0_lambdas | (L,)              | 1.1 on the stream, 0 on x0                          |
     | smear_gate, smear_lambda  | (G,), ()          | 0                                                   |
     | bigram_lambdas            | (L,)              | 0.1                                                 |
     | skip_lambdas              | (skips,)          | -1.5, before a sigmoid                              |
     | backout_lambda            | ()                | 0.5                                                 |
-    | mudd_in                   | (2, M, D)         | uniform, std 1 / sqrt(3 D)                          |
-    | mudd_out, mudd_bias       | (2, S, M), (2, S) | 0                                                   |
     | smear_mtp_lambda          | ()                | 0                                                   |
     """
 
@@ -1481,12 +1423,8 @@ class GPT(nn.Module):
             self.value_embeds = nn.Parameter(values)
         if cfg.attn_gate:
             self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
-        if cfg.exclusive_layers:
-            self.exclusive_lambdas = nn.Parameter(torch.zeros(len(cfg.exclusive_layers), cfg.heads))
-        if cfg.value_skip_gates and cfg.value_layers:
-            self.value_gate = nn.Parameter(torch.zeros(len(cfg.value_layers), cfg.heads, cfg.gate_inputs))
-        if cfg.value_skip_gates and cfg.skips:
-            self.skip_gate = nn.Parameter(torch.zeros(len(cfg.skips), cfg.gate_inputs))
+        if cfg.exclusive:
+            self.exclusive_lambdas = nn.Parameter(torch.zeros(A, cfg.heads))
         if cfg.x0_mix:
             self.resid_lambdas = nn.Parameter(torch.full((L,), 1.1))
             self.x0_lambdas = nn.Parameter(torch.zeros(L))
@@ -1503,12 +1441,6 @@ class GPT(nn.Module):
             self.backout_lambda = nn.Parameter(torch.tensor(0.5))
         if cfg.smear_mtp:
             self.smear_mtp_lambda = nn.Parameter(torch.zeros(()))
-        if cfg.mudd_width:
-            self.sources = [i for i in sorted(self.tap_layers) if 0 <= i < L - 2]
-            S = len(self.sources) + 2
-            self.mudd_in = nn.Parameter((2 * torch.rand(2, cfg.mudd_width, D) - 1) / math.sqrt(D))
-            self.mudd_out = nn.Parameter(torch.zeros(2, S, cfg.mudd_width))
-            self.mudd_bias = nn.Parameter(torch.zeros(2, S))
         if cfg.mtp_heads:
             self.mtp_heads = nn.Parameter(torch.zeros(cfg.mtp_heads, V, D))
 
@@ -1528,9 +1460,8 @@ class GPT(nn.Module):
         gate, smear_lambda = (self.smear_gate, self.smear_lambda) if cfg.smear else (None, None)
         x_TD = x0_TD = self.regions["embed_region"](embed_TD, gate, smear_lambda, starts_T, cfg.cut_smear)
         values, bigram_TD = self.value_rows(tokens_T), self.bigrams(tokens_T, starts_T, cfg.cut_bigram)
-        packing, outputs = Packing(cfg, starts_T, docs, windows, rotary), {}
+        outputs = {}
         for i, layer in enumerate(cfg.layers):
-            x_TD = self.connect(i, x_TD, x0_TD, outputs)
             mixing = *self.skip_input(i, outputs), bigram_TD, x0_TD if i else None, *self.mixing_factors(i)
             source_TD = outputs[cfg.backout_from] if cfg.reads_late(i) else None
             x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, source_TD, cfg.gate_inputs)
@@ -1539,7 +1470,15 @@ class GPT(nn.Module):
                 (qkv_CD, o_DD), grads = map(split_attention, (weights["attn_bank"][a], attn_grad[a]))
                 qkv_TC = Linear.apply(h_TD, qkv_CD, grads[0])
                 qkv_TC = adapters.add("q k v", a, h_TD, qkv_TC) if adapters else qkv_TC
-                y_TD = self.attend(i, qkv_TC, lead_TG, values, packing)
+                value_TD = values[cfg.value_table(i)] if i in cfg.value_layers else None
+                v_lambda, out_lambda = self.attn_lambdas[a].unbind()
+                q_THE, k_THE, v_THE = self.regions["qkv_region"](
+                    qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
+                window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
+                y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
+                exclusive = (v_THE, self.exclusive_lambdas[a]) if cfg.exclusive else (None, None)
+                gate_HG = self.attn_gate[a] if cfg.attn_gate else None
+                y_TD = self.regions["gate_region"](y_THE, *exclusive, lead_TG, gate_HG, out_lambda)
                 o_TD = Linear.apply(y_TD, o_DD, grads[1])
                 o_TD = adapters.add("o", a, y_TD, o_TD) if adapters else o_TD
                 x_TD, h_TD = Branch.apply(x_TD, o_TD, self.regions)
@@ -1552,28 +1491,9 @@ class GPT(nn.Module):
                                  cfg.leaky_slope, self.kernels)
             if i in self.tap_layers:
                 outputs[i] = x_TD
-        x_TD = self.connect(len(cfg.layers), x_TD, x0_TD, outputs)
         backout = (outputs[cfg.backout_from], self.backout_lambda) if cfg.backout_from >= 0 else (None, None)
         mtp_lambda = self.smear_mtp_lambda if cfg.smear_mtp else None
         return self.regions["final_region"](x_TD, *backout, mtp_lambda, starts_T, cfg.cut_smear_mtp)
-
-    def attend(self, i: int, qkv_TC: Tensor, lead_TG: Tensor, values: tuple, packing: Packing) -> Tensor:
-        """Layer i's attention from the product with Q, K, V to what O reads: (T, D)."""
-        cfg, starts_T, docs, windows, rotary = packing
-        layer, a = cfg.layers[i], cfg.attention_layers.index(i)
-        v_lambda, out_lambda = self.attn_lambdas[a].unbind()
-        q_THE, k_THE, v_THE = self.regions["qkv_region"](
-            qkv_TC, v_lambda, *self.value_input(i, values, lead_TG), *rotary, starts_T, cfg,
-            cfg.offsets_keys(layer), cfg.pairs_heads(layer))
-        window = windows[layer.window] if cfg.sliding_window else q_THE.size(0)
-        if cfg.pairs_heads(layer):  # the window counts half-tokens
-            halves = Documents(2 * docs.cu_seqlens, 2 * docs.longest)
-            y_THE = self.attention(q_THE, k_THE, v_THE, halves, window).unflatten(0, (-1, 2)).transpose(1, 2)
-        else:
-            y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
-        gate_HG = self.attn_gate[a] if cfg.attn_gate else None
-        exclusive = self.exclusive_input(i, v_THE)
-        return self.regions["gate_region"](y_THE, *exclusive, lead_TG, gate_HG, out_lambda)
 
     def adapted_mlp(self, i: int, x_TD: Tensor, h_TD: Tensor, adapters) -> Tensor:
         """Layer i's MLP with low-rank updates of both matrices, for autograd; its weights get no gradient."""
@@ -1637,19 +1557,6 @@ class GPT(nn.Module):
         first = torch.arange(self.cfg.value_tables, device=tokens_T.device)[:, None] * self.cfg.padded_vocab
         return Lookup.apply(tokens_T + first, self.value_embeds, self.dtype, self.regions).unbind(0)
 
-    def value_input(self, i: int, values: tuple, lead_TG: Tensor) -> tuple:
-        """Layer i's value embeddings, what their gates read, and the gates; or None."""
-        if i not in self.cfg.value_layers:
-            return None, None, None
-        gate_HG = self.value_gate[self.cfg.value_layers.index(i)] if self.cfg.value_skip_gates else None
-        return values[self.cfg.value_table(i)], lead_TG, gate_HG
-
-    def exclusive_input(self, i: int, v_THE: Tensor) -> tuple:
-        """The values that layer i's outputs lose their part along, and how much of it; or None."""
-        if i not in self.cfg.exclusive_layers:
-            return None, None
-        return v_THE, self.exclusive_lambdas[self.cfg.exclusive_layers.index(i)]
-
     def bigrams(self, tokens_T: Tensor, starts_T: Tensor, cut: bool) -> Tensor | None:
         """What each token and the one before look up together: (T, D)."""
         if not self.cfg.bigram_rows:
@@ -1659,26 +1566,10 @@ class GPT(nn.Module):
         return self.regions["sign_region"](rows_TD, self.bigram_signs, sign_T)
 
     def skip_input(self, i: int, outputs: dict) -> tuple:
-        """The stream that joins at layer i, its factor and its gate; or None."""
+        """The stream that joins at layer i and its factor; or None."""
         if i not in self.cfg.skips:
-            return None, None, None
-        at = self.cfg.skips.index(i)
-        gate_G = self.skip_gate[at] if self.cfg.value_skip_gates else None
-        return outputs[self.cfg.layers[i].skip_from], self.skip_lambdas[at], gate_G
-
-    def connect(self, i: int, x_TD: Tensor, x0_TD: Tensor, outputs: dict) -> Tensor:
-        """The stream in front of layer i; of the last layer and of the head with what they read from earlier.
-
-        Both read the embedding, layers whose outputs are kept in any case, and the last but one.
-        """
-        point = i - len(self.cfg.layers) + 1
-        if not self.cfg.mudd_width or point < 0:
-            return x_TD
-        if point == 0:
-            kept = (outputs[source] for source in self.sources)
-            outputs["earlier"] = torch.stack([x0_TD, *kept, x_TD], dim=1)
-        factors = (p[point] for p in (self.mudd_in, self.mudd_out, self.mudd_bias))
-        return self.regions["dense_region"](x_TD, outputs["earlier"], *factors)
+            return None, None
+        return outputs[self.cfg.layers[i].skip_from], self.skip_lambdas[self.cfg.skips.index(i)]
 
     def mixing_factors(self, i: int) -> tuple:
         cfg, bigram_lambda = self.cfg, self.bigram_lambdas[i] if self.cfg.bigram_rows else None
@@ -1755,8 +1646,6 @@ def optimizer_table(cfg: Config) -> list[Row]:
         table("head", decay=150),
         table("mtp_heads", decay=150),
         scalar("attn_gate", lr=(adam,)),
-        scalar("value_gate", lr=(adam,)),
-        scalar("skip_gate", lr=(0.05 * adam,)),
         scalar("smear_gate", lr=(adam,)),
         scalar("exclusive_lambdas", lr=(adam,)),
         scalar("attn_lambdas", lr=(5 * adam,)),
@@ -1767,7 +1656,6 @@ def optimizer_table(cfg: Config) -> list[Row]:
         scalar("skip_lambdas", lr=(5 * adam,)),
         scalar("backout_lambda", lr=(5 * adam,)),
         scalar("smear_mtp_lambda", lr=(5 * adam,)),
-        *(scalar(f"mudd_{part}", lr=(adam / 4,), betas=(0.9, 0.99)) for part in ("in", "out", "bias")),
         bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4, groups=groups),
         bank("mlp_bank", lr=(2 * muon, 4 * muon)),
     ]
@@ -1779,12 +1667,10 @@ def mechanism_parameters(cfg: Config) -> dict:
     """Names of the parameters that only some configurations have: true if this one does."""
     return {
         "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
-        "value_gate": cfg.value_skip_gates and cfg.value_layers, "exclusive_lambdas": cfg.exclusive_layers,
-        "skip_gate": cfg.value_skip_gates and cfg.skips, "skip_lambdas": cfg.skips,
+        "exclusive_lambdas": cfg.exclusive, "skip_lambdas": cfg.skips,
         "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "smear_mtp_lambda": cfg.smear_mtp,
         "resid_lambdas": cfg.x0_mix, "x0_lambdas": cfg.x0_mix, "backout_lambda": cfg.backout_from >= 0,
         "bigram_embed": cfg.bigram_rows, "bigram_lambdas": cfg.bigram_rows,
-        **dict.fromkeys(("mudd_in", "mudd_out", "mudd_bias"), cfg.mudd_width),
     }
 
 

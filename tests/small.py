@@ -17,7 +17,7 @@ from train_gpt import Layer, Stage
 SCRIPT = Path(train_gpt.__file__)
 BOS = 256
 LAYERS = (
-    Layer("short", value_embed=0, paired=True),
+    Layer("short", value_embed=0),
     Layer("long", value_embed=1, key_offset=True),
     Layer("none", skip_from=0),
 )

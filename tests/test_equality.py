@@ -29,14 +29,13 @@ STEPS, SIZES = 20, (1, 2, 4)
 EQUAL = replace(
     SMALL, stages=(*SMALL.stages, Stage(1.0, 256, 64, 16, 64, 0.5)), scheduled_steps=18, extension_steps=2,
     mtp_heads=1, epochs=2, val_every=5, yarn_window=48, save_every=1, keep=0, bigram_ratio=1.5,
-    muon_heads=1, mudd_width=8,
+    muon_heads=1,
 )  # fmt: skip
 # The head is untied at step 10.
 VARIANTS = {  # Adam acts every third step in one, every second in the other: between, its gradients wait
     "keep": ("--document_rest=keep", "--adam_every=3", "--logit_rescale", "--smooth_scalars",
-             "--value_skip_gates", "--untied_values", "--draw_output", "--adam_weight_decay=0.005",
-             "--first_max_doc=20", "--late_attention", "--exclusive", "--prefix_weight=0.25",
-             "--untie_at=0.55", "--paired_heads"),
+             "--untied_values", "--draw_output", "--adam_weight_decay=0.005", "--first_max_doc=20",
+             "--late_attention", "--exclusive", "--prefix_weight=0.25", "--untie_at=0.55"),
     "skip": ("--document_rest=skip", "--adam_every=2", "--cut_smear", "--cut_key_offset", "--cut_smear_mtp",
              "--cut_bigram"),
 }

@@ -37,9 +37,8 @@ EVAL = replace(
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
 EVERYTHING = {
     "layers": CFG.layers, "key_offset": "all", "multi_target": True, "logit_rescale": True,
-    "value_skip_gates": True, "untied_values": True, "draw_output": True, "late_attention": True,
-    "exclusive": True, "prefix_weight": 0.25, "bigram_ratio": 2.0, "paired_heads": True, "mudd_width": 8,
-    "untie_at": 0.5, "muon_heads": 1, "smooth_scalars": True, "adam_weight_decay": 0.005,
+    "untied_values": True, "draw_output": True, "late_attention": True, "exclusive": True,
+    "prefix_weight": 0.25, "bigram_ratio": 2.0, "untie_at": 0.5, "muon_heads": 1, "smooth_scalars": True, "adam_weight_decay": 0.005,
 }  # fmt: skip
 both = pytest.mark.parametrize("model", ({}, EVERYTHING), ids=("defaults", "everything on"))
 METHODS = "document", "stride", "ttt_lora", "ttt_sgd"

@@ -29,7 +29,7 @@ from small import BOS, CPU
 
 WIDE = {"short": 1000, "long": 1000}
 LAYERS = (
-    t.Layer("short", value_embed=0, paired=True),
+    t.Layer("short", value_embed=0),
     t.Layer("long", value_embed=1, key_offset=True),
     t.Layer("none", skip_from=0),
     t.Layer("short"),
@@ -45,8 +45,8 @@ CFG = t.Config(
     smear_mtp=True, multi_target=True,
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
-NEW = {"logit_rescale": True, "value_skip_gates": True, "late_attention": True, "exclusive": True,
-       "prefix_weight": 0.25, "bigram_ratio": 2.0, "paired_heads": True, "mudd_width": 8}  # fmt: skip
+NEW = {"logit_rescale": True, "late_attention": True, "exclusive": True, "prefix_weight": 0.25,
+       "bigram_ratio": 2.0}  # fmt: skip
 ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
@@ -376,7 +376,7 @@ def test_draw_output_starts_o_as_q_k_and_v():
 @mechanism("late_attention", mix_region={"source_TD": None})
 def test_late_attention_and_its_gates_read_the_backout_layers_output():
     text, layers = packed(9, 12), (*LAYERS, t.Layer("short"))
-    cfg = replace(CFG, layers=layers, late_attention=True, value_embeds=False, value_skip_gates=True)
+    cfg = replace(CFG, layers=layers, late_attention=True, value_embeds=False)
     for source in (0, 2, 3, -1):
         model = make_model(replace(cfg, backout_from=source))
         trace, factors = Trace(model, *text), model.attn_lambdas.detach()
@@ -425,23 +425,6 @@ def test_attention_gates_scale_each_head_and_start_at_one_half():
         assert_close(out, torch.stack([factor * gates[:, h, None] * y[:, h] for h in range(2)], dim=1))
 
 
-@mechanism("value_skip_gates", qkv_region={"gate_HG": None}, mix_region={"skip_gate_G": None})
-def test_value_and_skip_gates_scale_by_twice_a_sigmoid_and_start_at_one():
-    text, cfg = packed(9, 12), replace(CFG, value_skip_gates=True, x0_mix=False)
-    plain = make_model(replace(cfg, value_skip_gates=False))
-    assert not t.GPT(cfg).value_gate.any() and not t.GPT(cfg).skip_gate.any()
-    assert torch.equal(latents(make_model(cfg, value_gate=0, skip_gate=0), *text), latents(plain, *text))
-
-    model = make_silent_model(cfg, value_gate=torch.randn(2, 2, 4), skip_gate=torch.randn(1, 4))
-    trace, without = Trace(model, *text), Trace(make_silent_model(cfg, value_embeds=0), *text)
-    tables = model.value_embeds.detach().view(2, cfg.padded_vocab, cfg.heads, cfg.head_dim)
-    for a, weight in enumerate(model.value_gate.detach()):
-        gates = 2 * torch.sigmoid(rms_normed(trace.inputs[a])[:, :4] @ weight.T)
-        assert_close(trace.heads[a][2] - without.heads[a][2], gates[..., None] * tables[a][text[0]])
-    factor = torch.sigmoid(model.skip_lambdas) * 2 * torch.sigmoid(trace.x0[:, :4] @ model.skip_gate.T)
-    assert_close(trace.inputs[2], trace.outputs[1] + factor.detach() * trace.outputs[0])
-
-
 def first_inputs(count):
     return lambda gate: gate[..., :count]
 
@@ -457,34 +440,6 @@ def test_gates_read_exactly_the_leading_channels():
         used = {**more, name: make_model(wide, std=1.0).get_parameter(name).detach()}
         used[name][..., :4] = more[name][..., :4]
         assert not torch.allclose(latents(make_model(wide, **used), *text), latents(few, *text), atol=1e-3)
-
-
-@mechanism("paired_heads", GPT={"cfg": having(paired_heads=False)}, pair_heads={"x_THE": lambda x: x.flip(1)})
-def test_paired_heads_attend_to_the_keys_of_both_with_positions_and_windows_in_half_tokens():
-    tokens, _ = text = packed(9, 12)
-    H, E, document, narrow = 4, 8, [0] * 9 + [1] * 12, {"short": 5, "long": 5}
-    four = replace(CFG, heads=H)
-    model, rotary = make_model(replace(four, paired_heads=True)), build_rotary(four, 42)
-    trace, values = Trace(model, *text, narrow), model.value_embeds.detach()
-    qkv = (rms_normed(trace.inputs[0]) @ model.attn_bank.detach()[0, :3].flatten(0, 1).T).view(21, 3, H, E)
-    halves = [(i, h) for i in range(21) for h in range(2)]
-    for pair in range(H // 2):
-        q, k, v = ([qkv[i, n, 2 * pair + h] for i, h in halves] for n in range(3))
-        q, k = (t.rotate(rms_normed(torch.stack(x))[:, None], *rotary[:2])[:, 0] for x in (q, k))
-        v = model.attn_lambdas.detach()[0, 0] * torch.stack(v)
-        v = v + torch.stack([values[tokens[i]].view(H, E)[2 * pair + h] for i, h in halves])
-        for at, (i, h) in enumerate(halves):
-            seen = [to for to in range(max(at - 5, 0), at + 1) if document[halves[to][0]] == document[i]]
-            weights = (CFG.attn_scale * k[seen] @ q[at]).softmax(0)
-            assert_close(trace.gated[0][0][i, pair, h], weights @ v[seen])
-    assert trace.heads[0][0].shape == (42, 2, E) and trace.heads[1][0].shape == (21, H, E)
-
-    for window, reach in ((0, 0), (1, 1), (4, 2), (5, 3), (100, 15)):
-        layer = t.Layer("short", paired=True)
-        cfg = replace(ATTENTION_ONLY, layers=(layer,), backout_from=-1, paired_heads=True)
-        alone = make_model(cfg)
-        assert influence(alone, *packed(20), 4, {"short": window}) == list(range(4, 4 + reach + 1))
-        assert influence(make_model(replace(cfg, sliding_window=False)), *packed(20), 4) == list(range(4, 20))
 
 
 @mechanism("qk_norm", qkv_region={"cfg": having(qk_norm=False)})
@@ -766,26 +721,6 @@ def test_bigrams_add_the_signed_row_of_each_pair_of_tokens_in_front_of_every_lay
         pair_by_hand(*pair, 10_007) for pair in zip(tokens.tolist(), before)]  # fmt: skip
 
 
-@mechanism("mudd_width", dense_region={"earlier_TSD": torch.zeros_like})
-def test_mudd_adds_earlier_outputs_by_factors_of_each_token_and_starts_inert():
-    text, cfg = packed(9, 12), replace(CFG, mudd_width=8, skip=False, smear_mtp=False)
-    start = {"mudd_out": 0, "mudd_bias": 0}
-    fresh, off = make_model(cfg, **start), make_model(replace(cfg, mudd_width=0))
-    assert torch.equal(latents(fresh, *text), latents(off, *text))
-    assert not t.GPT(cfg).mudd_out.any() and not t.GPT(cfg).mudd_bias.any()
-    model = make_model(cfg)
-    trace, (own, first) = Trace(model, *text), mixing_factors(model)[3]
-    w_in, w_out, bias = (p.detach() for p in (model.mudd_in, model.mudd_out, model.mudd_bias))
-
-    def connected(x, point):
-        factors = 0.1 * (F.gelu(x @ w_in[point].T) @ w_out[point].T + bias[point])
-        return x + sum(factors[:, s, None] * y for s, y in enumerate((trace.x0, *trace.outputs[:3])))
-
-    assert_close(trace.inputs[3], own * connected(trace.outputs[2], 0) + first * trace.x0)
-    x = connected(trace.outputs[3], 1) - model.backout_lambda.detach() * trace.outputs[1]
-    assert_close(trace.latents, rms_normed(x))
-
-
 @mechanism("untie_at", GPT={"cfg": having(untie_at=0.0)}, optimizer_table={"cfg": having(untie_at=0.0)})
 def test_head_and_embedding_are_one_weight_until_they_are_untied_with_the_moments_they_have():
     for untie_at, decay, updates in ((0.5, 0.0, ("tied", "tied", "own", "own")), (0.1, 0.0, ("own",) * 4),
@@ -843,55 +778,6 @@ def test_cut_smear_mtp_keeps_latents_within_documents():
 @mechanism("cut_bigram", bigram_region={"cut": False})
 def test_cut_bigram_keeps_pairs_of_tokens_within_documents():
     check_cut("cut_bigram")
-
-
-def test_paired_layers_have_no_exclusive_attention():
-    text, cfg = packed(9, 12), replace(CFG, exclusive=True, paired_heads=True, attn_gate=False)
-    model = make_model(cfg, exclusive_lambdas=torch.tensor([[0.5, -1.0], [2.0, 0.3]]))
-    assert cfg.exclusive_layers == [1, 3] == [i for i in (0, 1, 3) if not LAYERS[i].paired]
-    trace, (_, factors) = Trace(model, *text), model.attn_lambdas.detach().unbind(1)
-    (paired, out), *rest = trace.gated
-    assert torch.equal(out, factors[0] * paired)
-    strengths = model.exclusive_lambdas.detach().tanh()[..., None]
-    for (y, out), (_, _, v), strength, factor in zip(rest, trace.heads[1:], strengths, factors[1:], strict=True):
-        along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True)
-        assert_close(out, factor * (y - strength * along * v))
-    alone = replace(cfg, layers=(LAYERS[0],), backout_from=-1)
-    assert not alone.exclusive_layers and not hasattr(t.GPT(alone), "exclusive_lambdas")
-    assert [row.name for row in t.optimizer_table(alone)].count("exclusive_lambdas") == 0
-
-
-def test_key_offset_and_gates_are_of_a_head_by_itself_before_it_is_paired():
-    """The gated values of both, and each head's own key of the token before."""
-    text, four = packed(9, 12), replace(CFG, heads=4, key_offset="all", value_skip_gates=True)
-    four = replace(four, untied_values=True, sliding_window=False)
-    weights = {"value_gate": torch.randn(2, 4, 4), "attn_gate": torch.randn(3, 4, 4)}
-    paired, plain = (make_silent_model(replace(four, paired_heads=on), **weights) for on in (True, False))
-    (q2, k2, v2), (q, k, v) = Trace(paired, *text).heads[0], Trace(plain, *text).heads[0]
-    still = build_rotary(four, 1).still_E
-    assert torch.equal(v2.view(21, 2, 2, 8).transpose(1, 2).flatten(1, 2), v)
-    k2 = k2.view(21, 2, 2, 8).transpose(1, 2).flatten(1, 2)
-    assert_close(k2[..., still], k[..., still])  # which don't turn: positions have no part in them
-    assert not torch.allclose(k2[..., ~still], k[..., ~still], atol=1e-2)
-    trace = Trace(paired, *text)
-    gates = torch.sigmoid(rms_normed(trace.inputs[0])[:, :4] @ paired.attn_gate.detach()[0].T)
-    y, out = trace.gated[0]
-    assert_close(out.flatten(1, 2), paired.attn_lambdas.detach()[0, 1] * gates[..., None] * y.flatten(1, 2))
-
-
-def test_with_mudd_late_attention_reads_the_backout_layer_and_the_mlp_what_was_added():
-    text, cfg = packed(9, 12), replace(CFG, late_attention=True, mudd_width=8, bigram_ratio=1.5)
-    model, plain = make_model(cfg), make_model(replace(cfg, mudd_width=0))
-    trace, without = Trace(model, *text), Trace(plain, *text)
-    for found, expected in zip(trace.heads, without.heads, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-    assert torch.equal(trace.outputs[2], without.outputs[2])
-    x, earlier = trace.outputs[2], torch.stack([trace.x0, *trace.outputs[:3]], dim=1)
-    factors = (p.detach()[0] for p in (model.mudd_in, model.mudd_out, model.mudd_bias))
-    added = t.dense_region(x, earlier, *factors)
-    assert_close(trace.inputs[3] - without.inputs[3], mixing_factors(model)[3, 0] * (added - x))
-    (stream, _), (other, _) = trace.mlp_inputs[3], without.mlp_inputs[3]
-    assert_close(stream - other, trace.inputs[3] - without.inputs[3], rtol=1e-4, atol=1e-5)
 
 
 def test_factors_on_bigrams_reach_no_late_attention_but_the_stream():
@@ -1258,12 +1144,11 @@ def test_initial_weights_depend_on_the_seed_alone():
 def test_initial_values_are_the_documented_ones():
     model = t.GPT(ALL_ON)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
-    zero = ("value_embeds", "head", "mtp_heads", "attn_gate", "value_gate", "skip_gate", "smear_gate",
-            "smear_lambda", "smear_mtp_lambda", "exclusive_lambdas", "bigram_embed", "mudd_out", "mudd_bias",
-            "x0_lambdas")  # fmt: skip
+    zero = ("value_embeds", "head", "mtp_heads", "attn_gate", "smear_gate", "smear_lambda", "smear_mtp_lambda",
+            "exclusive_lambdas", "bigram_embed", "x0_lambdas")  # fmt: skip
     constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5, "bigram_lambdas": 0.1,
                                            "resid_lambdas": torch.tensor(1.1)}  # fmt: skip
-    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas", "mudd_in"}
+    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas"}
     assert {name for name, _ in model.named_parameters()} == set(constant) | rest
     for name, value in constant.items():
         assert (model.get_parameter(name) == value).all(), name
@@ -1273,7 +1158,6 @@ def test_initial_values_are_the_documented_ones():
         assert weights.abs().max() <= bound
         assert_close(weights.std().item(), 0.5 / math.sqrt(32), rtol=0.02, atol=0)
     assert_close(model.embed.std().item(), 1.0, rtol=0.02, atol=0)
-    assert 0.95 < model.mudd_in.abs().max() * math.sqrt(32) <= 1
 
 
 def test_every_parameter_receives_a_gradient_within_four_steps():
@@ -1283,7 +1167,7 @@ def test_every_parameter_receives_a_gradient_within_four_steps():
     optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
     shapes = {"attn_bank": (3, 4, -1), "mlp_bank": (4, 2, -1), "attn_gate": (3, 2, -1), "mtp_heads": (2, -1),
               "value_embeds": (2, -1), "embed": (1, -1), "head": (1, -1), "smear_gate": (1, -1),
-              "value_gate": (2, 2, -1), "skip_gate": (1, -1), "bigram_embed": (1, -1)}  # fmt: skip
+              "bigram_embed": (1, -1)}  # fmt: skip
     reached = {name: False for name, _ in model.named_parameters()}
     for step in range(4):
         micro_backward(model, make_batch(17, 1, 20, seed=step))
@@ -1295,12 +1179,10 @@ def test_every_parameter_receives_a_gradient_within_four_steps():
 
 
 OFF = {
-    "value_embeds": {"value_embeds", "value_gate"}, "attn_gate": {"attn_gate"},
+    "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"},
     "x0_mix": {"resid_lambdas", "x0_lambdas"}, "smear": {"smear_gate", "smear_lambda"},
-    "skip": {"skip_lambdas", "skip_gate"}, "smear_mtp": {"smear_mtp_lambda"}, "mtp_heads": {"mtp_heads"},
-    "backout_from": {"backout_lambda"}, "value_skip_gates": {"value_gate", "skip_gate"},
-    "exclusive": {"exclusive_lambdas"}, "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
-    "mudd_width": {"mudd_in", "mudd_out", "mudd_bias"},
+    "skip": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"}, "mtp_heads": {"mtp_heads"},
+    "backout_from": {"backout_lambda"}, "exclusive": {"exclusive_lambdas"}, "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
 }  # fmt: skip
 
 
@@ -1314,7 +1196,7 @@ def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follo
 
 def test_lambdas_are_every_learned_scalar_by_name():
     sizes = {"attn_lambdas": 6, "resid_lambdas": 4, "x0_lambdas": 4, "smear_lambda": 1, "skip_lambdas": 1,
-             "backout_lambda": 1, "smear_mtp_lambda": 1, "exclusive_lambdas": 4,
+             "backout_lambda": 1, "smear_mtp_lambda": 1, "exclusive_lambdas": 6,
              "bigram_lambdas": 4}  # fmt: skip
     model = make_model(ALL_ON)
     found = model.lambdas()

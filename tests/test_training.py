@@ -321,19 +321,16 @@ def narrow(track):
 FLAGS = {
     "defaults": {},
     "mtp_heads": {"mtp_heads": 2},
-    "bigrams_tied_mudd": {"bigram_ratio": 5.0, "untie_at": 0.5, "mudd_width": 8},
+    "bigrams_tied": {"bigram_ratio": 5.0, "untie_at": 0.5},
     "no_value_embeds": {"value_embeds": False},
     "no_smear_no_skip": {"smear": False, "skip": False},
     "no_gates_no_x0": {"attn_gate": False, "x0_mix": False},
-    "value_skip_gates": {"value_skip_gates": True},
     "exclusive": {"exclusive": True},
     "untied_values": {"untied_values": True},
-    "gates_of_nothing": {"value_skip_gates": True, "value_embeds": False, "skip": False},
     "bare": {"value_embeds": False, "smear": False, "skip": False, "attn_gate": False, "x0_mix": False,
              "smear_mtp": False, "backout_from": -1},
-    "everything": {"bigram_ratio": 5.0, "untie_at": 0.5, "mudd_width": 8, "mtp_heads": 2, "muon_heads": 1,
-                   "paired_heads": True, "value_skip_gates": True, "exclusive": True, "untied_values": True,
-                   "draw_output": True, "late_attention": True, "logit_rescale": True, "prefix_weight": 0.25,
+    "everything": {"bigram_ratio": 5.0, "untie_at": 0.5, "mtp_heads": 2, "muon_heads": 1,
+                   "exclusive": True, "untied_values": True, "draw_output": True, "late_attention": True, "logit_rescale": True, "prefix_weight": 0.25,
                    "adam_weight_decay": 0.005},
     "bare_and_mtp_heads": {"value_embeds": False, "smear_mtp": False, "backout_from": -1, "mtp_heads": 2},
 }  # fmt: skip
@@ -349,12 +346,11 @@ def test_table_has_one_row_for_each_parameter_of_every_track(track, flags):
 
 
 def test_effective_learning_rates_of_the_short_track():
-    table = optimizer_table(replace(narrow("short"), mtp_heads=1, bigram_ratio=5.0, mudd_width=8))
+    table = optimizer_table(replace(narrow("short"), mtp_heads=1, bigram_ratio=5.0))
     rates = {row.name: [round(lr, 9) for lr in row.lr] for row in table}
     assert rates == {
         "embed": [0.6], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
-        "bigram_embed": [0.6], "bigram_lambdas": [0.04], "mudd_in": [0.002], "mudd_out": [0.002],
-        "mudd_bias": [0.002], "attn_gate": [0.008], "smear_gate": [0.008],
+        "bigram_embed": [0.6], "bigram_lambdas": [0.04], "attn_gate": [0.008], "smear_gate": [0.008],
         "attn_lambdas": [0.04], "resid_lambdas": [0.04], "x0_lambdas": [0.04],
         "smear_lambda": [0.04], "skip_lambdas": [0.04], "backout_lambda": [0.04], "smear_mtp_lambda": [0.04],
         "attn_bank": [0.046, 0.046, 0.046, 0.046], "mlp_bank": [0.046, 0.092],
@@ -364,11 +360,10 @@ def test_effective_learning_rates_of_the_short_track():
 def test_smooth_scalars_raise_the_betas_of_every_scalar_and_gate_but_the_factors_on_x0_and_bigrams():
     cfg = replace(narrow("short"), **FLAGS["everything"])
     off, on = (optimizer_table(replace(cfg, smooth_scalars=smooth)) for smooth in (False, True))
-    always = dict.fromkeys(("mudd_in", "mudd_out", "mudd_bias"), (0.9, 0.99)) | {"bigram_embed": (0.75, 0.95)}
     for before, row in zip(off, on, strict=True):
         smoothed = row.comms == "replicated" and row.name not in ("x0_lambdas", "bigram_lambdas")
         assert row == before._replace(betas=(0.9, 0.99) if smoothed else before.betas)
-        assert row.algorithm == "normuon" or before.betas == always.get(row.name, (0.65, 0.95))
+        assert row.algorithm == "normuon" or before.betas == ((0.75 if row.name == "bigram_embed" else 0.65), 0.95)
 
 
 def test_matrices_of_the_short_track_move_at_the_rates_of_the_table():
@@ -1124,7 +1119,7 @@ def replay_graphs(monkeypatch):
 
 @pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"],
                                    ["--dtype=bfloat16", "--untie_at=0.5", "--bigram_ratio=2",
-                                    "--paired_heads", "--muon_heads=1", "--mudd_width=8"]])  # fmt: skip
+                                    "--muon_heads=1"]])  # fmt: skip
 def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graphs, flags):
     plain = runs("--val_every=2", "--save_every=1", "--keep=0", *flags)
     replay_graphs()
