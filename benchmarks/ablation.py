@@ -33,11 +33,16 @@ VARIANTS = {
     "LeakyReLU slope 0": ["--leaky_slope=0"],
     "LeakyReLU slope 0.75": ["--leaky_slope=0.75"],
     "cut at document starts": ["--cut_smear", "--cut_key_offset", "--cut_smear_mtp"],
-    "bigram table of 5 V rows": ["--bigram_ratio=5"],
-    "head tied until 2/3": ["--untie_at=0.6667"],
-    "paired heads": ["--paired_heads"],
-    "Muon on pairs of heads": ["--muon_heads=2"],
-    "MUDD before the last layer and the head": ["--mudd_width=64"],
+    "bigram table off": ["--bigram_ratio=0"],
+    "bigram table of V rows": ["--bigram_ratio=1"],
+    "head never tied": ["--untie_at=0"],
+    "prefix-token prediction off": ["--prefix_weight=0"],
+    "O starts at 0": ["--draw_output=off"],
+    "Muon on whole Q and K": ["--muon_heads=0"],
+    "learning-rate floor 0.1": ["--lr_floor=0.1"],
+    "value-embedding tables shared": ["--untied_values=off"],
+    "scalars' Adam betas 0.65, 0.95": ["--smooth_scalars=off"],
+    "no weight decay in Adam": ["--adam_weight_decay=0"],
     "token smear off": ["--smear=off"],
     "skip connection off": ["--skip=off"],
     "backout off": ["--backout_from=-1"],
@@ -45,30 +50,10 @@ VARIANTS = {
     "YaRN off": ["--yarn=off"],
     "attention lr x 1": ["--attn_lr_ratio=1"],
     "asymmetric logit rescale on": ["--logit_rescale"],
-    "smoothed scalars on": ["--smooth_scalars"],
-    "gates on value embeddings and skip on": ["--value_skip_gates"],
-    "a value-embedding table per layer": ["--untied_values"],
-    "O drawn like the others": ["--draw_output"],
-    "weight decay in Adam": ["--adam_weight_decay=0.005"],
     "late attention reads the backout layer": ["--late_attention"],
     "exclusive attention": ["--exclusive"],
-    "prefix-token prediction": ["--prefix_weight=0.25"],
-    "learning-rate floor 0.15": ["--lr_floor=0.15"],
     "documents of 896 in stage 1": ["--first_max_doc=896"],
-    "head tied until 2/3 and weighted targets": ["--untie_at=0.6667", "--multi_target"],
-    "floor 0.15 and documents of 896 in stage 1": ["--lr_floor=0.15", "--first_max_doc=896"],
 }
-FEWER_STEPS = (  # what took most steps off the field's records first; what lost here before last
-    "bigram table of 5 V rows", "head tied until 2/3", "paired heads",
-    "MUDD before the last layer and the head", "asymmetric logit rescale on",
-    "late attention reads the backout layer", "gates on value embeddings and skip on", "exclusive attention",
-    "a value-embedding table per layer", "O drawn like the others",
-    "floor 0.15 and documents of 896 in stage 1", "weight decay in Adam", "prefix-token prediction",
-    "Muon on pairs of heads", "smoothed scalars on",
-)
-for count in (3, 5, 8, 11, len(FEWER_STEPS)):
-    VARIANTS[f"the first {count} of the savers of steps"] = [
-        flag for name in FEWER_STEPS[:count] for flag in VARIANTS[name]]  # fmt: skip
 
 
 def read_log(folder: Path) -> dict:
