@@ -1,7 +1,7 @@
 """Train a GPT to a target validation loss in the least wall time, from one file.
 
     python train_gpt.py                                                        # tiny track: any CPU, bytes
-    torchrun --standalone --nproc_per_node=1 train_gpt.py --track=sprint       # 210 steps on one GPU
+    torchrun --standalone --nproc_per_node=1 train_gpt.py --track=sprint       # 504 steps on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track=short        # 3.28 on FineWeb
     python train_gpt.py --checkpoint=FILE --sample="Once upon"                 # or --export=model.safetensors
     python train_gpt.py --checkpoint=FILE --eval=document,stride,ttt-lora      # test-time training
@@ -39,7 +39,7 @@ STARTED = time.time()  # before torch is imported: that is part of the launch
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,7 +187,7 @@ class Config:
     smear: bool = True
     skip: bool = True
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
-    draw_output: bool = False    # O starts like Q, K and V instead of at 0 (record 64)
+    draw_output: bool = False    # O starts like Q, K and V instead of at 0 (64)
     late_attention: bool = False # attention of layers after backout_from reads that layer's output (77)
     exclusive: bool = False      # heads' outputs lose a learned share along v (82, 2603.09078)
     attn_gate: bool = True
@@ -201,10 +201,10 @@ class Config:
     multi_target: bool = False   # use the stages' target weights; off: next token only
     mtp_heads: int = 0           # auxiliary heads for t+2, t+3, ..: trained, not exported
     mtp_weight: float = 0.1      # of the mean auxiliary loss
-    prefix_weight: float = 0.0   # of predicting the next token's prefix: in stage 1, to 0 over stage 2 (88)
+    prefix_weight: float = 0.0   # of predicting the next token's prefix: for 1/3, falling to 0 at 2/3 (88)
     leaky_slope: float = 0.5     # MLP activation LeakyReLU(slope)^2; 0 is ReLU^2
-    bigram_ratio: float = 0.0    # rows of the table of hashed token pairs over padded_vocab; 0: off
-    untie_at: float = 0.0        # head and embedding are one up to this part of scheduled_steps; 0: never
+    bigram_ratio: float = 0.0    # rows of the table of hashed token pairs over padded_vocab; 0: off (62)
+    untie_at: float = 0.0        # part of scheduled_steps in which head and embedding are one (51, 53)
     cut_smear: bool = False      # these four stop where a document starts (BOS)
     cut_key_offset: bool = False
     cut_smear_mtp: bool = False
@@ -215,10 +215,10 @@ class Config:
     muon_heads: int = 0          # heads of Q, and of K, that are orthogonalised together; 0: all
     adam_lr: float = 0.008
     attn_lr_ratio: float = 2.0   # learning rate of the attention matrices over muon_lr
-    embed_lr_ratio: float = 75.0 # learning rate of the embedding tables over adam_lr
-    adam_weight_decay: float = 0.0  # of tables and head, times their learning rate squared (50: 0.005)
+    embed_lr_ratio: float = 75.0 # learning rate of embedding tables over adam_lr, but of embed with untie_at
+    adam_weight_decay: float = 0.0  # of tables and head, times lr squared, x 5 and x 150 (50: 0.005)
     adam_every: int = 2          # steps between Adam updates; gradients add up meanwhile
-    smooth_scalars: bool = False # Adam's betas 0.9, 0.99 for scalars, gates, but factors on x0, bigrams (52)
+    smooth_scalars: bool = False # Adam's betas for scalars and gates 0.9, 0.99, not 0.65, 0.95 (52)
 
     @property
     def head_dim(self) -> int:
@@ -238,7 +238,8 @@ class Config:
 
     @property
     def logit_cap(self) -> Softcap:
-        return Softcap(11.5, 5.0, 15.0) if self.logit_rescale else Softcap(self.softcap, 0.0, self.softcap)
+        symmetric = Softcap(self.softcap, 0.0, self.softcap or 1.0)
+        return Softcap(11.5, 5.0, 15.0) if self.logit_rescale else symmetric
 
     @property
     def attention_layers(self) -> list[int]:
@@ -291,6 +292,9 @@ SHORT_STAGES = (
     Stage(2 / 3, 393_216, 2048,    640,  1408,  1.73, ((1, 1),)),
     Stage(1.0,   393_216, 2048,    768,  1664,  1.00, ((1, 1),)),
 )
+
+# A quarter of the batch: so few tokens are better spent in more steps.
+SPRINT_STAGES = tuple(stage._replace(batch_tokens=stage.batch_tokens // 4) for stage in SHORT_STAGES)
 
 MEDIUM_LAYERS = (
     Layer("long", value_embed=0, key_offset=True),
@@ -352,10 +356,9 @@ TRACKS = {
         momentum_warmup=100, momentum_cooldown=25, sample="The module ", eval_context=512, eval_batch=8192,
         lora_lr=0.002, sgd_chunk=2048, sgd_lr=0.1,
     ),
-    "sprint": replace(  # a quarter of the batch: so few tokens are better spent in more steps
-        SHORT, track="sprint", stages=tuple(s._replace(batch_tokens=s.batch_tokens // 4) for s in SHORT_STAGES),
-        micro_batches=2, scheduled_steps=480, extension_steps=24, momentum_warmup=600, val_tokens=2_097_152,
-        val_every=120,
+    "sprint": replace(
+        SHORT, track="sprint", stages=SPRINT_STAGES, micro_batches=2, scheduled_steps=480, extension_steps=24,
+        momentum_warmup=600, val_tokens=2_097_152, val_every=120,
     ),
     "short": SHORT,
     "medium": replace(
@@ -1206,8 +1209,8 @@ def mix_region(x_TD, skip_TD, skip_lambda, bigram_TD, x0_TD, x_lambda, x0_lambda
     """Residual stream as a layer sees it: plus the skip connection and bigrams, mixed with the embedding x0.
 
     Layer 0, whose stream is x0 itself, gets x0_TD = None and has its two factors merged into one.
-    Returns the stream, the stream or source_TD if given, normed, both (T, D), and the latter's leading
-    channels.
+    Returns the stream, what the layer reads, (T, D) both, and the latter's leading channels. It reads the
+    normed stream, or the normed source_TD.
     """
     dtype, rows = x_TD.dtype, (x_TD.size(0), 1)
     if skip_TD is not None:
@@ -1381,7 +1384,7 @@ class GPT(nn.Module):
     | value_embeds              | (tables * V, D)   | 0; untied: normal(0, 0.01)                          |
     | head, mtp_heads           | (V, D), (n, V, D) | 0; with untie_at the head is embed                  |
     | bigram_embed              | (bigram_rows, D)  | 0                                                   |
-    | attn_bank: Q, K, V, O     | (A, 4, D, D)      | Q, K, V uniform, std 0.5 / sqrt(D); O 0 or the same |
+    | attn_bank: Q, K, V, O     | (A, 4, D, D)      | uniform, std 0.5 / sqrt(D); O 0 but for draw_output |
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
     | attn_gate                 | (A, H, G)         | 0: every gate starts at 1/2                         |
     | attn_lambdas              | (A, 2)            | 0.5 on v, 1 on the output                           |
@@ -1402,6 +1405,7 @@ class GPT(nn.Module):
         self.isolated_cfg = replace(cfg, **dict.fromkeys(cuts, True))
         self.regions, self.kernels, self.fp8 = REGIONS, kernels, fp8
         self.weights, self.graphs = {}, None
+        self.prefix_V = None  # of every token, for prefix_weight: set before training
         scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # y + lambda * shift(y) fits while |lambda| <= 1
         self.register_buffer("latent_scale", scale, persistent=False)
         self.tap_layers = {layer.skip_from for layer in cfg.layers} | {cfg.backout_from}
@@ -1549,11 +1553,6 @@ class GPT(nn.Module):
         h8_TD = self.regions["float8_region"](h_TD.detach(), self.latent_scale)
         return self.weights["mlp8"][i]._replace(h_TD=h8_TD, h_scale=self.latent_scale)
 
-    @cached_property
-    def prefix_V(self) -> Tensor:
-        """Prefix of each token; read once, when a training step first needs it."""
-        return torch.from_numpy(load_tokenizer(self.cfg.tokenizer).prefixes).to(self.embed.device)
-
     def value_rows(self, tokens_T: Tensor) -> tuple:
         """Rows of every value-embedding table, one look-up for all: tables of (T, D)."""
         if not self.cfg.value_tables:
@@ -1654,7 +1653,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
         scalar("exclusive_lambdas", lr=(adam,)),
         scalar("attn_lambdas", lr=(5 * adam,)),
         scalar("resid_lambdas", lr=(5 * adam,)),
-        scalar("x0_lambdas", lr=(5 * adam,), betas=(0.65, 0.95)),  # smoothing hurts them
+        scalar("x0_lambdas", lr=(5 * adam,), betas=(0.65, 0.95)),  # never smoothed (52)
         scalar("bigram_lambdas", lr=(5 * adam,), betas=(0.65, 0.95)),
         scalar("smear_lambda", lr=(5 * adam,)),
         scalar("skip_lambdas", lr=(5 * adam,)),
@@ -1713,7 +1712,10 @@ def polar_express(x_NRC: Tensor, kernels: str = "reference") -> Tensor:
 
 
 def orthogonalise(x_NRC: Tensor, groups: tuple, kernels: str = "reference") -> Tensor:
-    """polar_express of each of the groups[i] parts into which matrix i is cut along its rows; (): whole."""
+    """polar_express of each of the groups[i] parts into which matrix i is cut along its rows; (): whole.
+
+    A part is normed again, as it is smaller than its matrix. Stacked, as an index would have to be uploaded.
+    """
     out = {}
     for count in sorted(set(groups)):
         own = [i for i, n in enumerate(groups) if n == count]
@@ -1747,7 +1749,10 @@ def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, ok
 
 
 def adam_update(p, g, first, second, lr, bias1, bias2, ok, beta1: float, beta2: float, decay=0.0):
-    """One Adam step with cautious decay in place; bias = 1 - beta^t. eps is far below any gradient."""
+    """One Adam step in place; bias = 1 - beta^t. eps is far below any gradient.
+
+    Cautious decay, as in normuon_update; a row of a table that nothing has read yet (x = 0) has none.
+    """
     first.add_(torch.where(ok, (1 - beta1) * (g - first), 0.0))
     second.add_(torch.where(ok, (1 - beta2) * (g * g - second), 0.0))
     x = lr * (first / bias1) / ((second / bias2).sqrt() + 1e-15)
@@ -1763,6 +1768,7 @@ class RowState(NamedTuple):
     hi: int
     buffers: dict                # name -> own part of a moment, float32
     lr: Tensor | float           # per own unit (normuon), or a number (adam)
+    groups: tuple                # row.groups of each own unit
 
 
 class Optimizer:
@@ -1808,17 +1814,20 @@ class Optimizer:
             lr = torch.tensor(row.lr, device=p.device).repeat(p.size(0))[lo:hi].view(-1, 1, 1)
         else:
             buffers, lr = {"first": zeros(shape), "second": zeros(shape)}, row.lr[0]
-        return RowState(row, p, units, share, lo, hi, buffers, lr)
+        groups = (row.groups * p.size(0))[lo:hi] if muon else ()
+        return RowState(row, p, units, share, lo, hi, buffers, lr, groups)
 
     def due(self, step: int) -> list[RowState]:
         """Rows that are updated at the end of `step` (0, 1, ..)."""
-        return [s for s in self.states if (step + 1) % s.row.every == 0 and step >= s.row.copy_until]
+        return [s for s in self.at_turn(step) if step >= s.row.copy_until]
 
     def copies(self, step: int) -> list[tuple]:
-        """Rows that would be due, but are copies still, each with the row that it is a copy of."""
+        """Rows that are still copied at the end of `step`, each with the row that it is a copy of."""
         rows = {s.row.name: s for s in self.states}
-        late = (s for s in self.states if (step + 1) % s.row.every == 0 and step < s.row.copy_until)
-        return [(s, rows[s.row.copy_of]) for s in late]
+        return [(s, rows[s.row.copy_of]) for s in self.at_turn(step) if step < s.row.copy_until]
+
+    def at_turn(self, step: int) -> list[RowState]:
+        return [s for s in self.states if (step + 1) % s.row.every == 0]
 
     @torch.no_grad()
     def step(self, step: int, lr_multiplier: float, momentum: float, share: Tensor) -> Tensor:
@@ -1876,9 +1885,8 @@ class Optimizer:
             numbers = scalar(row.weight_decay * lr_multiplier), scalar(momentum), self.healthy, row.betas[1]
             tensors = p, grad, *state.buffers.values(), state.lr * lr_multiplier
             one_by_one = [slice(i, i + 1) for i in range(len(p))]
-            groups = (row.groups * state.parameter.size(0))[state.lo : state.hi]
             for own in one_by_one if self.deterministic else [slice(None)]:
-                stack, rest = (x[own] for x in tensors), (self.normuon_parts, groups[own])
+                stack, rest = (x[own] for x in tensors), (self.normuon_parts, state.groups[own])
                 normuon_update(*stack, *numbers, self.dtype, self.kernels, *rest)
         else:
             updates = (step + 1) // row.every
@@ -1965,7 +1973,7 @@ class Optimizer:
 
 class Tokenizer(NamedTuple):
     vocab_size: int              # the last id is BOS
-    texts: list                  # bytes of each token but BOS
+    texts: list                  # bytes of each token, by id, without BOS
     encode: object               # str -> list of ids
     decode: object               # list of ids -> str
 
@@ -2298,7 +2306,7 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
     stage = cfg.stages[index]
     done = (step - starts[index]) / max(starts[index + 1] - starts[index], 1)
     weights = tuple(a + (b - a) * done for a, b in stage.targets) if cfg.multi_target else (1.0,)
-    prefix = cfg.prefix_weight * (1, 1 - done, 0)[min(index, 2)]
+    prefix = cfg.prefix_weight * min(1.0, max(0.0, 2 - 3 * step / cfg.scheduled_steps))
     weights = (*weights, prefix) if prefix else weights
 
     left = max(0.0, 1 - step / cfg.scheduled_steps)
@@ -2883,10 +2891,9 @@ class Evaluation:
         """One step of SGD on a chunk, all of whose targets have been scored."""
         cfg, model = self.cfg, self.model
         lo, hi = chunk * cfg.sgd_chunk, min((chunk + 1) * cfg.sgd_chunk, len(self.tokens) - 1)
-        plan = plan_step(cfg, cfg.total_steps)
-        plan = plan._replace(windows=final_windows(cfg), weights=(1.0,), prefix=False)
+        plan = plan_step(cfg, cfg.total_steps)._replace(windows=final_windows(cfg), weights=(1.0,))
         loss = torch.tensor([1 / (hi - lo)], device=self.device), torch.zeros(1, device=self.device)
-        edges = np.linspace(lo, hi, cfg.micro_batches + 1).astype(int)
+        edges = np.linspace(lo, hi, micro_count(cfg, self.world) + 1).astype(int)
         model.requires_grad_(True)
         pieces = [(first, end) for first, end in zip(edges, edges[1:]) if first < end]
         for first, end in pieces[self.world.rank :: self.world.size]:
@@ -3170,6 +3177,9 @@ def log_header(log: Log, hardware: Hardware, world: World, model: GPT, shards: S
     log.line(f"config {json.dumps(config_to_json(cfg))}", console=False)
     log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
              f"world_size:{world.size} seed:{cfg.seed}")
+    if micro_count(cfg, world) > cfg.micro_batches:
+        log.line(f"{world.size} micro-batches of a step, one for each process, instead of {cfg.micro_batches}: "
+                 "other pieces of documents than on fewer processes")
     for name, reason in hardware.reasons.items():
         log.line(f"{name}: {getattr(hardware, name)} ({reason})")
     log.line(f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}")
@@ -3531,7 +3541,7 @@ def baseline_line(shards: Shards) -> str:
 
 
 def optional_tokenizer(cfg: Config, log_line=print) -> Tokenizer | None:
-    """The tokenizer, or None with a line that says why: only bits per byte and samples need one."""
+    """The tokenizer, or None with a line that says why: bits per byte, samples and prefixes need one."""
     try:
         tokenizer = load_tokenizer(cfg.tokenizer)
     except UserError as error:
@@ -3540,6 +3550,19 @@ def optional_tokenizer(cfg: Config, log_line=print) -> Tokenizer | None:
     if tokenizer.vocab_size != cfg.vocab_size:
         raise UserError(f"--tokenizer={cfg.tokenizer}: {tokenizer.vocab_size} tokens, not {cfg.vocab_size}")
     return tokenizer
+
+
+def token_prefixes(cfg: Config, tokenizer: Tokenizer | None) -> Tensor | None:
+    """Tokenizer.prefixes for --prefix_weight, None without it; raises UserError where there are none."""
+    if not cfg.prefix_weight:
+        return None
+    if tokenizer is None:
+        raise UserError(f"--tokenizer={cfg.tokenizer}: can't be loaded, but --prefix_weight needs its texts: "
+                        "give a FILE.tiktoken, or --prefix_weight=0")
+    if (tokenizer.prefixes < 0).all():
+        raise UserError(f"--prefix_weight={cfg.prefix_weight:g}: no token of --tokenizer={cfg.tokenizer} "
+                        "begins with another: give --prefix_weight=0")
+    return torch.from_numpy(tokenizer.prefixes)
 
 
 def validate(val: Validation, model: GPT, rotary: Rotary, step: int, clock: Clock, log: Log, world: World,
@@ -3568,7 +3591,7 @@ def set_up(cfg: Config, hardware: Hardware, world: World, launch: Launch):
     shards = Shards(find_shards(cfg, "train"), cfg)
     check_supply(cfg, world, shards)
     tokenizer = optional_tokenizer(cfg, print if world.rank == 0 else lambda text: None)
-    val = Validation.load(cfg, tokenizer)
+    prefixes, val = token_prefixes(cfg, tokenizer), Validation.load(cfg, tokenizer)
     progress = {"step": 0, "position": Position(), "train_seconds": 0.0}
     if cfg.resume:
         tensors, meta = read_safetensors(cfg.resume)
@@ -3581,6 +3604,7 @@ def set_up(cfg: Config, hardware: Hardware, world: World, launch: Launch):
         raise UserError(f"{cfg.resume}: is at step {progress['step']} of {last_step(cfg)}: nothing left")
     launch.mark("data")
     model = build_model(cfg, hardware)
+    model.prefix_V = None if prefixes is None else prefixes.to(hardware.device)
     optimizer = Optimizer(model, optimizer_table(cfg), world, hardware.compile, cfg.deterministic)
 
     def restore():
@@ -3826,6 +3850,7 @@ def run(argv: list[str]):
     if cfg.check:
         check_world(cfg, world)
         check_supply(cfg, world, Shards(find_shards(cfg, "train"), cfg))
+        token_prefixes(cfg, optional_tokenizer(cfg))
         Validation.load(cfg)
         print("configuration and data are fine")
         return

@@ -1,14 +1,13 @@
-r"""One run on more GPUs of a host: the same training, how much faster, and what the exchange costs.
+"""One run on more GPUs of a host: the same training, how much faster, and what the exchange costs.
 
-    python benchmarks/scaling.py --data=FOLDER --scheduled_steps=60 --extension_steps=0 --val_every=60 \
-        --val_tokens=262144 [--gpus=1,2,4] [--profile] [--out=FILE] [flags]
+    python benchmarks/scaling.py --data=FOLDER [--gpus=1,2,4] [--profile] [--out=FILE] [flags]
 
-Runs the short track, in as few steps as the flags say, with torchrun once for each number of GPUs, one after
-the other, and prints a table: the median milliseconds of a step in each stage, over pairs of steps, as Adam
-works at every other one; the efficiency, time on one GPU / (GPUs x time on them), in each stage and for the
-schedule at these medians; and the final loss. --profile adds the milliseconds a step in which a GPU did
-nothing but exchange, from a trace of four steps of the first stage, which don't enter the medians. Numbers of
-GPUs that --out (JSON) has already aren't run again. Other flags go to train_gpt.py.
+Runs 60 steps of the short track with torchrun once for each number of GPUs, one after the other, and prints a
+table: the median milliseconds of a step in each stage, over pairs of steps, as Adam works at every other one;
+the efficiency, time on one GPU / (GPUs x time on them), in each stage and for the schedule at these medians;
+and the final loss. --profile adds the milliseconds a step in which a GPU did nothing but exchange, from a
+trace of four steps of the first stage, which don't enter the medians. Numbers of GPUs that --out (JSON) has
+already aren't run again. Other flags go to train_gpt.py.
 """
 
 import argparse
@@ -24,6 +23,7 @@ sys.path.insert(0, str(SCRIPT.parent))
 import train_gpt as tg
 
 PROFILED = 4
+CUT = "--track=short --scheduled_steps=60 --extension_steps=0 --val_every=60 --val_tokens=262144".split()
 
 
 def pairs(train_time: dict, first: int, last: int, skip: set) -> list[float]:
@@ -111,7 +111,7 @@ def main():
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     args, flags = parser.parse_known_args()
-    flags = flags if any(flag.startswith("--track") for flag in flags) else ["--track=short", *flags]
+    flags = [*CUT, *flags]  # later ones win
     if not all(number.isdigit() and int(number) for number in args.gpus.split(",")):
         parser.error(f"--gpus={args.gpus}: expected numbers, as 1,2,4")
     results = json.loads(args.out.read_text()) if args.out and args.out.is_file() else []

@@ -69,6 +69,7 @@ class Bench:
         self.cuda = self.hardware.device.type == "cuda"
         with self.hardware.device:
             self.model = tg.build_model(cfg, self.hardware)
+            self.model.prefix_V = torch.randint(cfg.vocab_size, (cfg.vocab_size,))
         self.optimizer = tg.Optimizer(self.model, tg.optimizer_table(cfg), tg.World(), self.hardware.compile)
         first = {}  # of the steps of each size
         for step in range(cfg.total_steps):

@@ -2,9 +2,11 @@
 
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,17 +92,34 @@ def free_port():
                 continue
 
 
+def count_as_prefixes(cfg, tokenizer):
+    """In the place of token_prefixes, as bytes have none: each token's is the one before."""
+    return torch.arange(BOS + 1) - 1 if cfg.prefix_weight else None
+
+
+def running(processes):
+    """Whether some haven't ended yet and none has failed."""
+    codes = {process.exitcode for process in processes}
+    return None in codes and codes <= {None, 0}
+
+
 def run_ranks(target, *args, seconds, method="spawn", preload=()):
-    """target(rank, *args) in each of four processes, which must end well within the time."""
+    """target(rank, *args) in each of four processes, which must end well within the time.
+
+    One that fails ends the others, which might wait for it.
+    """
     context = multiprocessing.get_context(method)
     if preload:
         context.set_forkserver_preload(list(preload))
     processes = [context.Process(target=target, args=(rank, *args), daemon=True) for rank in range(4)]
     for process in processes:
         process.start()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and running(processes):
+        multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], 1)
+    codes = [p.exitcode for p in processes]
     for process in processes:
-        process.join(seconds)
-    codes = [process.exitcode for process in processes]
+        process.kill()
     assert codes == [0] * 4, codes
 
 

@@ -93,6 +93,7 @@ MISTAKES = {
     "line_break": (["--device=a\nb"], "--device=a"),
     "no_value": (["--width"], "--width", "needs a value"),
     "no_value_for_text": (["--data"], "--data", "needs a value"),
+    "prefixes_of_bytes": (["--prefix_weight=0.25"], "--prefix_weight=0.25", "no token", "bytes"),
     "heads_do_not_divide": (["--width=32", "--heads=3"], "--width=32", "--heads=3"),
     "head_of_two": (["--width=4", "--heads=2", "--gate_inputs=1"], "--width=4"),
     "rotary_over_one": (["--rotary_fraction=1.5"], "--rotary_fraction=1.5"),

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from small import (
-    BOS, SCRIPT, SMALL, checkpoint_of, free_port, random_tokens, run_ranks, train_gpt, write_split,
+    BOS, SCRIPT, SMALL, checkpoint_of, count_as_prefixes, free_port, random_tokens, run_ranks, train_gpt, write_split,
 )  # fmt: skip
 from test_training import assert_equal, randomise, relative_error, weights_of
 from train_gpt import GPT, Stage, UserError, Validation
@@ -81,7 +81,7 @@ def train_as_rank(rank, root, jobs):
     os.cpu_count = lambda: 1  # by which the script shares out threads
     train_gpt.TRACKS["tiny"] = EQUAL
     train_gpt.build_model = lambda cfg, hardware: randomise(GPT(cfg))
-    GPT.prefix_V = torch.arange(BOS + 1) - 1  # bytes have no prefixes
+    train_gpt.token_prefixes = count_as_prefixes
     step, validate, models = train_gpt.train_step, Validation.run, []
     train_gpt.finish = lambda cfg, model, *rest: models.append(model)
     for job, port in jobs:

@@ -191,6 +191,7 @@ def cross_entropies(model, head, x_TD, tokens, ahead):
 def micro_backward(model, batch, step=0, weights=None):
     """Gradients of one micro-batch in the model; returns its loss."""
     plan = t.plan_step(model.cfg, step)
+    model.prefix_V = torch.full((BOS + 1,), -1) if model.prefix_V is None else model.prefix_V
     rotary = build_rotary(model.cfg, 100)
     weights = weights or t.loss_weights(model.cfg, plan, CPU.device)
     return t.backward_micro_batch(model, batch, plan._replace(windows=WIDE), rotary, weights)
@@ -555,11 +556,12 @@ def test_multi_target_loss_is_the_weighted_sum_of_the_cross_entropies_of_the_nex
 
 @mechanism("prefix_weight", cross_entropy={"weights_K": first_target_only},
            plan_step={"cfg": having(prefix_weight=0.0)})  # fmt: skip
-def test_prefix_weight_adds_the_cross_entropy_with_the_next_tokens_prefix_in_the_first_two_stages():
+def test_prefix_weight_adds_the_cross_entropy_with_the_next_tokens_prefix_in_the_first_two_thirds():
     batch, stages = make_batch(9, 12), (*STAGES, t.Stage(0.75, 64, 32, 8, 16, 1.0))
     prefixes = torch.where(torch.rand(257) < 0.3, -1, torch.randint(256, (257,)))
     cfg = replace(CFG, stages=stages, prefix_weight=0.25, scheduled_steps=8, loss_chunk=5, mtp_heads=1)
-    for multi, step, weight in ((1, 0, 0.25), (1, 3, 0.25), (0, 4, 0.25), (1, 5, 0.125), (1, 6, 0)):
+    weights = ((1, 0, 1 / 4), (1, 2, 1 / 4), (0, 3, 7 / 32), (0, 4, 1 / 8), (1, 5, 1 / 32), (1, 6, 0))
+    for multi, step, weight in weights:
         changed = replace(cfg, multi_target=bool(multi))
         model, without = make_model(changed), make_model(replace(changed, prefix_weight=0.0))
         model.prefix_V = prefixes
@@ -903,7 +905,10 @@ def test_a_layer_adds_gated_attention_then_the_mlp_of_the_normed_stream():
 # Causality
 
 
-@pytest.mark.parametrize("cfg", (ALL_ON, CFG), ids=("all on", "default"))
+KEPT = replace(CFG, bigram_ratio=2.0, untied_values=True, draw_output=True, untie_at=0.5)
+
+
+@pytest.mark.parametrize("cfg", (ALL_ON, KEPT, CFG), ids=("all on, cut", "step savers", "default"))
 def test_latents_before_a_changed_token_stay_bit_for_bit(cfg):
     lengths = (17, 1, 25, 20)
     tokens, _ = text = packed(*lengths)

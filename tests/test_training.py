@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 
 from small import (
-    BOS, CPU, SMALL, checkpoint_of, free_port, random_tokens, run_ranks, train_gpt, write_corpus, write_shard,
-    write_split,
+    BOS, CPU, SMALL, checkpoint_of, count_as_prefixes, free_port, random_tokens, run_ranks, train_gpt,
+    write_corpus, write_shard, write_split,
 )  # fmt: skip
 from train_gpt import (
     POLAR_EXPRESS, TRACKS, DocumentStream, GPT, Loader, Optimizer, Position, Row, Shards, Stage,
@@ -894,8 +894,19 @@ def test_prefix_of_a_token_is_the_one_with_its_longest_proper_beginning(rank_fil
         "日".encode(): tokenizer.texts.index("日".encode()[:2])}  # fmt: skip
     assert len(tokenizer.prefixes) == 262 and tokenizer.prefixes[261] == -1
     assert load_tokenizer("bytes").prefixes.tolist() == [-1] * 257
-    model = GPT(replace(SMALL, tokenizer=str(rank_file), prefix_weight=0.25))
-    assert model.prefix_V.tolist() == tokenizer.prefixes.tolist()
+    cfg = replace(SMALL, tokenizer=str(rank_file), prefix_weight=0.25)
+    assert train_gpt.token_prefixes(cfg, tokenizer).tolist() == tokenizer.prefixes.tolist()
+    assert train_gpt.token_prefixes(replace(cfg, prefix_weight=0.0), None) is None
+
+
+@pytest.mark.parametrize("tokenizer, words", [
+    ("bytes", "no token of --tokenizer=bytes begins with another: give --prefix_weight=0"),
+    (None, "can't be loaded, but --prefix_weight needs its texts: give a FILE.tiktoken, or --prefix_weight=0"),
+])  # fmt: skip
+def test_prefixes_that_no_tokenizer_gives_are_refused(tokenizer, words):
+    cfg = replace(SMALL, prefix_weight=0.25)
+    with pytest.raises(UserError, match=words):
+        train_gpt.token_prefixes(cfg, tokenizer and load_tokenizer(tokenizer))
 
 
 def test_rank_file_that_changed_is_read_again(rank_file, tmp_path, monkeypatch):
@@ -1025,8 +1036,9 @@ def test_warm_up_leaves_no_trace(runs, adam_every):
     assert_equal(weights_of(warm.model), weights_of(cold.model))
 
 
-def test_warm_up_restores_weights_gradients_and_state():
-    cfg = replace(SMALL, mtp_heads=1)
+@pytest.mark.parametrize("changes", [{"mtp_heads": 1}, {"untie_at": 0.5, "untied_values": True}], ids=str)
+def test_warm_up_restores_weights_gradients_and_state(changes):
+    cfg = replace(SMALL, **changes)
     model, optimizer = small_optimizer(cfg)
     before = weights_of(model)
     moved = []
@@ -1116,10 +1128,14 @@ def replay_graphs(monkeypatch):
     return replace_all
 
 
+STEP_SAVERS = ["--untie_at=0.5", "--bigram_ratio=2", "--muon_heads=1", "--prefix_weight=0.25", "--draw_output",
+               "--untied_values", "--smooth_scalars", "--adam_weight_decay=0.005", "--lr_floor=0.15"]
+
+
 @pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"],
-                                   ["--dtype=bfloat16", "--untie_at=0.5", "--bigram_ratio=2",
-                                    "--muon_heads=1"]])  # fmt: skip
-def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graphs, flags):
+                                   ["--dtype=bfloat16", *STEP_SAVERS]])  # fmt: skip
+def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graphs, monkeypatch, flags):
+    monkeypatch.setattr(train_gpt, "token_prefixes", count_as_prefixes)
     plain = runs("--val_every=2", "--save_every=1", "--keep=0", *flags)
     replay_graphs()
     whole = runs("--val_every=2", "--save_every=1", "--keep=0", "--warmup=on", *flags)
@@ -1128,7 +1144,8 @@ def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graph
     to_save = ["capture", *step, "release"]  # each step's checkpoint, too, is given the memory
     assert whole.model.graphs.events == warm_up + (check + to_save + ["capture", *step]) * 3 + check
     sizes = [len(inputs[0]) for _, inputs in whole.model.graphs.recipes.values()]
-    assert sorted(whole.model.graphs.recipes) == [(0, 3), (1, 2), (2, 1)] and sizes == [129, 129, 65]
+    targets = (4, 3, 1) if flags[1:] == STEP_SAVERS else (3, 2, 1)
+    assert sorted(whole.model.graphs.recipes) == [*enumerate(targets)] and sizes == [129, 129, 65]
     resumed = runs(f"--resume={whole.checkpoint(1)}", "--warmup=on", *flags[:1])
     assert resumed.model.graphs.events == [*warm_up, "capture", *step] + (check + to_validation) * 2 + check
     for run, steps in ((whole, 6), (resumed, 5)):
@@ -1168,8 +1185,9 @@ def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(replay_
 
 
 @pytest.mark.parametrize("flags", [["--mtp_heads=1"], ["--adam_every=3", "--document_rest=skip"],
-                                   ["--untie_at=0.5", "--bigram_ratio=2"]])  # fmt: skip
-def test_resume_at_every_step_is_bit_exact(runs, flags):
+                                   STEP_SAVERS])  # fmt: skip
+def test_resume_at_every_step_is_bit_exact(runs, monkeypatch, flags):
+    monkeypatch.setattr(train_gpt, "token_prefixes", count_as_prefixes)
     whole = runs("--save_every=1", "--keep=0", *flags)
     waiting = []
     for step in range(1, 6):

@@ -269,3 +269,36 @@ def check_head(rng, T, width, vocab, fp8, head, bound):
 def test_head_step_has_the_loss_and_gradients_of_float64_and_adds_them_up(T, width, vocab, fp8, head):
     bound = BOUNDS[E5M2 if fp8 else BF16].chain
     check_head(seeded(T, DEVICE), T, width, vocab, fp8, head, bound)
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", [10_007, 251_520])
+def test_pairs_of_tokens_have_the_hashes_compiled_that_they_have_in_eager_mode(rows):
+    """Whose products wrap around as int32."""
+    tokens = torch.randint(50_257, (5003,), generator=torch.Generator().manual_seed(0))
+    found = t.compile_region(t.bigram_region)(tokens.to(DEVICE), None, rows, False)
+    for compiled, eager in zip(found, t.bigram_region(tokens, None, rows, False), strict=True):
+        assert torch.equal(compiled.cpu(), eager)
+
+
+@needs_gpu
+@pytest.mark.parametrize("groups", [(3, 3, 1, 1), ()], ids=str)
+def test_orthogonalised_groups_are_near_those_of_float64(groups):
+    x = normal(seeded(0, DEVICE), 4, 768, 768)
+    x = x / (1.02 * t.frobenius(x))
+    assert error(t.orthogonalise(x.to(BF16), groups, "tma"), t.orthogonalise(x.double(), groups)) < 0.05
+
+
+@needs_gpu
+def test_adam_compiled_is_adam_with_its_decay():
+    rng, ok = seeded(0, DEVICE), torch.ones((), dtype=torch.bool, device=DEVICE)
+    start = [normal(rng, 5003), normal(rng, 5003), normal(rng, 5003), normal(rng, 5003).square()]
+    numbers = [torch.tensor(x, device=DEVICE) for x in (0.01, 0.35, 0.05)]
+    results = []
+    for adam in (torch.compile(t.adam_update, dynamic=True), t.adam_update):
+        p, g, *moments = (x.clone() for x in start)
+        adam(p, g, *moments, *numbers, ok, 0.65, 0.95, torch.tensor(0.3, device=DEVICE))
+        results.append((p, *moments))
+    for compiled, eager in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(results[0][0], start[0])
