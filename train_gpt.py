@@ -3143,8 +3143,8 @@ def log_header(log: Log, hardware: Hardware, world: World, model: GPT, shards: S
     log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
              f"world_size:{world.size} seed:{cfg.seed}")
     if micro_count(cfg, world) > cfg.micro_batches:
-        log.line(f"micro-batches of a step: {world.size}, one a process, not {cfg.micro_batches}: other pieces of "
-                 "documents than on fewer processes")
+        log.line(f"micro-batches of a step: {world.size}, not {cfg.micro_batches}, one a process: other "
+                 "pieces of documents than on fewer processes")
     for name, reason in hardware.reasons.items():
         log.line(f"{name}: {getattr(hardware, name)} ({reason})")
     log.line(f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}")
