@@ -325,8 +325,6 @@ TINY_STAGES = (
 SHORT = Config(
     track="short", dataset="fineweb10B", tokenizer="gpt2", layers=SHORT_LAYERS, stages=SHORT_STAGES,
     scheduled_steps=2070, extension_steps=40, val_tokens=10_485_760, val_every=250, backout_from=7,
-    lr_floor=0.15, untied_values=True, draw_output=True, prefix_weight=0.25, bigram_ratio=5.0, untie_at=2 / 3,
-    muon_heads=2, adam_weight_decay=0.005, smooth_scalars=True,
 )
 
 TRACKS = {
@@ -339,7 +337,9 @@ TRACKS = {
     ),
     "sprint": replace(
         SHORT, track="sprint", stages=SPRINT_STAGES, micro_batches=2, scheduled_steps=480, extension_steps=24,
-        momentum_warmup=600, val_tokens=2_097_152, val_every=120,
+        momentum_warmup=600, val_tokens=2_097_152, val_every=120, lr_floor=0.15, untied_values=True,
+        draw_output=True, prefix_weight=0.25, bigram_ratio=5.0, untie_at=2 / 3, muon_heads=2,
+        adam_weight_decay=0.005, smooth_scalars=True,
     ),
     "short": SHORT,
     "medium": replace(

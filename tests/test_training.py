@@ -344,8 +344,8 @@ def test_table_has_one_row_for_each_parameter_of_every_track(track, flags):
     assert sorted(row.name for row in optimizer_table(cfg)) == sorted(names)
 
 
-def test_effective_learning_rates_of_the_short_track():
-    table = optimizer_table(replace(narrow("short"), mtp_heads=1))
+def test_effective_learning_rates_of_the_sprint():
+    table = optimizer_table(replace(narrow("sprint"), mtp_heads=1))
     rates = {row.name: [round(lr, 9) for lr in row.lr] for row in table}
     assert rates == {
         "embed": [0.008], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
@@ -494,7 +494,7 @@ def first_steps(cfg, column):
 
 @pytest.mark.parametrize("scheduled", [3, 10, 100, 200, 301, 2070, 2071])
 def test_batch_windows_and_learning_rate_change_at_the_same_step(scheduled):
-    cfg = replace(TRACKS["short"], scheduled_steps=scheduled, cooldown=0.0, multi_target=True, prefix_weight=0.0)
+    cfg = replace(TRACKS["short"], scheduled_steps=scheduled, cooldown=0.0, multi_target=True)
     thirds = [math.ceil(Fraction(k, 3) * scheduled) for k in (1, 2)]
     assert first_steps(cfg, lambda plan: plan.stage.batch_tokens) == thirds
     assert first_steps(cfg, lambda plan: plan.windows) == [*thirds, scheduled]
@@ -524,10 +524,10 @@ PLAN = [
     ("short", 689, 131_072, (128, 384), 1.0, 0.95, (1, 0.5, 0.25 / 690)),
     ("short", 690, 262_144, (384, 896), 1.52, 0.95, (1, 0.5)),
     ("short", 931, 262_144, (384, 896), 1.52, 0.95, (1, 0.5 * (1 - 241 / 690))),
-    ("short", 1380, 393_216, (640, 1408), 0.15 + 1.58 * 690 / 1138.5, 0.95, (1,)),
-    ("short", 2060, 393_216, (640, 1408), 0.15 + 1.58 * 10 / 1138.5, 0.95, (1,)),
-    ("short", 2070, 393_216, (768, 1664), 0.15, 0.93, (1,)),
-    ("short", 2109, 393_216, (768, 1664), 0.15, 0.852, (1,)),
+    ("short", 1380, 393_216, (640, 1408), 0.1 + 1.63 * 690 / 1138.5, 0.95, (1,)),
+    ("short", 2060, 393_216, (640, 1408), 0.1 + 1.63 * 10 / 1138.5, 0.95, (1,)),
+    ("short", 2070, 393_216, (768, 1664), 0.1, 0.93, (1,)),
+    ("short", 2109, 393_216, (768, 1664), 0.1, 0.852, (1,)),
 ]
 
 
@@ -557,7 +557,7 @@ def test_plan_is_a_pure_function():
 
 
 def test_without_multi_target_only_the_next_token_counts():
-    cfg = replace(TRACKS["short"], multi_target=False, prefix_weight=0.0)
+    cfg = replace(TRACKS["short"], multi_target=False)
     assert {plan_step(cfg, step).weights for step in range(cfg.total_steps)} == {(1.0,)}
 
 
