@@ -3857,6 +3857,10 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        print(f"train_gpt.py: {str(error).split('. ')[0]}: raise --micro_batches=, which makes them smaller,",
+              "or lower --loss_chunk=, --val_chunk= or --bigram_ratio=", file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as error:
         if not lost_contact(error):
             raise

@@ -179,6 +179,15 @@ def test_diverged_training_is_one_line_and_saves_no_checkpoint(cli, small, data,
     assert not list(tmp_path.glob("*/*.safetensors"))
 
 
+def test_too_little_gpu_memory_is_one_line_that_says_what_to_change(cli, small, data, tmp_path, monkeypatch):
+    def run_out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(train_gpt, "train_step", run_out)
+    result = cli(f"--data={data}", f"--log_folder={tmp_path}")
+    assert_refused(result, "CUDA out of memory: raise --micro_batches=", "--bigram_ratio=")
+
+
 def test_check_passes_on_good_data_and_writes_nothing(cli, small, data, tmp_path):
     before = sorted(os.listdir(data))
     code, out, error = cli("--check", f"--data={data}", f"--log_folder={tmp_path / 'logs'}")
