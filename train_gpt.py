@@ -1,7 +1,7 @@
 """Train a GPT to a target validation loss in the least wall time, from one file.
 
     python train_gpt.py                                                        # tiny track: any CPU, bytes
-    torchrun --standalone --nproc_per_node=1 train_gpt.py --track=sprint       # 504 steps on one GPU
+    torchrun --standalone --nproc_per_node=1 train_gpt.py --track=sprint       # 210 steps on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track=short        # 3.28 on FineWeb
     python train_gpt.py --checkpoint=FILE --sample="Once upon"                 # or --export=model.safetensors
     python train_gpt.py --checkpoint=FILE --eval=document,stride,ttt-lora      # test-time training
@@ -274,9 +274,6 @@ SHORT_STAGES = (
     Stage(1.0,   393_216, 2048,    768,  1664,  1.00, ((1, 1),)),
 )
 
-# A quarter of the batch: so few tokens are better spent in more steps.
-SPRINT_STAGES = tuple(stage._replace(batch_tokens=stage.batch_tokens // 4) for stage in SHORT_STAGES)
-
 MEDIUM_LAYERS = (
     Layer("long", value_embed=0, key_offset=True),
     Layer("short", value_embed=1),
@@ -336,10 +333,7 @@ TRACKS = {
         lora_lr=0.002, sgd_chunk=2048, sgd_lr=0.1,
     ),
     "sprint": replace(
-        SHORT, track="sprint", stages=SPRINT_STAGES, micro_batches=2, scheduled_steps=480, extension_steps=24,
-        momentum_warmup=600, val_tokens=2_097_152, val_every=120, lr_floor=0.15, untied_values=True,
-        draw_output=True, prefix_weight=0.25, bigram_ratio=5.0, untie_at=2 / 3, muon_heads=2,
-        adam_weight_decay=0.005, smooth_scalars=True,
+        SHORT, track="sprint", scheduled_steps=200, extension_steps=10, val_tokens=2_097_152, val_every=50
     ),
     "short": SHORT,
     "medium": replace(
@@ -1327,8 +1321,8 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
 
 REGIONS = {f.__name__: f for f in (embed_region, bigram_region, sign_region, mix_region, qkv_region,
                                    gate_region, add_rows_region, branch_region, branch_backward_region,
-                                   activation_region, final_region, loss_region,
-                                   float8_region, cross_entropy_region)}
+                                   activation_region, final_region, loss_region, float8_region,
+                                   cross_entropy_region)}
 
 
 def compile_region(function):
@@ -1338,9 +1332,9 @@ def compile_region(function):
     compiled = torch.compile(function, fullgraph=True)
 
     def call(*args):
-        for x in (args[i] for i in tokens if i < len(args)):
-            if x is not None and x.size(0) > 1:  # a single row is compiled for itself
-                torch._dynamo.mark_dynamic(x, 0)
+        for i in tokens:
+            if args[i] is not None and args[i].size(0) > 1:  # a single row is compiled for itself
+                torch._dynamo.mark_dynamic(args[i], 0)
         return compiled(*args)
 
     return call
@@ -1424,7 +1418,8 @@ class GPT(nn.Module):
                 adapters=None) -> Tensor:
         """Final latents (T, D) of packed tokens (T,) int64, in `dtype`; the head is applied by the caller.
 
-        windows: tokens that "short" and "long" layers look back. adapters: trained in place of the weights.
+        windows: tokens that the "short" and the "long" layers look back. adapters: low-rank updates of the
+        weights (Adapters), which are trained in their place.
         """
         cfg = self.cfg if docs.first_T is None else self.isolated_cfg
         weights = self.weights or self.refresh()
@@ -1443,10 +1438,10 @@ class GPT(nn.Module):
             if layer.window != "none":
                 a = cfg.attention_layers.index(i)
                 (qkv_CD, o_DD), grads = map(split_attention, (weights["attn_bank"][a], attn_grad[a]))
-                qkv_TC = Linear.apply(h_TD, qkv_CD, grads[0])
-                qkv_TC = adapters.add("q k v", a, h_TD, qkv_TC) if adapters else qkv_TC
                 value_TD = values[cfg.value_table(i)] if i in cfg.value_layers else None
                 v_lambda, out_lambda = self.attn_lambdas[a].unbind()
+                qkv_TC = Linear.apply(h_TD, qkv_CD, grads[0])
+                qkv_TC = adapters.add("q k v", a, h_TD, qkv_TC) if adapters else qkv_TC
                 q_THE, k_THE, v_THE = self.regions["qkv_region"](
                     qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
@@ -1635,8 +1630,8 @@ def mechanism_parameters(cfg: Config) -> dict:
     """Names of the parameters that only some configurations have: true if this one does."""
     return {
         "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
-        "skip_lambdas": cfg.skips,
         "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "smear_mtp_lambda": cfg.smear_mtp,
+        "skip_lambdas": cfg.skips,
         "resid_lambdas": cfg.x0_mix, "x0_lambdas": cfg.x0_mix, "backout_lambda": cfg.backout_from >= 0,
         "bigram_embed": cfg.bigram_rows, "bigram_lambdas": cfg.bigram_rows,
     }
@@ -3815,7 +3810,8 @@ def run(argv: list[str]):
     if cfg.check:
         check_world(cfg, world)
         check_supply(cfg, world, Shards(find_shards(cfg, "train"), cfg))
-        token_prefixes(cfg, optional_tokenizer(cfg))
+        if cfg.prefix_weight:
+            token_prefixes(cfg, optional_tokenizer(cfg))
         Validation.load(cfg)
         print("configuration and data are fine")
         return
