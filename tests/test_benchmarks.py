@@ -149,14 +149,14 @@ def test_medians_are_of_pairs_within_a_stage_without_validations_and_profiled_st
     cfg = train_gpt.parse_config(["--track=sprint"])
     plans = [train_gpt.plan_step(cfg, step).stage_index for step in range(cfg.total_steps)]
     seconds = {step + 1: 1.0 + plan for step, plan in enumerate(plans)}
-    seconds |= {step + 1: 50.0 for step in range(0, 210, 50)} | {5: 30.0}  # what must not count
+    seconds |= {step + 1: 50.0 for step in range(0, cfg.total_steps, 100)} | {5: 30.0}  # what must not count
     times, now = {0: 0.0}, 0.0
     for step, spent in seconds.items():
         now += spent
         times[step] = now
     medians = scaling.stage_medians(times, cfg, skip={5})
     assert [s["seconds"] for s in medians] == pytest.approx([1, 2, 3, 4])
-    assert [s["steps"] for s in medians] == [67, 67, 66, 10] and all(s["pairs"] > 3 for s in medians)
+    assert [s["steps"] for s in medians] == [160, 160, 160, 24] and all(s["pairs"] > 3 for s in medians)
 
 
 def test_scaling_compares_one_process_with_two(tmp_path):

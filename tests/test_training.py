@@ -344,11 +344,11 @@ def test_table_has_one_row_for_each_parameter_of_every_track(track, flags):
     assert sorted(row.name for row in optimizer_table(cfg)) == sorted(names)
 
 
-def test_effective_learning_rates_of_the_short_track():
-    table = optimizer_table(replace(narrow("short"), mtp_heads=1, bigram_ratio=5.0))
+def test_effective_learning_rates_of_the_sprint():
+    table = optimizer_table(replace(narrow("sprint"), mtp_heads=1))
     rates = {row.name: [round(lr, 9) for lr in row.lr] for row in table}
     assert rates == {
-        "embed": [0.6], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
+        "embed": [0.008], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
         "bigram_embed": [0.6], "bigram_lambdas": [0.04], "attn_gate": [0.008], "smear_gate": [0.008],
         "attn_lambdas": [0.04], "resid_lambdas": [0.04], "x0_lambdas": [0.04],
         "smear_lambda": [0.04], "skip_lambdas": [0.04], "backout_lambda": [0.04], "smear_mtp_lambda": [0.04],
@@ -511,15 +511,14 @@ def test_stages_of_the_medium_track_start_at_twelfths(scheduled):
 
 # track, step, batch, (short, long) window, learning-rate multiplier, momentum, weights of the targets
 PLAN = [
-    ("sprint", 0, 131_072, (128, 384), 1.0, 0.85, (1, 0.5, 0.25)),
-    ("sprint", 66, 131_072, (128, 384), 1.0, 0.872, (1, 0.5, 0.25 / 67)),
-    ("sprint", 67, 262_144, (384, 896), 1.52, 0.85 + 0.1 * 67 / 300, (1, 0.5)),
-    ("sprint", 90, 262_144, (384, 896), 1.52, 0.88, (1, 0.5 * (1 - 23 / 67))),
-    ("sprint", 133, 262_144, (384, 896), 0.1 + 1.42 * 67 / 110, 0.85 + 0.1 * 133 / 300, (1, 0.5 / 67)),
-    ("sprint", 134, 393_216, (640, 1408), 0.1 + 1.63 * 66 / 110, 0.85 + 0.1 * 134 / 300, (1,)),
-    ("sprint", 199, 393_216, (640, 1408), 0.1 + 1.63 / 110, 0.85 + 0.1 * 11 / 50, (1,)),
-    ("sprint", 200, 393_216, (768, 1664), 0.1, 0.87, (1,)),
-    ("sprint", 209, 393_216, (768, 1664), 0.1, 0.852, (1,)),
+    ("sprint", 0, 32_768, (128, 384), 1.0, 0.85, (1, 0.5, 0.25)),
+    ("sprint", 159, 32_768, (128, 384), 1.0, 0.85 + 0.1 * 159 / 600, (1, 0.5, 0.25 / 160)),
+    ("sprint", 160, 65_536, (384, 896), 1.52, 0.85 + 0.1 * 160 / 600, (1, 0.5)),
+    ("sprint", 319, 65_536, (384, 896), 0.15 + 1.37 * 161 / 264, 0.85 + 0.1 * 319 / 600, (1, 0.5 / 160)),
+    ("sprint", 320, 98_304, (640, 1408), 0.15 + 1.58 * 160 / 264, 0.85 + 0.1 * 320 / 600, (1,)),
+    ("sprint", 479, 98_304, (640, 1408), 0.15 + 1.58 / 264, 0.85 + 0.1 * 25 / 50, (1,)),
+    ("sprint", 480, 98_304, (768, 1664), 0.15, 0.85 + 0.1 * 24 / 50, (1,)),
+    ("sprint", 503, 98_304, (768, 1664), 0.15, 0.852, (1,)),
     ("short", 0, 131_072, (128, 384), 1.0, 0.85, (1, 0.5, 0.25)),
     ("short", 150, 131_072, (128, 384), 1.0, 0.9, (1, 0.5, 0.25 * (1 - 150 / 690))),
     ("short", 689, 131_072, (128, 384), 1.0, 0.95, (1, 0.5, 0.25 / 690)),
@@ -534,7 +533,7 @@ PLAN = [
 
 @pytest.mark.parametrize("track, step, batch, windows, lr, momentum, weights", PLAN, ids=lambda v: str(v)[:9])
 def test_plan_of_a_step(track, step, batch, windows, lr, momentum, weights):
-    plan = plan_step(replace(TRACKS[track], multi_target=True), step)
+    plan = plan_step(replace(TRACKS[track], multi_target=True, prefix_weight=0.0), step)
     assert (plan.stage.batch_tokens, plan.windows) == (batch, {"short": windows[0], "long": windows[1]})
     assert plan.stage is TRACKS[track].stages[plan.stage_index]
     assert (plan.lr, plan.momentum) == (pytest.approx(lr), pytest.approx(momentum))
