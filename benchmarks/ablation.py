@@ -22,6 +22,17 @@ from pathlib import Path
 import torch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
+STEP_SAVERS = {
+    "bigram table of 5 V rows": ["--bigram_ratio=5"],
+    "head tied until 2/3": ["--untie_at=0.6667"],
+    "prefix-token prediction": ["--prefix_weight=0.25"],
+    "O drawn like the others": ["--draw_output"],
+    "Muon on pairs of heads": ["--muon_heads=2"],
+    "learning-rate floor 0.15": ["--lr_floor=0.15"],
+    "a value-embedding table per layer": ["--untied_values"],
+    "smoothed scalars": ["--smooth_scalars"],
+    "weight decay in Adam": ["--adam_weight_decay=0.005"],
+}
 VARIANTS = {
     "key offset off": ["--key_offset=off"],
     "key offset in all layers": ["--key_offset=all"],
@@ -33,16 +44,9 @@ VARIANTS = {
     "LeakyReLU slope 0": ["--leaky_slope=0"],
     "LeakyReLU slope 0.75": ["--leaky_slope=0.75"],
     "cut at document starts": ["--cut_smear", "--cut_key_offset", "--cut_smear_mtp", "--cut_bigram"],
-    "bigram table of 5 V rows": ["--bigram_ratio=5"],
+    **STEP_SAVERS,
+    "nine savers of steps": [flag for flags in STEP_SAVERS.values() for flag in flags],
     "bigram table of V rows": ["--bigram_ratio=1"],
-    "head tied until 2/3": ["--untie_at=0.6667"],
-    "prefix-token prediction": ["--prefix_weight=0.25"],
-    "O drawn like the others": ["--draw_output"],
-    "Muon on pairs of heads": ["--muon_heads=2"],
-    "learning-rate floor 0.15": ["--lr_floor=0.15"],
-    "a value-embedding table per layer": ["--untied_values"],
-    "smoothed scalars": ["--smooth_scalars"],
-    "weight decay in Adam": ["--adam_weight_decay=0.005"],
     "token smear off": ["--smear=off"],
     "skip connection off": ["--skip=off"],
     "backout off": ["--backout_from=-1"],
@@ -51,12 +55,6 @@ VARIANTS = {
     "attention lr x 1": ["--attn_lr_ratio=1"],
     "documents of 896 in stage 1": ["--first_max_doc=896"],
 }
-NINE = (
-    "bigram table of 5 V rows", "head tied until 2/3", "prefix-token prediction", "O drawn like the others",
-    "Muon on pairs of heads", "learning-rate floor 0.15", "a value-embedding table per layer",
-    "smoothed scalars", "weight decay in Adam",
-)  # fmt: skip
-VARIANTS["nine savers of steps"] = [flag for name in NINE for flag in VARIANTS[name]]
 
 
 def read_log(folder: Path) -> dict:
