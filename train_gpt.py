@@ -3525,10 +3525,11 @@ def token_prefixes(cfg: Config, tokenizer: Tokenizer | None) -> Tensor | None:
     if tokenizer is None:
         raise UserError(f"--tokenizer={cfg.tokenizer}: can't be loaded, but --prefix_weight needs its texts: "
                         "give a FILE.tiktoken, or --prefix_weight=0")
-    if (tokenizer.prefixes < 0).all():
+    prefixes = tokenizer.prefixes
+    if (prefixes < 0).all():
         raise UserError(f"--prefix_weight={cfg.prefix_weight:g}: no token of --tokenizer={cfg.tokenizer} "
                         "begins with another: give --prefix_weight=0")
-    return torch.from_numpy(tokenizer.prefixes)
+    return torch.from_numpy(prefixes)
 
 
 def validate(val: Validation, model: GPT, rotary: Rotary, step: int, clock: Clock, log: Log, world: World,

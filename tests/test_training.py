@@ -362,7 +362,8 @@ def test_smooth_scalars_raise_the_betas_of_every_scalar_and_gate_but_the_factors
     for before, row in zip(off, on, strict=True):
         smoothed = row.comms == "replicated" and row.name not in ("x0_lambdas", "bigram_lambdas")
         assert row == before._replace(betas=(0.9, 0.99) if smoothed else before.betas)
-        assert row.algorithm == "normuon" or before.betas == ((0.75 if row.name == "bigram_embed" else 0.65), 0.95)
+        always = (0.75 if row.name == "bigram_embed" else 0.65), 0.95
+        assert row.algorithm == "normuon" or before.betas == always
 
 
 def test_matrices_of_the_short_track_move_at_the_rates_of_the_table():
