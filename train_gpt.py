@@ -93,6 +93,14 @@ class Target(NamedTuple):
     last: float                  # towards its end
 
 
+class Softcap(NamedTuple):
+    """Logits become height * tanh((z + shift) / width); height 0: they stay as they are."""
+
+    height: float
+    shift: float = 0.0
+    width: float = 1.0
+
+
 @dataclass(frozen=True)
 class Config:
     # what to do
@@ -180,11 +188,14 @@ class Config:
     skip: bool = True
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
     draw_output: bool = False    # O starts like Q, K and V instead of at 0 (64)
+    late_attention: bool = False # attention of layers after backout_from reads that layer's output (77)
+    exclusive: bool = False      # heads' outputs lose a learned share along v (82, 2603.09078)
     attn_gate: bool = True
     gate_inputs: int = 12        # leading channels read by the attention and smear gates
     qk_norm: bool = True
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
     softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
+    logit_rescale: bool = False  # 11.5 * tanh((z + 5) / 15) instead (record 54)
     smear_mtp: bool = True
     fp8_mlp: bool = True         # forward products of the MLP in float8, in training, where fp8 is on
     multi_target: bool = False   # use the stages' target weights; off: next token only
@@ -226,6 +237,11 @@ class Config:
         return self.scheduled_steps + self.extension_steps
 
     @property
+    def logit_cap(self) -> Softcap:
+        symmetric = Softcap(self.softcap, 0.0, self.softcap or 1.0)
+        return Softcap(11.5, 5.0, 15.0) if self.logit_rescale else symmetric
+
+    @property
     def attention_layers(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if layer.window != "none"]
 
@@ -243,6 +259,9 @@ class Config:
     @property
     def skips(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if self.skip and layer.skip_from >= 0]
+
+    def reads_late(self, i: int) -> bool:
+        return self.late_attention and 0 <= self.backout_from < i and i in self.attention_layers
 
     @property
     def bigram_rows(self) -> int:
@@ -791,7 +810,7 @@ def soft_tanh(x, APPROXIMATE: constexpr):
 
 @jit
 def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: constexpr, SOFTCAP: constexpr,
-                         APPROXIMATE: constexpr, BLOCK: constexpr):
+                         SHIFT: constexpr, WIDTH: constexpr, APPROXIMATE: constexpr, BLOCK: constexpr):
     """One row: loss, and the gradient divided by `scale`, written in grad's own dtype."""
     LOG2E: constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
@@ -801,7 +820,7 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         inside = first + columns < V
         q = tl.load(logits + row * V + first + columns, inside, other=-float("inf")).to(tl.float32)
         if SOFTCAP > 0:  # bounded, so its maximum needn't be known
-            t = soft_tanh(q * (1 / SOFTCAP), APPROXIMATE)
+            t = soft_tanh(q * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
             total += tl.where(inside, tl.exp2((t - 1) * (SOFTCAP * LOG2E)), 0.0)
         else:
             higher = tl.maximum(top, q)
@@ -817,17 +836,17 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         weight = tl.where(target >= 0, tl.load(weights + k), 0.0)
         picked = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
         if SOFTCAP > 0:
-            picked = SOFTCAP * soft_tanh(picked * (1 / SOFTCAP), APPROXIMATE)
+            picked = SOFTCAP * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
         value += weight * (lse - picked)
         weight_sum += weight
     tl.store(loss + row, value)
-    inverse = 1 / tl.load(scale)
+    inverse = (SOFTCAP / WIDTH if SOFTCAP > 0 else 1.0) / tl.load(scale)  # the softcap's steepest slope
     shift = (tl.log(weight_sum * inverse) - lse) * LOG2E  # weights and scale go into the exponent
     for first in range(0, V, BLOCK):
         inside = first + columns < V
         z = tl.load(logits + row * V + first + columns, inside, other=0.0).to(tl.float32)
         if SOFTCAP > 0:
-            t = soft_tanh(z * (1 / SOFTCAP), APPROXIMATE)
+            t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
             g = tl.exp2(t * (SOFTCAP * LOG2E) + shift)
         else:
             g = tl.exp2(z * LOG2E + shift)
@@ -840,20 +859,20 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         tl.store(grad + row * V + first + columns, g.to(grad.dtype.element_ty), inside)
 
 
-def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype):
+def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype):
     """cross_entropy in plain torch, compiled as a region where there is a GPU without Triton."""
     z = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    t = torch.tanh(z / softcap) if softcap else None
-    q = softcap * t if softcap else z
+    t = torch.tanh((z + softcap.shift) / softcap.width) if softcap.height else None
+    q = softcap.height * t if softcap.height else z
     lse, at = q.logsumexp(1, keepdim=True), targets_TK.clamp_min(0)
     weights_TK = weights_K * (targets_TK >= 0)
     grad = weights_TK.sum(1, keepdim=True) * (q - lse).exp()
     grad = grad.scatter_add(1, at, -weights_TK.to(grad.dtype))
-    grad = grad * (1 - t * t) if softcap else grad
+    grad = grad * (softcap.height / softcap.width) * (1 - t * t) if softcap.height else grad
     return (weights_TK * (lse - q.gather(1, at))).sum(1), (grad / scale).to(dtype)
 
 
-def cross_entropy(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype=None, mode="reference",
+def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype=None, mode="reference",
                   reference=cross_entropy_region):
     """Soft-capped cross entropy, sum over k of weights[k] * loss with target k (none where it is -1).
 
@@ -867,8 +886,8 @@ def cross_entropy(logits_TV, targets_TK, weights_K, softcap: float, scale, dtype
     loss_T = torch.empty(T, device=logits_TV.device)
     grad_TV = torch.empty(T, V, dtype=dtype, device=logits_TV.device)
     inputs = (x.contiguous() for x in (logits_TV, targets_TK, weights_K))
-    cross_entropy_kernel[T,](*inputs, scale, loss_T, grad_TV, V, K, float(softcap), logits_TV.is_cuda, 2048,
-                             num_warps=4)
+    cross_entropy_kernel[T,](*inputs, scale, loss_T, grad_TV, V, K, *map(float, softcap),
+                             logits_TV.is_cuda, 2048, num_warps=4)
     return loss_T, grad_TV
 
 
@@ -1186,11 +1205,12 @@ def sign_region(rows_TD, signs_SD, sign_T) -> Tensor:
 
 
 def mix_region(x_TD, skip_TD, skip_lambda, bigram_TD, x0_TD, x_lambda, x0_lambda, bigram_lambda,
-               gate_inputs: int):
+               source_TD, gate_inputs: int):
     """Residual stream as a layer sees it: plus the skip connection and bigrams, mixed with the embedding x0.
 
     Layer 0, whose stream is x0 itself, gets x0_TD = None and has its two factors merged into one.
-    Returns the stream, the stream normed, both (T, D), and the leading channels of the latter.
+    Returns the stream, what the layer reads, (T, D) both, and the latter's leading channels. It reads the
+    normed stream, or the normed source_TD.
     """
     dtype, rows = x_TD.dtype, (x_TD.size(0), 1)
     if skip_TD is not None:
@@ -1202,7 +1222,7 @@ def mix_region(x_TD, skip_TD, skip_lambda, bigram_TD, x0_TD, x_lambda, x0_lambda
     if bigram_TD is not None:
         x_TD = x_TD + bigram_lambda.expand(rows) * bigram_TD
     x_TD = x_TD.to(dtype)
-    h_TD = norm(x_TD)
+    h_TD = norm(x_TD if source_TD is None else source_TD)
     return x_TD, h_TD, h_TD[:, :gate_inputs].contiguous()
 
 
@@ -1224,12 +1244,20 @@ def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, start
     return q_THE, k_THE, v_THE.contiguous()
 
 
-def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
-    """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D)."""
-    factor_TH = out_lambda.expand(y_THE.size(0), 1)
+def gate_region(y_THE, v_THE, exclusive_H, lead_TG, gate_HG, out_lambda) -> Tensor:
+    """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D).
+
+    With exclusive_H, first minus tanh(exclusive_H) times its projection on the token's own value.
+    """
+    factor_TH, dtype = out_lambda.expand(y_THE.size(0), 1), y_THE.dtype
+    if exclusive_H is not None:
+        y_THE, v_THE = y_THE.float(), v_THE.float()
+        along_TH = (y_THE * v_THE).sum(-1) / v_THE.square().sum(-1).clamp_min(1e-8)
+        share_TH = torch.tanh(exclusive_H).expand(along_TH.shape)
+        y_THE = y_THE - (share_TH * along_TH)[..., None] * v_THE
     if gate_HG is not None:
         factor_TH = factor_TH * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)
-    return (y_THE * factor_TH[..., None]).type_as(y_THE).flatten(1)
+    return (y_THE * factor_TH[..., None]).to(dtype).flatten(1)
 
 
 def add_rows_region(total_VD, tokens_T, rows_TD):
@@ -1268,7 +1296,7 @@ def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, starts_T, cut: bo
     return (x_TD + mtp_lambda.expand(x_TD.size(0), 1) * shifted_TD).type_as(x_TD)
 
 
-def loss_region(logits_TV, targets_T, softcap: float) -> Tensor:
+def loss_region(logits_TV, targets_T, softcap: Softcap) -> Tensor:
     """Cross entropy in an evaluation, before the soft cap: (T,) float32, 0 where the target is -1."""
     return F.cross_entropy(cap(logits_TV, softcap), targets_T, ignore_index=-1, reduction="none")
 
@@ -1292,7 +1320,7 @@ def head_step(model, x_TD: Tensor, k: int, targets_TK: Tensor, weights_K: Tensor
     The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20)
     it is scaled to use the range.
     """
-    head, softcap, mode = model.weights["heads"][k], model.cfg.softcap, model.kernels
+    head, softcap, mode = model.weights["heads"][k], model.cfg.logit_cap, model.kernels
     reference = model.regions["cross_entropy_region"]
     grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
     if head.scale is None:
@@ -1320,9 +1348,10 @@ def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype
     return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
 
 
-def cap(logits: Tensor, softcap: float) -> Tensor:
+def cap(logits: Tensor, softcap: Softcap) -> Tensor:
+    height, shift, width = softcap
     logits = logits.float()
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+    return height * torch.tanh((logits + shift) / width) if height else logits
 
 
 REGIONS = {f.__name__: f for f in (embed_region, bigram_region, sign_region, mix_region, qkv_region,
@@ -1359,6 +1388,7 @@ class GPT(nn.Module):
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
     | attn_gate                 | (A, H, G)         | 0: every gate starts at 1/2                         |
     | attn_lambdas              | (A, 2)            | 0.5 on v, 1 on the output                           |
+    | exclusive_lambdas         | (A, H)            | 0, before a tanh                                    |
     | resid_lambdas, x0_lambdas | (L,)              | 1.1 on the stream, 0 on x0                          |
     | smear_gate, smear_lambda  | (G,), ()          | 0                                                   |
     | bigram_lambdas            | (L,)              | 0.1                                                 |
@@ -1401,6 +1431,8 @@ class GPT(nn.Module):
             self.value_embeds = nn.Parameter(values)
         if cfg.attn_gate:
             self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
+        if cfg.exclusive:
+            self.exclusive_lambdas = nn.Parameter(torch.zeros(A, cfg.heads))
         if cfg.x0_mix:
             self.resid_lambdas = nn.Parameter(torch.full((L,), 1.1))
             self.x0_lambdas = nn.Parameter(torch.zeros(L))
@@ -1440,7 +1472,8 @@ class GPT(nn.Module):
         outputs = {}
         for i, layer in enumerate(cfg.layers):
             mixing = *self.skip_input(i, outputs), bigram_TD, x0_TD if i else None, *self.mixing_factors(i)
-            x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, cfg.gate_inputs)
+            source_TD = outputs[cfg.backout_from] if cfg.reads_late(i) else None
+            x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, source_TD, cfg.gate_inputs)
             if layer.window != "none":
                 a = cfg.attention_layers.index(i)
                 (qkv_CD, o_DD), grads = map(split_attention, (weights["attn_bank"][a], attn_grad[a]))
@@ -1452,8 +1485,9 @@ class GPT(nn.Module):
                     qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
+                exclusive = (v_THE, self.exclusive_lambdas[a]) if cfg.exclusive else (None, None)
                 gate_HG = self.attn_gate[a] if cfg.attn_gate else None
-                y_TD = self.regions["gate_region"](y_THE, lead_TG, gate_HG, out_lambda)
+                y_TD = self.regions["gate_region"](y_THE, *exclusive, lead_TG, gate_HG, out_lambda)
                 o_TD = Linear.apply(y_TD, o_DD, grads[1])
                 o_TD = adapters.add("o", a, y_TD, o_TD) if adapters else o_TD
                 x_TD, h_TD = Branch.apply(x_TD, o_TD, self.regions)
@@ -1551,7 +1585,7 @@ class GPT(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Soft-capped float32 logits (T, V) of final latents."""
-        return cap(self.products(x_TD), self.cfg.softcap)
+        return cap(self.products(x_TD), self.cfg.logit_cap)
 
     def lambdas(self) -> dict:
         """Learned scalars by name, for the log."""
@@ -1617,6 +1651,7 @@ def optimizer_table(cfg: Config) -> list[Row]:
         table("mtp_heads", decay=150),
         scalar("attn_gate", lr=(adam,)),
         scalar("smear_gate", lr=(adam,)),
+        scalar("exclusive_lambdas", lr=(adam,)),
         scalar("attn_lambdas", lr=(5 * adam,)),
         scalar("resid_lambdas", lr=(5 * adam,)),
         scalar("x0_lambdas", lr=(5 * adam,), betas=(0.65, 0.95)),  # never smoothed (52)
@@ -1636,6 +1671,7 @@ def mechanism_parameters(cfg: Config) -> dict:
     """Names of the parameters that only some configurations have: true if this one does."""
     return {
         "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
+        "exclusive_lambdas": cfg.exclusive,
         "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "smear_mtp_lambda": cfg.smear_mtp,
         "skip_lambdas": cfg.skips,
         "resid_lambdas": cfg.x0_mix, "x0_lambdas": cfg.x0_mix, "backout_lambda": cfg.backout_from >= 0,
@@ -2510,7 +2546,7 @@ class Validation:
             tokens, docs = to_device(batch, device)
             x_TD = model(tokens[:-1], docs, windows, rotary)
             for x, targets in zip(x_TD.split(self.cfg.loss_chunk), tokens[1:].split(self.cfg.loss_chunk)):
-                loss_T = model.regions["loss_region"](model.products(x), targets, self.cfg.softcap)
+                loss_T = model.regions["loss_region"](model.products(x), targets, self.cfg.logit_cap)
                 totals[i] += loss_T.sum(dtype=torch.float64)
             beat()
         nats = world.all_reduce(totals).sum().item()  # in the order of chunks, at every world size
@@ -2661,9 +2697,9 @@ def window_losses(model: GPT, batch: WindowBatch, rotary: Rotary, adapters=None)
     x_TD = model(batch.tokens, batch.docs, final_windows(cfg), rotary, adapters)
     x_RD = x_TD.index_select(0, batch.rows)
     if adapters:
-        return loss_region(adapters.add_head(x_RD, model.products(x_RD)), batch.targets, cfg.softcap)
+        return loss_region(adapters.add_head(x_RD, model.products(x_RD)), batch.targets, cfg.logit_cap)
     chunks = zip(x_RD.split(cfg.loss_chunk), batch.targets.split(cfg.loss_chunk))
-    return torch.cat([loss_region(model.products(x), targets, cfg.softcap) for x, targets in chunks])
+    return torch.cat([loss_region(model.products(x), targets, cfg.logit_cap) for x, targets in chunks])
 
 
 class Scores:

@@ -100,14 +100,16 @@ def mlp(s: Setting, stage: tg.Stage, backward: bool):
 
 def cross_entropy(s: Setting, stage: tg.Stage, dtype: torch.dtype, bound: float):
     """A chunk of the head, scaled as in head_step. The bounds allow for rounding and an approximate tanh."""
-    T, V, softcap = min(s.cfg.loss_chunk, s.tokens(stage)), s.cfg.padded_vocab, s.cfg.softcap
+    T, V, softcap = min(s.cfg.loss_chunk, s.tokens(stage)), s.cfg.padded_vocab, s.cfg.logit_cap
     logits_TV, targets_TK = s.random(T, V, std=4), s.batch(stage)[0][1 : T + 1, None]
     weights_K = torch.full((1,), 1 / stage.batch_tokens, device=logits_TV.device)
     scale = weights_K.sum() * 2.0**-14 if dtype.itemsize == 1 else weights_K.new_ones(())
-    tanh, targets = (logits_TV[:ROWS].double() / softcap).tanh(), targets_TK[:ROWS]
-    log_p = (softcap * tanh).log_softmax(-1)
+    height, shift, width = softcap
+    tanh, targets = ((logits_TV[:ROWS].double() + shift) / width).tanh(), targets_TK[:ROWS]
+    log_p = (height * tanh).log_softmax(-1)
     loss = -weights_K.double() * log_p.gather(1, targets)[:, 0]
-    grad = (log_p.exp() - F.one_hot(targets[:, 0], V)) * (1 - tanh.square()) * (weights_K / scale).double()
+    steepness = height / width * (weights_K / scale).double()
+    grad = (log_p.exp() - F.one_hot(targets[:, 0], V)) * (1 - tanh.square()) * steepness
     run = partial(tg.cross_entropy, logits_TV, targets_TK, weights_K, softcap, scale, dtype)
     yield Case(f"{T:,} x {V:,}", run, (loss, grad), bound)
 

@@ -36,6 +36,7 @@ FLOAT8_SUM = 2e-3  # a floor: Hopper sums products of float8 in 14 bits
 # tanh, whose relative error of 2^-11 a softcap of 15 raises to 0.7 % in a probability and in their sum.
 EXACT, APPROXIMATE = 2e-5, 2e-2
 LOSS = 3e-3  # of the sum over rows
+SOFTCAPS = [t.Softcap(15.0, 0.0, 15.0), t.Softcap(11.5, 5.0, 15.0), t.Softcap(0.0)]
 
 MARGIN = 256  # elements: rows stay aligned, as the copy engine needs
 NAN = float("nan")
@@ -174,12 +175,12 @@ def check_cross_entropy(rng, T, V, weights, softcap, dtype, grad_dtype, mode, st
         loss, grad = t.cross_entropy(logits, targets, weights, softcap, scale, grad_dtype, mode)
     wide = logits.double(), targets, weights.double(), softcap, scale.double(), torch.float64
     expected_loss, expected = t.cross_entropy(*wide)
-    rough = APPROXIMATE if softcap and logits.is_cuda else EXACT
+    rough = APPROXIMATE if softcap.height and logits.is_cuda else EXACT
     assert loss.dtype == torch.float32 and loss.shape == (T,)
     assert grad.dtype == grad_dtype and grad.shape == (T, V) and grad.is_contiguous()
     present = targets >= 0
     counted = weights.double() * present
-    capped = softcap * torch.tanh(logits.double() / softcap) if softcap else logits.double()
+    capped = t.cap(logits, softcap).double() if softcap.height else logits.double()
     terms = counted.sum(1, keepdim=True) * capped.softmax(1)  # what the gradient is the difference of
     terms.scatter_add_(1, targets.clamp_min(0), counted)
     smallest = torch.finfo(grad_dtype).tiny * torch.finfo(grad_dtype).eps

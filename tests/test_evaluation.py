@@ -36,9 +36,9 @@ EVAL = replace(
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
 EVERYTHING = {
-    "layers": CFG.layers, "key_offset": "all", "multi_target": True, "untied_values": True,
-    "draw_output": True, "prefix_weight": 0.25, "bigram_ratio": 2.0, "untie_at": 0.5, "muon_heads": 1,
-    "smooth_scalars": True, "adam_weight_decay": 0.005,
+    "layers": CFG.layers, "key_offset": "all", "multi_target": True, "logit_rescale": True,
+    "untied_values": True, "draw_output": True, "late_attention": True, "exclusive": True,
+    "prefix_weight": 0.25, "bigram_ratio": 2.0, "untie_at": 0.5, "muon_heads": 1, "smooth_scalars": True, "adam_weight_decay": 0.005,
 }  # fmt: skip
 both = pytest.mark.parametrize("model", ({}, EVERYTHING), ids=("defaults", "everything on"))
 METHODS = "document", "stride", "ttt_lora", "ttt_sgd"
@@ -112,7 +112,8 @@ def recorded():
         regions, given = model.regions, []
 
         def loss_region(logits_TV, targets_T, softcap):
-            given.append(softcap * torch.tanh(logits_TV.detach() / softcap))
+            height, shift, width = softcap
+            given.append(height * torch.tanh((logits_TV.detach() + shift) / width))
             return regions["loss_region"](logits_TV, targets_T, softcap)
 
         model.regions = {**regions, "loss_region": loss_region}
@@ -548,7 +549,7 @@ def reference_ttt_lora(tokens, cfg, monkeypatch):
         for window in t.document_windows(lo, hi, EVAL.eval_context, EVAL.eval_stride):
             model.weights = merged(model, pairs_of(EVAL, leaves))
             z = latents_of_window(model, tokens, window) @ model.weights["head"].T
-            logits = 15 * torch.tanh(z / 15)
+            logits = 23 * torch.sigmoid((z + 5) / 7.5) if cfg.logit_rescale else 15 * torch.tanh(z / 15)
             nats = cross_entropy(logits, tokens, window)
             out[window.first + 1 : window.hi + 1] = nats.detach()
             adam.zero_grad()

@@ -83,14 +83,14 @@ def test_mlp_function_has_the_gradients_of_float64_and_adds_them_up(rng, mode, d
 
 # 4999 = 2 * 2048 + 903: the third block is part of one
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
-@pytest.mark.parametrize("softcap", [15, 0])
+@pytest.mark.parametrize("softcap", cases.SOFTCAPS, ids=str)
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.5), (1.0, 0.5, 0.25)], ids=len)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy_and_its_gradient_equal_float64(rng, dtype, weights, softcap, grad_dtype):
     cases.check_cross_entropy(rng, 7, 4999, weights, softcap, dtype, grad_dtype, "pointer")
 
 
-@pytest.mark.parametrize("softcap", [15, 0])
+@pytest.mark.parametrize("softcap", cases.SOFTCAPS, ids=str)
 @pytest.mark.parametrize("T, V, weights, spread", [
     (5, 2048, (1.0,), 4), (3, 3, (1.0, 0.5), 4), (3, 2049, (1.0, 0.5), 4), (6, 131, (1.0, 0.0), 4),
     (9, 131, (1.0, 0.5, 0.0), 40), (1, 7, (0.5,), 4)])  # fmt: skip
@@ -99,7 +99,7 @@ def test_cross_entropy_at_block_ends_with_weight_zero_and_large_logits(rng, T, V
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float8_e5m2], ids=str)
-@pytest.mark.parametrize("softcap", [15, 0])
+@pytest.mark.parametrize("softcap", cases.SOFTCAPS, ids=str)
 def test_rows_without_a_target_have_loss_and_gradient_zero(rng, softcap, grad_dtype):
     logits, targets, weights = cases.normal(rng, 4, 300), torch.full((4, 2), -1), torch.tensor([1, 0.5])
     targets[2, 1] = 299
@@ -109,14 +109,15 @@ def test_rows_without_a_target_have_loss_and_gradient_zero(rng, softcap, grad_dt
     assert grad.float().ne(0).any(1).tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("softcap", [15, 0])
+@pytest.mark.parametrize("softcap", cases.SOFTCAPS, ids=str)
 def test_cross_entropy_is_that_of_torch_and_its_gradient_that_of_autograd(rng, softcap):
     """Kernel and reference compute the gradient by one formula; this is another."""
     logits, targets = cases.normal(rng, 9, 300, std=4), cases.targets_of(rng, 9, 300, 2)
     weights, scale = torch.tensor([1, 0.5]), torch.tensor(0.5)
     loss, grad = t.cross_entropy(logits, targets, weights, softcap, scale, None, "pointer")
     wide = logits.double().requires_grad_()
-    capped = softcap * torch.tanh(wide / softcap) if softcap else wide
+    height, shift, width = softcap
+    capped = height * torch.tanh((wide + shift) / width) if height else wide
     losses = [F.cross_entropy(capped, column, ignore_index=-1, reduction="none") for column in targets.T]
     expected = losses[0] + losses[1] / 2
     expected.sum().backward()

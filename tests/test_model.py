@@ -45,8 +45,9 @@ CFG = t.Config(
     smear_mtp=True, multi_target=True,
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
-ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, prefix_weight=0.25,
-                 bigram_ratio=2.0, **CUTS)  # fmt: skip
+NEW = {"logit_rescale": True, "late_attention": True, "exclusive": True, "prefix_weight": 0.25,
+       "bigram_ratio": 2.0}  # fmt: skip
+ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
 MECHANISM_TESTS = {}
@@ -181,7 +182,8 @@ def rms_normed(x):
 def cross_entropies(model, head, x_TD, tokens, ahead):
     """Sum over t of the cross entropy of `head` at t with the token at t + ahead, where there is one."""
     z = x_TD @ head.T
-    logits = model.cfg.softcap * torch.tanh(z / model.cfg.softcap) if model.cfg.softcap else z
+    height, shift, width = model.cfg.logit_cap
+    logits = height * torch.tanh((z + shift) / width) if height else z
     pairs = [(row, tokens[i + ahead]) for i, row in enumerate(logits) if i + ahead < len(tokens)]
     return sum(row.logsumexp(0) - row[token] for row, token in pairs)
 
@@ -372,6 +374,42 @@ def test_draw_output_starts_o_as_q_k_and_v():
     assert_close(o.std(), torch.tensor(0.5 / math.sqrt(32)), rtol=0.03, atol=0)
 
 
+@mechanism("late_attention", mix_region={"source_TD": None})
+def test_late_attention_and_its_gates_read_the_backout_layers_output():
+    text, layers = packed(9, 12), (*LAYERS, t.Layer("short"))
+    cfg = replace(CFG, layers=layers, late_attention=True, value_embeds=False)
+    for source in (0, 2, 3, -1):
+        model = make_model(replace(cfg, backout_from=source))
+        trace, factors = Trace(model, *text), model.attn_lambdas.detach()
+        for a, i in enumerate(cfg.attention_layers):
+            stream = trace.inputs[i]
+            h = rms_normed(trace.outputs[source] if 0 <= source < i else stream)
+            w, gate = model.attn_bank.detach()[a], model.attn_gate.detach()[a]
+            assert_close(trace.heads[a][2].flatten(1), factors[a, 0] * h @ w[2].T)
+            y = trace.gated[a][0] * torch.sigmoid(h[:, : cfg.gate_inputs] @ gate.T)[..., None]
+            after = stream + factors[a, 1] * y.flatten(1) @ w[3].T
+            assert_close(trace.mlp_inputs[i][0], after)
+            assert_close(trace.mlp_inputs[i][1], rms_normed(after))
+        assert_close(trace.mlp_inputs[2][1], rms_normed(trace.inputs[2]))  # of the layer without attention
+
+
+@mechanism("exclusive", gate_region={"exclusive_H": None})
+def test_exclusive_attention_subtracts_a_share_of_the_projection_on_the_tokens_own_value():
+    text, cfg = packed(9, 12), replace(CFG, exclusive=True, attn_gate=False)
+    plain = make_model(replace(cfg, exclusive=False))
+    assert not t.GPT(cfg).exclusive_lambdas.any()
+    assert torch.equal(latents(make_model(cfg, exclusive_lambdas=0), *text), latents(plain, *text))
+    model = make_model(cfg, exclusive_lambdas=torch.tensor([[0.5, -1.0]] * 2 + [[100.0, 0.0]]))
+    trace, (_, factors) = Trace(model, *text), model.attn_lambdas.detach().unbind(1)
+    strengths = model.exclusive_lambdas.detach().tanh()[..., None]
+    for (y, out), (_, _, v), strength, factor in zip(trace.gated, trace.heads, strengths, factors):
+        unit = v / v.norm(dim=-1, keepdim=True)
+        assert_close(out, factor * (y - strength * (y * unit).sum(-1, keepdim=True) * unit))
+    (y, out), (_, _, v) = trace.gated[-1], trace.heads[-1]  # of strength 1: nothing is left along v
+    assert_close((out[:, 0] * v[:, 0]).sum(-1), torch.zeros(21), atol=1e-5, rtol=0)
+    assert ((y[1:, 0] * v[1:, 0]).sum(-1).abs() > 1e-2).any()
+
+
 @mechanism("attn_gate", gate_region={"gate_HG": None})
 def test_attention_gates_scale_each_head_and_start_at_one_half():
     text = packed(9, 12)
@@ -447,7 +485,20 @@ def test_rotary_turns_its_fraction_of_pairs_by_relative_position_and_no_other_di
         assert not torch.allclose(turned, plain, atol=1e-3)
 
 
-@mechanism("softcap", cap={"softcap": 0.0}, cross_entropy={"softcap": 0.0})
+SYMMETRIC, NO_CAP = t.Softcap(15.0, 0.0, 15.0), t.Softcap(0.0)
+
+
+def check_scores_and_losses(cfg, x, logits):
+    """That a model of `cfg` and std 3 gives these logits, and losses that follow from them."""
+    model, targets = make_model(cfg, std=3.0), torch.arange(11)[:, None]
+    loss = F.cross_entropy(logits, targets[:, 0], reduction="sum")
+    model.refresh()
+    assert_close(model.logits(x), logits)
+    assert_close(t.loss_region(model.products(x), targets[:, 0], cfg.logit_cap).sum(), loss)
+    assert_close(t.head_step(model, x, 0, targets, torch.ones(1))[0], loss)
+
+
+@mechanism("softcap", cap={"softcap": NO_CAP}, cross_entropy={"softcap": NO_CAP})
 def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
     model = make_model(replace(CFG, softcap=5.0), std=3.0)
     x = torch.randn(11, 32)
@@ -456,14 +507,19 @@ def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
     expected = 5 * torch.tanh(z / 5)
     assert_close(model.logits(x), expected)
     assert model.logits(x).abs().max() <= 5
-    targets, one = torch.arange(11)[:, None], torch.ones(1)
     for logits, softcap in ((expected, 5.0), (z, 0.0)):
-        model = make_model(replace(CFG, softcap=softcap), std=3.0)
-        loss = F.cross_entropy(logits, targets[:, 0], reduction="sum")
-        model.refresh()
-        assert_close(model.logits(x), logits)
-        assert_close(t.loss_region(model.products(x), targets[:, 0], softcap).sum(), loss)
-        assert_close(t.head_step(model, x, 0, targets, one)[0], loss)
+        check_scores_and_losses(replace(CFG, softcap=softcap), x, logits)
+
+
+@mechanism("logit_rescale", cap={"softcap": SYMMETRIC}, cross_entropy={"softcap": SYMMETRIC})
+def test_logit_rescale_is_a_shifted_sigmoid_up_to_a_constant():
+    cfg = replace(CFG, logit_rescale=True)
+    model, x = make_model(cfg, std=3.0), torch.randn(11, 32)
+    z = x @ model.head.detach().T
+    expected = 23 * torch.sigmoid((z + 5) / 7.5) - 11.5
+    check_scores_and_losses(cfg, x, expected)
+    loss_T = F.cross_entropy(expected, torch.arange(11), reduction="none")
+    assert_close(t.loss_region(model.products(x), torch.arange(11), cfg.logit_cap), loss_T)
 
 
 @mechanism("smear_mtp", final_region={"mtp_lambda": None})
@@ -724,6 +780,15 @@ def test_cut_smear_mtp_keeps_latents_within_documents():
 @mechanism("cut_bigram", bigram_region={"cut": False})
 def test_cut_bigram_keeps_pairs_of_tokens_within_documents():
     check_cut("cut_bigram")
+
+
+def test_factors_on_bigrams_reach_no_late_attention_but_the_stream():
+    text, cfg = packed(9, 12), replace(CFG, late_attention=True, bigram_ratio=1.5, attn_gate=False)
+    lambdas = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.8]])
+    model, other = (make_model(cfg, bigram_lambdas=x) for x in lambdas)
+    trace, changed = Trace(model, *text), Trace(other, *text)
+    assert all(torch.equal(x, y) for x, y in zip(trace.heads[-1], changed.heads[-1], strict=True))
+    assert not torch.allclose(trace.inputs[3], changed.inputs[3], atol=1e-2)
 
 
 def test_a_tied_embedding_has_the_heads_rate_and_decay_and_value_tables_keep_theirs():
@@ -1085,7 +1150,7 @@ def test_initial_values_are_the_documented_ones():
     model = t.GPT(ALL_ON)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
     zero = ("value_embeds", "head", "mtp_heads", "attn_gate", "smear_gate", "smear_lambda", "smear_mtp_lambda",
-            "bigram_embed", "x0_lambdas")  # fmt: skip
+            "exclusive_lambdas", "bigram_embed", "x0_lambdas")  # fmt: skip
     constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5, "bigram_lambdas": 0.1,
                                            "resid_lambdas": torch.tensor(1.1)}  # fmt: skip
     rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas"}
@@ -1122,7 +1187,7 @@ OFF = {
     "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"},
     "x0_mix": {"resid_lambdas", "x0_lambdas"}, "smear": {"smear_gate", "smear_lambda"},
     "skip": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"}, "mtp_heads": {"mtp_heads"},
-    "backout_from": {"backout_lambda"}, "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
+    "backout_from": {"backout_lambda"}, "exclusive": {"exclusive_lambdas"}, "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
 }  # fmt: skip
 
 
@@ -1136,7 +1201,8 @@ def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follo
 
 def test_lambdas_are_every_learned_scalar_by_name():
     sizes = {"attn_lambdas": 6, "resid_lambdas": 4, "x0_lambdas": 4, "smear_lambda": 1, "skip_lambdas": 1,
-             "backout_lambda": 1, "smear_mtp_lambda": 1, "bigram_lambdas": 4}  # fmt: skip
+             "backout_lambda": 1, "smear_mtp_lambda": 1, "exclusive_lambdas": 6,
+             "bigram_lambdas": 4}  # fmt: skip
     model = make_model(ALL_ON)
     found = model.lambdas()
     assert {name: len(values) for name, values in found.items()} == sizes

@@ -325,11 +325,12 @@ FLAGS = {
     "no_value_embeds": {"value_embeds": False},
     "no_smear_no_skip": {"smear": False, "skip": False},
     "no_gates_no_x0": {"attn_gate": False, "x0_mix": False},
+    "exclusive": {"exclusive": True},
     "untied_values": {"untied_values": True},
     "bare": {"value_embeds": False, "smear": False, "skip": False, "attn_gate": False, "x0_mix": False,
              "smear_mtp": False, "backout_from": -1},
     "everything": {"bigram_ratio": 5.0, "untie_at": 0.5, "mtp_heads": 2, "muon_heads": 1,
-                   "untied_values": True, "draw_output": True, "prefix_weight": 0.25, "smooth_scalars": True,
+                   "exclusive": True, "untied_values": True, "draw_output": True, "late_attention": True, "logit_rescale": True, "prefix_weight": 0.25,
                    "adam_weight_decay": 0.005},
     "bare_and_mtp_heads": {"value_embeds": False, "smear_mtp": False, "backout_from": -1, "mtp_heads": 2},
 }  # fmt: skip

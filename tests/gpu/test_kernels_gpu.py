@@ -80,16 +80,19 @@ def mlp_cases():
 
 
 # precision of logits and gradient, weights, softcap: training's first, then others
+SYMMETRIC, RESCALED, UNCAPPED = cases.SOFTCAPS
 CROSS_ENTROPY_SETTINGS = [
-    (BF16, E5M2, (1.0,), 15),
-    (BF16, E5M2, (1.0, 0.5), 15),
-    (BF16, E5M2, (1.0, 0.5, 0.25), 15),
-    (BF16, BF16, (1.0, 0.5), 15),
-    (FP16, FP16, (1.0, 0.5), 15),
-    (FP32, FP32, (1.0, 0.5), 15),
-    (BF16, E5M2, (1.0, 0.5, 0.25), 0),
-    (BF16, BF16, (1.0,), 0),
-    (FP16, FP32, (1.0, 0.5), 0),
+    (BF16, E5M2, (1.0,), SYMMETRIC),
+    (BF16, E5M2, (1.0, 0.5), SYMMETRIC),
+    (BF16, E5M2, (1.0, 0.5, 0.25), SYMMETRIC),
+    (BF16, E5M2, (1.0, 0.5, 0.25, 0.25), RESCALED),
+    (FP32, FP32, (1.0, 0.5), RESCALED),
+    (BF16, BF16, (1.0, 0.5), SYMMETRIC),
+    (FP16, FP16, (1.0, 0.5), SYMMETRIC),
+    (FP32, FP32, (1.0, 0.5), SYMMETRIC),
+    (BF16, E5M2, (1.0, 0.5, 0.25), UNCAPPED),
+    (BF16, BF16, (1.0,), UNCAPPED),
+    (FP16, FP32, (1.0, 0.5), UNCAPPED),
 ]
 
 
@@ -249,7 +252,7 @@ def check_head(rng, T, width, vocab, fp8, head, bound):
     x, targets = (latents + 0.3 * t.shift(latents)).to(BF16), cases.targets_of(rng, T, vocab, 2)
     weights, x64, weight64 = torch.tensor([1, 0.5], device=DEVICE) / T, x.double(), weight.double()
     one = torch.ones_like(x64[0, 0])
-    losses, grad64 = t.cross_entropy(x64 @ weight64.T, targets, weights.double(), 15, one)
+    losses, grad64 = t.cross_entropy(x64 @ weight64.T, targets, weights.double(), SYMMETRIC, one)
     for repeat in (1, 2):
         loss, x_grad = t.head_step(model, x, head, targets, weights)
         weight_grad = model.mtp_heads.grad[0] if head else model.head.grad
