@@ -161,7 +161,6 @@ class Config:
     scheduled_steps: int = 100
     extension_steps: int = 0     # at the final learning rate, with the last stage's windows
     stages: tuple = ()
-    first_max_doc: int = 0       # max_doc of the first stage, in place of the table's; 0: that
     cooldown: float = 0.55       # last fraction of scheduled_steps: learning rate falls linearly ...
     lr_floor: float = 0.1        # ... to this multiplier
     momentum_warmup: int = 300   # steps from momentum 0.85 to 0.95
@@ -294,7 +293,12 @@ SHORT_STAGES = (
 )
 
 # A quarter of the batch: so few tokens are better spent in more steps.
-SPRINT_STAGES = tuple(stage._replace(batch_tokens=stage.batch_tokens // 4) for stage in SHORT_STAGES)
+SPRINT_STAGES = (
+    Stage(0 / 3,  32_768,  896,    128,   384,  1.00, ((1, 1), (0.5, 0.5), (0.25, 0))),
+    Stage(1 / 3,  65_536, 2048,    384,   896,  1.52, ((1, 1), (0.5, 0))),
+    Stage(2 / 3,  98_304, 2048,    640,  1408,  1.73, ((1, 1),)),
+    Stage(1.0,    98_304, 2048,    768,  1664,  1.00, ((1, 1),)),
+)
 
 MEDIUM_LAYERS = (
     Layer("long", value_embed=0, key_offset=True),
@@ -355,10 +359,10 @@ TRACKS = {
         lora_lr=0.002, sgd_chunk=2048, sgd_lr=0.1,
     ),
     "sprint": replace(
-        SHORT, track="sprint", stages=SPRINT_STAGES, micro_batches=2, scheduled_steps=480, extension_steps=24,
-        momentum_warmup=600, val_tokens=2_097_152, val_every=120, lr_floor=0.15, untied_values=True,
-        draw_output=True, prefix_weight=0.25, bigram_ratio=5.0, untie_at=2 / 3, muon_heads=2,
-        adam_weight_decay=0.005, smooth_scalars=True,
+        SHORT, track="sprint", stages=SPRINT_STAGES, micro_batches=2, scheduled_steps=450, extension_steps=22,
+        momentum_warmup=1200, val_tokens=2_097_152, val_every=118, lr_floor=0.15, untied_values=True,
+        draw_output=True, late_attention=True, exclusive=True, logit_rescale=True, prefix_weight=0.25,
+        bigram_ratio=5.0, untie_at=2 / 3, muon_heads=2, adam_weight_decay=0.005, smooth_scalars=True,
     ),
     "short": SHORT,
     "medium": replace(
@@ -473,9 +477,6 @@ def resolve_config(cfg: Config) -> Config:
         raise UserError(f"--muon_heads={cfg.muon_heads}: must divide the {cfg.heads} heads")
     if not cfg.stages or cfg.stages[0].start != 0:
         raise UserError("stage table: the first stage must start at 0")
-    if cfg.first_max_doc:
-        first, *later = cfg.stages
-        cfg = replace(cfg, stages=(first._replace(max_doc=cfg.first_max_doc), *later))
     if any(min(stage.batch_tokens, stage.max_doc) < 1 or not stage.targets for stage in cfg.stages):
         raise UserError("stage table: batch_tokens and max_doc must be 1 or more, and targets one or more")
     if cfg.gate_inputs > cfg.width:

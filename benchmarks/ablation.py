@@ -49,10 +49,9 @@ VARIANTS = {
     "attention gates off": ["--attn_gate=off"],
     "YaRN off": ["--yarn=off"],
     "attention lr x 1": ["--attn_lr_ratio=1"],
-    "asymmetric logit rescale on": ["--logit_rescale"],
-    "late attention reads the backout layer": ["--late_attention"],
-    "exclusive attention": ["--exclusive"],
-    "documents of 896 in stage 1": ["--first_max_doc=896"],
+    "symmetric softcap": ["--logit_rescale=off"],
+    "late attention off": ["--late_attention=off"],
+    "exclusive attention off": ["--exclusive=off"],
 }
 
 

@@ -542,15 +542,6 @@ def test_plan_of_a_step(track, step, batch, windows, lr, momentum, weights):
     assert plan.weights == pytest.approx(weights)
 
 
-def test_first_max_doc_is_that_of_the_first_stage_alone_also_in_a_saved_configuration():
-    cfg = train_gpt.parse_config(["--track=short", "--first_max_doc=896"])
-    stages = TRACKS["short"].stages
-    assert cfg.stages == (stages[0]._replace(max_doc=896), *stages[1:])
-    saved = train_gpt.config_from_json(json.loads(json.dumps(train_gpt.config_to_json(cfg))))
-    assert saved == cfg == train_gpt.resolve_config(saved)
-    assert train_gpt.parse_config(["--track=short"]).stages == stages
-
-
 def test_plan_is_a_pure_function():
     cfg = TRACKS["sprint"]
     forwards = [plan_step(cfg, step) for step in range(cfg.total_steps)]
