@@ -20,7 +20,7 @@ usage: ./run.sh [TRACK] [--name=value ...]    train; the flags go to train_gpt.p
 
 tracks (tiny if none is named):
   tiny     bytes of Python's own documentation: no GPU, no download, minutes
-  sprint   504 steps of a quarter of the batch of short, to compare two ideas on one GPU
+  sprint   480 steps of a quarter of the batch of short, to compare two ideas on one GPU
   short    FineWeb to 3.28 validation loss, GPT-2 small
   medium   FineWeb to 2.92 validation loss, GPT-2 medium
 

@@ -1,7 +1,7 @@
 """Train a GPT to a target validation loss in the least wall time, from one file.
 
     python train_gpt.py                                                        # tiny track: any CPU, bytes
-    torchrun --standalone --nproc_per_node=1 train_gpt.py --track=sprint       # 504 steps on one GPU
+    torchrun --standalone --nproc_per_node=1 train_gpt.py --track=sprint       # 480 steps on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track=short        # 3.28 on FineWeb
     python train_gpt.py --checkpoint=FILE --sample="Once upon"                 # or --export=model.safetensors
     python train_gpt.py --checkpoint=FILE --eval=document,stride,ttt-lora      # test-time training
@@ -188,13 +188,13 @@ class Config:
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
     draw_output: bool = False    # O starts like Q, K and V instead of at 0 (64)
     late_attention: bool = False # attention of layers after backout_from reads that layer's output (77)
-    exclusive: bool = False      # heads' outputs lose a learned share along v (82, 2603.09078)
     attn_gate: bool = True
     gate_inputs: int = 12        # leading channels read by the attention and smear gates
     qk_norm: bool = True
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
-    softcap: float = 15.0        # logits become softcap * tanh(z / softcap); 0: off
-    logit_rescale: bool = False  # 11.5 * tanh((z + 5) / 15) instead (record 54)
+    softcap: float = 15.0        # logits become softcap * tanh((z + shift) / width); 0: off
+    softcap_shift: float = 0.0   # record 54: 11.5, 5, 15
+    softcap_width: float = 0.0   # 0: that of softcap
     smear_mtp: bool = True
     fp8_mlp: bool = True         # forward products of the MLP in float8, in training, where fp8 is on
     multi_target: bool = False   # use the stages' target weights; off: next token only
@@ -237,8 +237,7 @@ class Config:
 
     @property
     def logit_cap(self) -> Softcap:
-        symmetric = Softcap(self.softcap, 0.0, self.softcap or 1.0)
-        return Softcap(11.5, 5.0, 15.0) if self.logit_rescale else symmetric
+        return Softcap(self.softcap, self.softcap_shift, self.softcap_width or self.softcap or 1.0)
 
     @property
     def attention_layers(self) -> list[int]:
@@ -359,10 +358,11 @@ TRACKS = {
         lora_lr=0.002, sgd_chunk=2048, sgd_lr=0.1,
     ),
     "sprint": replace(
-        SHORT, track="sprint", stages=SPRINT_STAGES, micro_batches=2, scheduled_steps=450, extension_steps=22,
-        momentum_warmup=1200, val_tokens=2_097_152, val_every=118, lr_floor=0.15, untied_values=True,
-        draw_output=True, late_attention=True, exclusive=True, logit_rescale=True, prefix_weight=0.25,
-        bigram_ratio=5.0, untie_at=2 / 3, muon_heads=2, adam_weight_decay=0.005, smooth_scalars=True,
+        SHORT, track="sprint", stages=SPRINT_STAGES, micro_batches=2, scheduled_steps=460, extension_steps=20,
+        momentum_warmup=1200, val_tokens=2_097_152, val_every=120, lr_floor=0.15, untied_values=True,
+        draw_output=True, late_attention=True, softcap=11.5, softcap_shift=5.0, softcap_width=15.0,
+        prefix_weight=0.25, bigram_ratio=5.0, untie_at=2 / 3, muon_heads=2, adam_weight_decay=0.005,
+        smooth_scalars=True,
     ),
     "short": SHORT,
     "medium": replace(
@@ -1245,20 +1245,12 @@ def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, start
     return q_THE, k_THE, v_THE.contiguous()
 
 
-def gate_region(y_THE, v_THE, exclusive_H, lead_TG, gate_HG, out_lambda) -> Tensor:
-    """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D).
-
-    With exclusive_H, first minus tanh(exclusive_H) times its projection on the token's own value.
-    """
-    factor_TH, dtype = out_lambda.expand(y_THE.size(0), 1), y_THE.dtype
-    if exclusive_H is not None:
-        y_THE, v_THE = y_THE.float(), v_THE.float()
-        along_TH = (y_THE * v_THE).sum(-1) / v_THE.square().sum(-1).clamp_min(1e-8)
-        share_TH = torch.tanh(exclusive_H).expand(along_TH.shape)
-        y_THE = y_THE - (share_TH * along_TH)[..., None] * v_THE
+def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
+    """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D)."""
+    factor_TH = out_lambda.expand(y_THE.size(0), 1)
     if gate_HG is not None:
         factor_TH = factor_TH * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)
-    return (y_THE * factor_TH[..., None]).to(dtype).flatten(1)
+    return (y_THE * factor_TH[..., None]).type_as(y_THE).flatten(1)
 
 
 def add_rows_region(total_VD, tokens_T, rows_TD):
@@ -1389,7 +1381,6 @@ class GPT(nn.Module):
     | mlp_bank: up, down^T      | (L, 2, F, D)      | up uniform, std 0.5 / sqrt(D); down 0               |
     | attn_gate                 | (A, H, G)         | 0: every gate starts at 1/2                         |
     | attn_lambdas              | (A, 2)            | 0.5 on v, 1 on the output                           |
-    | exclusive_lambdas         | (A, H)            | 0, before a tanh                                    |
     | resid_lambdas, x0_lambdas | (L,)              | 1.1 on the stream, 0 on x0                          |
     | smear_gate, smear_lambda  | (G,), ()          | 0                                                   |
     | bigram_lambdas            | (L,)              | 0.1                                                 |
@@ -1432,8 +1423,6 @@ class GPT(nn.Module):
             self.value_embeds = nn.Parameter(values)
         if cfg.attn_gate:
             self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
-        if cfg.exclusive:
-            self.exclusive_lambdas = nn.Parameter(torch.zeros(A, cfg.heads))
         if cfg.x0_mix:
             self.resid_lambdas = nn.Parameter(torch.full((L,), 1.1))
             self.x0_lambdas = nn.Parameter(torch.zeros(L))
@@ -1486,9 +1475,8 @@ class GPT(nn.Module):
                     qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
-                exclusive = (v_THE, self.exclusive_lambdas[a]) if cfg.exclusive else (None, None)
                 gate_HG = self.attn_gate[a] if cfg.attn_gate else None
-                y_TD = self.regions["gate_region"](y_THE, *exclusive, lead_TG, gate_HG, out_lambda)
+                y_TD = self.regions["gate_region"](y_THE, lead_TG, gate_HG, out_lambda)
                 o_TD = Linear.apply(y_TD, o_DD, grads[1])
                 o_TD = adapters.add("o", a, y_TD, o_TD) if adapters else o_TD
                 x_TD, h_TD = Branch.apply(x_TD, o_TD, self.regions)
@@ -1652,7 +1640,6 @@ def optimizer_table(cfg: Config) -> list[Row]:
         table("mtp_heads", decay=150),
         scalar("attn_gate", lr=(adam,)),
         scalar("smear_gate", lr=(adam,)),
-        scalar("exclusive_lambdas", lr=(adam,)),
         scalar("attn_lambdas", lr=(5 * adam,)),
         scalar("resid_lambdas", lr=(5 * adam,)),
         scalar("x0_lambdas", lr=(5 * adam,), betas=(0.65, 0.95)),  # never smoothed (52)
@@ -1672,7 +1659,6 @@ def mechanism_parameters(cfg: Config) -> dict:
     """Names of the parameters that only some configurations have: true if this one does."""
     return {
         "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
-        "exclusive_lambdas": cfg.exclusive,
         "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "smear_mtp_lambda": cfg.smear_mtp,
         "skip_lambdas": cfg.skips,
         "resid_lambdas": cfg.x0_mix, "x0_lambdas": cfg.x0_mix, "backout_lambda": cfg.backout_from >= 0,

@@ -49,9 +49,8 @@ VARIANTS = {
     "attention gates off": ["--attn_gate=off"],
     "YaRN off": ["--yarn=off"],
     "attention lr x 1": ["--attn_lr_ratio=1"],
-    "symmetric softcap": ["--logit_rescale=off"],
+    "symmetric softcap": ["--softcap=15", "--softcap_shift=0"],
     "late attention off": ["--late_attention=off"],
-    "exclusive attention off": ["--exclusive=off"],
 }
 
 

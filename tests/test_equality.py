@@ -34,11 +34,11 @@ EQUAL = replace(
 )  # fmt: skip
 # The head is untied at step 10.
 VARIANTS = {  # Adam acts every third step in one, every second in the other: between, its gradients wait
-    "keep": ("--document_rest=keep", "--adam_every=3", "--logit_rescale", "--smooth_scalars",
-             "--untied_values", "--draw_output", "--adam_weight_decay=0.005",
-             "--late_attention", "--exclusive", "--prefix_weight=0.25", "--untie_at=0.55"),
-    "skip": ("--document_rest=skip", "--adam_every=2", "--cut_smear", "--cut_key_offset", "--cut_smear_mtp",
-             "--cut_bigram"),
+    "keep": ("--document_rest=keep", "--adam_every=3", "--smooth_scalars", "--untied_values", "--draw_output",
+             "--adam_weight_decay=0.005", "--late_attention", "--backout_from=0", "--prefix_weight=0.25",
+             "--untie_at=0.55"),
+    "skip": ("--document_rest=skip", "--adam_every=2", "--softcap=11.5", "--softcap_shift=5", "--softcap_width=15",
+             "--cut_smear", "--cut_key_offset", "--cut_smear_mtp", "--cut_bigram"),
 }
 
 

@@ -36,9 +36,10 @@ EVAL = replace(
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
 EVERYTHING = {
-    "layers": CFG.layers, "key_offset": "all", "multi_target": True, "logit_rescale": True,
-    "untied_values": True, "draw_output": True, "late_attention": True, "exclusive": True,
-    "prefix_weight": 0.25, "bigram_ratio": 2.0, "untie_at": 0.5, "muon_heads": 1, "smooth_scalars": True, "adam_weight_decay": 0.005,
+    "layers": CFG.layers, "key_offset": "all", "multi_target": True, "softcap": 11.5,
+    "softcap_shift": 5.0, "softcap_width": 15.0,
+    "untied_values": True, "draw_output": True, "late_attention": True, "prefix_weight": 0.25,
+    "bigram_ratio": 2.0, "untie_at": 0.5, "muon_heads": 1, "smooth_scalars": True, "adam_weight_decay": 0.005,
 }  # fmt: skip
 both = pytest.mark.parametrize("model", ({}, EVERYTHING), ids=("defaults", "everything on"))
 METHODS = "document", "stride", "ttt_lora", "ttt_sgd"
@@ -549,7 +550,7 @@ def reference_ttt_lora(tokens, cfg, monkeypatch):
         for window in t.document_windows(lo, hi, EVAL.eval_context, EVAL.eval_stride):
             model.weights = merged(model, pairs_of(EVAL, leaves))
             z = latents_of_window(model, tokens, window) @ model.weights["head"].T
-            logits = 23 * torch.sigmoid((z + 5) / 7.5) if cfg.logit_rescale else 15 * torch.tanh(z / 15)
+            logits = 23 * torch.sigmoid((z + 5) / 7.5) if cfg.softcap_shift else 15 * torch.tanh(z / 15)
             nats = cross_entropy(logits, tokens, window)
             out[window.first + 1 : window.hi + 1] = nats.detach()
             adam.zero_grad()

@@ -45,8 +45,8 @@ CFG = t.Config(
     smear_mtp=True, multi_target=True,
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
-NEW = {"logit_rescale": True, "late_attention": True, "exclusive": True, "prefix_weight": 0.25,
-       "bigram_ratio": 2.0}  # fmt: skip
+RESCALED = {"softcap": 11.5, "softcap_shift": 5.0, "softcap_width": 15.0}  # record 54
+NEW = {**RESCALED, "late_attention": True, "prefix_weight": 0.25, "bigram_ratio": 2.0}
 ALL_ON = replace(CFG, key_offset="all", key_offset_dims="all", mtp_heads=2, leaky_slope=0.5, **CUTS, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
@@ -393,23 +393,6 @@ def test_late_attention_and_its_gates_read_the_backout_layers_output():
         assert_close(trace.mlp_inputs[2][1], rms_normed(trace.inputs[2]))  # of the layer without attention
 
 
-@mechanism("exclusive", gate_region={"exclusive_H": None})
-def test_exclusive_attention_subtracts_a_share_of_the_projection_on_the_tokens_own_value():
-    text, cfg = packed(9, 12), replace(CFG, exclusive=True, attn_gate=False)
-    plain = make_model(replace(cfg, exclusive=False))
-    assert not t.GPT(cfg).exclusive_lambdas.any()
-    assert torch.equal(latents(make_model(cfg, exclusive_lambdas=0), *text), latents(plain, *text))
-    model = make_model(cfg, exclusive_lambdas=torch.tensor([[0.5, -1.0]] * 2 + [[100.0, 0.0]]))
-    trace, (_, factors) = Trace(model, *text), model.attn_lambdas.detach().unbind(1)
-    strengths = model.exclusive_lambdas.detach().tanh()[..., None]
-    for (y, out), (_, _, v), strength, factor in zip(trace.gated, trace.heads, strengths, factors):
-        unit = v / v.norm(dim=-1, keepdim=True)
-        assert_close(out, factor * (y - strength * (y * unit).sum(-1, keepdim=True) * unit))
-    (y, out), (_, _, v) = trace.gated[-1], trace.heads[-1]  # of strength 1: nothing is left along v
-    assert_close((out[:, 0] * v[:, 0]).sum(-1), torch.zeros(21), atol=1e-5, rtol=0)
-    assert ((y[1:, 0] * v[1:, 0]).sum(-1).abs() > 1e-2).any()
-
-
 @mechanism("attn_gate", gate_region={"gate_HG": None})
 def test_attention_gates_scale_each_head_and_start_at_one_half():
     text = packed(9, 12)
@@ -485,7 +468,7 @@ def test_rotary_turns_its_fraction_of_pairs_by_relative_position_and_no_other_di
         assert not torch.allclose(turned, plain, atol=1e-3)
 
 
-SYMMETRIC, NO_CAP = t.Softcap(15.0, 0.0, 15.0), t.Softcap(0.0)
+NO_CAP, UNSHIFTED, NARROW = t.Softcap(0.0), t.Softcap(11.5, 0.0, 15.0), t.Softcap(11.5, 5.0, 11.5)
 
 
 def check_scores_and_losses(cfg, x, logits):
@@ -511,15 +494,12 @@ def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
         check_scores_and_losses(replace(CFG, softcap=softcap), x, logits)
 
 
-@mechanism("logit_rescale", cap={"softcap": SYMMETRIC}, cross_entropy={"softcap": SYMMETRIC})
-def test_logit_rescale_is_a_shifted_sigmoid_up_to_a_constant():
-    cfg = replace(CFG, logit_rescale=True)
-    model, x = make_model(cfg, std=3.0), torch.randn(11, 32)
-    z = x @ model.head.detach().T
-    expected = 23 * torch.sigmoid((z + 5) / 7.5) - 11.5
-    check_scores_and_losses(cfg, x, expected)
-    loss_T = F.cross_entropy(expected, torch.arange(11), reduction="none")
-    assert_close(t.loss_region(model.products(x), torch.arange(11), cfg.logit_cap), loss_T)
+@mechanism("softcap_shift", cap={"softcap": UNSHIFTED}, cross_entropy={"softcap": UNSHIFTED})
+@mechanism("softcap_width", cap={"softcap": NARROW}, cross_entropy={"softcap": NARROW})
+def test_a_shifted_and_wider_softcap_is_a_sigmoid_up_to_a_constant():
+    x, cfg = torch.randn(11, 32), replace(CFG, **RESCALED)
+    z = x @ make_model(cfg, std=3.0).head.detach().T
+    check_scores_and_losses(cfg, x, 23 * torch.sigmoid((z + 5) / 7.5) - 11.5)
 
 
 @mechanism("smear_mtp", final_region={"mtp_lambda": None})
@@ -1150,7 +1130,7 @@ def test_initial_values_are_the_documented_ones():
     model = t.GPT(ALL_ON)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
     zero = ("value_embeds", "head", "mtp_heads", "attn_gate", "smear_gate", "smear_lambda", "smear_mtp_lambda",
-            "exclusive_lambdas", "bigram_embed", "x0_lambdas")  # fmt: skip
+            "bigram_embed", "x0_lambdas")  # fmt: skip
     constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5, "bigram_lambdas": 0.1,
                                            "resid_lambdas": torch.tensor(1.1)}  # fmt: skip
     rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas"}
@@ -1187,7 +1167,7 @@ OFF = {
     "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"},
     "x0_mix": {"resid_lambdas", "x0_lambdas"}, "smear": {"smear_gate", "smear_lambda"},
     "skip": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"}, "mtp_heads": {"mtp_heads"},
-    "backout_from": {"backout_lambda"}, "exclusive": {"exclusive_lambdas"}, "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
+    "backout_from": {"backout_lambda"}, "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
 }  # fmt: skip
 
 
@@ -1201,8 +1181,7 @@ def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follo
 
 def test_lambdas_are_every_learned_scalar_by_name():
     sizes = {"attn_lambdas": 6, "resid_lambdas": 4, "x0_lambdas": 4, "smear_lambda": 1, "skip_lambdas": 1,
-             "backout_lambda": 1, "smear_mtp_lambda": 1, "exclusive_lambdas": 6,
-             "bigram_lambdas": 4}  # fmt: skip
+             "backout_lambda": 1, "smear_mtp_lambda": 1, "bigram_lambdas": 4}  # fmt: skip
     model = make_model(ALL_ON)
     found = model.lambdas()
     assert {name: len(values) for name, values in found.items()} == sizes

@@ -325,13 +325,12 @@ FLAGS = {
     "no_value_embeds": {"value_embeds": False},
     "no_smear_no_skip": {"smear": False, "skip": False},
     "no_gates_no_x0": {"attn_gate": False, "x0_mix": False},
-    "exclusive": {"exclusive": True},
     "untied_values": {"untied_values": True},
     "bare": {"value_embeds": False, "smear": False, "skip": False, "attn_gate": False, "x0_mix": False,
              "smear_mtp": False, "backout_from": -1},
     "everything": {"bigram_ratio": 5.0, "untie_at": 0.5, "mtp_heads": 2, "muon_heads": 1,
-                   "exclusive": True, "untied_values": True, "draw_output": True, "late_attention": True, "logit_rescale": True, "prefix_weight": 0.25,
-                   "adam_weight_decay": 0.005},
+                   "untied_values": True, "draw_output": True, "late_attention": True,
+                   "softcap": 11.5, "softcap_shift": 5.0, "softcap_width": 15.0, "prefix_weight": 0.25, "smooth_scalars": True, "adam_weight_decay": 0.005},
     "bare_and_mtp_heads": {"value_embeds": False, "smear_mtp": False, "backout_from": -1, "mtp_heads": 2},
 }  # fmt: skip
 
@@ -514,13 +513,13 @@ def test_stages_of_the_medium_track_start_at_twelfths(scheduled):
 # track, step, batch, (short, long) window, learning-rate multiplier, momentum, weights of the targets
 PLAN = [
     ("sprint", 0, 32_768, (128, 384), 1.0, 0.85, (1, 0.5, 0.25)),
-    ("sprint", 159, 32_768, (128, 384), 1.0, 0.85 + 0.1 * 159 / 600, (1, 0.5, 0.25 / 160)),
-    ("sprint", 160, 65_536, (384, 896), 1.52, 0.85 + 0.1 * 160 / 600, (1, 0.5)),
-    ("sprint", 319, 65_536, (384, 896), 0.15 + 1.37 * 161 / 264, 0.85 + 0.1 * 319 / 600, (1, 0.5 / 160)),
-    ("sprint", 320, 98_304, (640, 1408), 0.15 + 1.58 * 160 / 264, 0.85 + 0.1 * 320 / 600, (1,)),
-    ("sprint", 479, 98_304, (640, 1408), 0.15 + 1.58 / 264, 0.85 + 0.1 * 25 / 50, (1,)),
-    ("sprint", 480, 98_304, (768, 1664), 0.15, 0.85 + 0.1 * 24 / 50, (1,)),
-    ("sprint", 503, 98_304, (768, 1664), 0.15, 0.852, (1,)),
+    ("sprint", 153, 32_768, (128, 384), 1.0, 0.85 + 0.1 * 153 / 1200, (1, 0.5, 0.25 / 154)),
+    ("sprint", 154, 65_536, (384, 896), 1.52, 0.85 + 0.1 * 154 / 1200, (1, 0.5)),
+    ("sprint", 306, 65_536, (384, 896), 0.15 + 1.37 * 154 / 253, 0.8755, (1, 0.5 / 153)),
+    ("sprint", 307, 98_304, (640, 1408), 0.15 + 1.58 * 153 / 253, 0.85 + 0.1 * 307 / 1200, (1,)),
+    ("sprint", 459, 98_304, (640, 1408), 0.15 + 1.58 / 253, 0.85 + 0.1 * 459 / 1200, (1,)),
+    ("sprint", 460, 98_304, (768, 1664), 0.15, 0.85 + 0.1 * 460 / 1200, (1,)),
+    ("sprint", 479, 98_304, (768, 1664), 0.15, 0.852, (1,)),
     ("short", 0, 131_072, (128, 384), 1.0, 0.85, (1, 0.5, 0.25)),
     ("short", 150, 131_072, (128, 384), 1.0, 0.9, (1, 0.5, 0.25 * (1 - 150 / 690))),
     ("short", 689, 131_072, (128, 384), 1.0, 0.95, (1, 0.5, 0.25 / 690)),
@@ -1121,7 +1120,8 @@ def replay_graphs(monkeypatch):
 
 
 STEP_SAVERS = ["--untie_at=0.5", "--bigram_ratio=2", "--muon_heads=1", "--prefix_weight=0.25", "--draw_output",
-               "--untied_values", "--smooth_scalars", "--adam_weight_decay=0.005", "--lr_floor=0.15"]
+               "--untied_values", "--smooth_scalars", "--adam_weight_decay=0.005", "--lr_floor=0.15",
+               "--late_attention", "--backout_from=0", "--softcap=11.5", "--softcap_shift=5", "--softcap_width=15"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"],
