@@ -100,6 +100,11 @@ class Softcap(NamedTuple):
     shift: float = 0.0
     width: float = 1.0
 
+    @property
+    def slope(self) -> float:
+        """The steepest."""
+        return self.height / self.width if self.height else 1.0
+
 
 @dataclass(frozen=True)
 class Config:
@@ -187,14 +192,14 @@ class Config:
     skip: bool = True
     backout_from: int = -1       # layer whose output is partly subtracted before the head; -1: none
     draw_output: bool = False    # O starts like Q, K and V instead of at 0 (64)
-    late_attention: bool = False # attention of layers after backout_from reads that layer's output (77)
+    late_attention: bool = False # attention in layers after backout_from reads that layer's output (77)
     attn_gate: bool = True
     gate_inputs: int = 12        # leading channels read by the attention and smear gates
     qk_norm: bool = True
     rotary_fraction: float = 0.5 # of the head dims that rotate; the rest are stationary
-    softcap: float = 15.0        # logits become softcap * tanh((z + shift) / width); 0: off
-    softcap_shift: float = 0.0   # record 54: 11.5, 5, 15
-    softcap_width: float = 0.0   # 0: that of softcap
+    softcap: float = 15.0        # logits become softcap * tanh((z + shift) / width); 0: off (54: 11.5, 5, 15)
+    softcap_shift: float = 0.0
+    softcap_width: float = 0.0   # 0: as large as softcap
     smear_mtp: bool = True
     fp8_mlp: bool = True         # forward products of the MLP in float8, in training, where fp8 is on
     multi_target: bool = False   # use the stages' target weights; off: next token only
@@ -469,6 +474,8 @@ def resolve_config(cfg: Config) -> Config:
         raise UserError(f"--rotary_fraction={cfg.rotary_fraction}: expected 0 to 1")
     if cfg.backout_from >= len(cfg.layers):
         raise UserError(f"--backout_from={cfg.backout_from}: the model has layers 0 to {len(cfg.layers) - 1}")
+    if cfg.late_attention and not any(map(cfg.reads_late, range(len(cfg.layers)))):
+        raise UserError(f"--late_attention: no attention after --backout_from={cfg.backout_from}; turn it off")
     if not cfg.attention_layers or any(layer.skip_from >= i for i, layer in enumerate(cfg.layers)):
         raise UserError("layer table: needs a layer with attention, and skips only from earlier layers")
     if any(layer.window not in ("short", "long", "none") for layer in cfg.layers):
@@ -842,15 +849,15 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         weight_sum += weight
     tl.store(loss + row, value)
     inverse = (SOFTCAP / WIDTH if SOFTCAP > 0 else 1.0) / tl.load(scale)  # the softcap's steepest slope
-    shift = (tl.log(weight_sum * inverse) - lse) * LOG2E  # weights and scale go into the exponent
+    offset = (tl.log(weight_sum * inverse) - lse) * LOG2E  # weights and scale go into the exponent
     for first in range(0, V, BLOCK):
         inside = first + columns < V
         z = tl.load(logits + row * V + first + columns, inside, other=0.0).to(tl.float32)
         if SOFTCAP > 0:
             t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
-            g = tl.exp2(t * (SOFTCAP * LOG2E) + shift)
+            g = tl.exp2(t * (SOFTCAP * LOG2E) + offset)
         else:
-            g = tl.exp2(z * LOG2E + shift)
+            g = tl.exp2(z * LOG2E + offset)
         for k in tl.static_range(K):
             at = tl.load(targets + row * K + k) - first
             if (at >= 0) & (at < BLOCK):
@@ -869,7 +876,7 @@ def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, sca
     weights_TK = weights_K * (targets_TK >= 0)
     grad = weights_TK.sum(1, keepdim=True) * (q - lse).exp()
     grad = grad.scatter_add(1, at, -weights_TK.to(grad.dtype))
-    grad = grad * (softcap.height / softcap.width) * (1 - t * t) if softcap.height else grad
+    grad = grad * softcap.slope * (1 - t * t) if softcap.height else grad
     return (weights_TK * (lse - q.gather(1, at))).sum(1), (grad / scale).to(dtype)
 
 
@@ -1210,8 +1217,8 @@ def mix_region(x_TD, skip_TD, skip_lambda, bigram_TD, x0_TD, x_lambda, x0_lambda
     """Residual stream as a layer sees it: plus the skip connection and bigrams, mixed with the embedding x0.
 
     Layer 0, whose stream is x0 itself, gets x0_TD = None and has its two factors merged into one.
-    Returns the stream, what the layer reads, (T, D) both, and the latter's leading channels. It reads the
-    normed stream, or the normed source_TD.
+    Returns the stream, what the layer reads (the stream, or source_TD, normed), (T, D) both, and the latter's
+    leading channels.
     """
     dtype, rows = x_TD.dtype, (x_TD.size(0), 1)
     if skip_TD is not None:
@@ -1321,7 +1328,8 @@ def head_step(model, x_TD: Tensor, k: int, targets_TK: Tensor, weights_K: Tensor
         loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, softcap, one, None, mode, reference)
         add_product(grad_VD, grad_TV, x_TD)
         return loss_T.sum(), grad_TV @ head.weight_VD
-    x_scale, grad_scale = model.latent_scale, weights_K.sum().clamp_min(1e-30) * 2.0**-14
+    x_scale, largest = model.latent_scale, weights_K.sum() * max(1.0, softcap.slope)
+    grad_scale = largest.clamp_min(1e-30) * 2.0**-14
     x8_TD = model.regions["float8_region"](x_TD, x_scale)
     logits_TV = float8_product(x8_TD, head.weight_VD.T, x_scale, head.scale, x_TD.dtype, fast=True)
     loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, softcap, grad_scale, torch.float8_e5m2,

@@ -22,6 +22,9 @@ from pathlib import Path
 import torch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import train_gpt as tg
+
 VARIANTS = {
     "key offset off": ["--key_offset=off"],
     "key offset in all layers": ["--key_offset=all"],
@@ -45,12 +48,13 @@ VARIANTS = {
     "no weight decay in Adam": ["--adam_weight_decay=0"],
     "token smear off": ["--smear=off"],
     "skip connection off": ["--skip=off"],
-    "backout off": ["--backout_from=-1"],
+    "backout and late attention off": ["--backout_from=-1", "--late_attention=off"],
     "attention gates off": ["--attn_gate=off"],
     "YaRN off": ["--yarn=off"],
     "attention lr x 1": ["--attn_lr_ratio=1"],
     "symmetric softcap": ["--softcap=15", "--softcap_shift=0"],
     "late attention off": ["--late_attention=off"],
+    "momentum rises over 600 steps": ["--momentum_warmup=600"],
 }
 
 
@@ -126,9 +130,12 @@ def main():
     unknown = [name for name in wanted if name not in VARIANTS]
     if unknown:
         parser.error(f"unknown variant {unknown[0]!r}: expected some of {', '.join(VARIANTS)}")
+    same = [name for name in wanted if tg.parse_config([*flags, *VARIANTS[name]]) == tg.parse_config(flags)]
+    if same:
+        print(f"as the default, so not run: {', '.join(same)}", file=sys.stderr)
     jobs = {f"default seed {seed}": [f"--seed={seed}"] for seed in range(options.seeds)}
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    run_all(jobs | {name: VARIANTS[name] for name in wanted}, flags, options.out, results)
+    run_all(jobs | {name: VARIANTS[name] for name in wanted if name not in same}, flags, options.out, results)
     print(table(results))
 
 

@@ -36,7 +36,7 @@ FLOAT8_SUM = 2e-3  # a floor: Hopper sums products of float8 in 14 bits
 # tanh, whose relative error of 2^-11 a softcap of 15 raises to 0.7 % in a probability and in their sum.
 EXACT, APPROXIMATE = 2e-5, 2e-2
 LOSS = 3e-3  # of the sum over rows
-SOFTCAPS = [t.Softcap(15.0, 0.0, 15.0), t.Softcap(11.5, 5.0, 15.0), t.Softcap(0.0)]
+SOFTCAPS = [t.Softcap(15.0, 0.0, 15.0), t.Softcap(11.5, 5.0, 15.0), t.Softcap(0.0, 5.0, 15.0)]
 
 MARGIN = 256  # elements: rows stay aligned, as the copy engine needs
 NAN = float("nan")

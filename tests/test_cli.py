@@ -71,6 +71,7 @@ def test_import_is_quick_and_silent(tmp_path):
 
 
 MISTAKES = {
+    "nothing_reads_late": (["--late_attention", "--backout_from=2"], "--late_attention", "--backout_from=2"),
     "misspelt": (["--widht=32"], "--widht=32", "--width"),
     "misspelt_with_dashes": (["--scheduled-stepz=3"], "--scheduled_steps"),
     "nothing_like_it": (["--zzzz=1"], "--zzzz=1"),

@@ -490,8 +490,9 @@ def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
     expected = 5 * torch.tanh(z / 5)
     assert_close(model.logits(x), expected)
     assert model.logits(x).abs().max() <= 5
-    for logits, softcap in ((expected, 5.0), (z, 0.0)):
-        check_scores_and_losses(replace(CFG, softcap=softcap), x, logits)
+    uncapped = {"softcap": 0.0, "softcap_shift": 5.0, "softcap_width": 15.0}
+    for logits, softcap in ((expected, {"softcap": 5.0}), (z, {"softcap": 0.0}), (z, uncapped)):
+        check_scores_and_losses(replace(CFG, **softcap), x, logits)
 
 
 @mechanism("softcap_shift", cap={"softcap": UNSHIFTED}, cross_entropy={"softcap": UNSHIFTED})
@@ -1033,8 +1034,11 @@ def test_gradients_of_bfloat16_products_and_rows_are_summed_in_float32():
     assert_close(table.grad, torch.stack([x.detach()[tokens == i].float().sum(0) for i in range(3)]))
 
 
-def test_a_head_in_float8_has_nearly_the_loss_and_gradients_of_one_in_float32():
-    batch, cfg = make_batch(17, 1, 20), replace(ALL_ON, loss_chunk=16, mtp_weight=0.25, fp8_mlp=False)
+@pytest.mark.parametrize("softcap", [RESCALED, {**RESCALED, "softcap": 60.0, "softcap_shift": 0.0}], ids=str)
+def test_a_head_in_float8_has_nearly_the_loss_and_gradients_of_one_in_float32(softcap):
+    """Also where the soft cap is so steep, 4, that gradients would not fit."""
+    batch = make_batch(17, 1, 20)
+    cfg = replace(ALL_ON, loss_chunk=16, mtp_weight=0.25, fp8_mlp=False, **softcap)
     exact, rounded = make_model(cfg), t.GPT(cfg, fp8=True)
     rounded.load_state_dict(exact.state_dict())
     for _ in range(2):  # the second adds to the gradients of the first
@@ -1042,7 +1046,7 @@ def test_a_head_in_float8_has_nearly_the_loss_and_gradients_of_one_in_float32():
         assert 0 < abs(loss / expected - 1) < 0.01
         for name in ("head", "mtp_heads", "embed", "attn_bank", "mlp_bank"):
             gradients = (model.get_parameter(name).grad for model in (rounded, exact))
-            assert 0 < relative_error(*gradients) < 0.1, name
+            assert 0 < relative_error(*gradients) < 0.15, name
 
 
 def test_a_float8_head_of_weight_zero_gets_no_gradient():

@@ -330,7 +330,8 @@ FLAGS = {
              "smear_mtp": False, "backout_from": -1},
     "everything": {"bigram_ratio": 5.0, "untie_at": 0.5, "mtp_heads": 2, "muon_heads": 1,
                    "untied_values": True, "draw_output": True, "late_attention": True,
-                   "softcap": 11.5, "softcap_shift": 5.0, "softcap_width": 15.0, "prefix_weight": 0.25, "smooth_scalars": True, "adam_weight_decay": 0.005},
+                   "softcap": 11.5, "softcap_shift": 5.0, "softcap_width": 15.0, "prefix_weight": 0.25,
+                   "smooth_scalars": True, "adam_weight_decay": 0.005},
     "bare_and_mtp_heads": {"value_embeds": False, "smear_mtp": False, "backout_from": -1, "mtp_heads": 2},
 }  # fmt: skip
 
@@ -344,11 +345,12 @@ def test_table_has_one_row_for_each_parameter_of_every_track(track, flags):
     assert sorted(row.name for row in optimizer_table(cfg)) == sorted(names)
 
 
-def test_effective_learning_rates_of_the_sprint():
-    table = optimizer_table(replace(narrow("sprint"), mtp_heads=1))
+@pytest.mark.parametrize("track, embed", [("short", 0.6), ("sprint", 0.008)])  # where it is tied to the head
+def test_effective_learning_rates_of_the_races(track, embed):
+    table = optimizer_table(replace(narrow(track), mtp_heads=1, bigram_ratio=5.0))
     rates = {row.name: [round(lr, 9) for lr in row.lr] for row in table}
     assert rates == {
-        "embed": [0.008], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
+        "embed": [embed], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
         "bigram_embed": [0.6], "bigram_lambdas": [0.04], "attn_gate": [0.008], "smear_gate": [0.008],
         "attn_lambdas": [0.04], "resid_lambdas": [0.04], "x0_lambdas": [0.04],
         "smear_lambda": [0.04], "skip_lambdas": [0.04], "backout_lambda": [0.04], "smear_mtp_lambda": [0.04],
@@ -539,6 +541,11 @@ def test_plan_of_a_step(track, step, batch, windows, lr, momentum, weights):
     assert plan.stage is TRACKS[track].stages[plan.stage_index]
     assert (plan.lr, plan.momentum) == (pytest.approx(lr), pytest.approx(momentum))
     assert plan.weights == pytest.approx(weights)
+
+
+def test_only_the_sprints_first_stage_has_shorter_documents():
+    limits = {track: [stage.max_doc for stage in TRACKS[track].stages] for track in ("sprint", "short")}
+    assert limits == {"sprint": [896, 2048, 2048, 2048], "short": [2048] * 4}
 
 
 def test_plan_is_a_pure_function():

@@ -82,6 +82,8 @@ def mlp_cases():
 # precision of logits and gradient, weights, softcap: training's first, then others
 SYMMETRIC, RESCALED, UNCAPPED = cases.SOFTCAPS
 CROSS_ENTROPY_SETTINGS = [
+    (BF16, E5M2, (1.0, 0.25), RESCALED),
+    (BF16, E5M2, (1.0,), RESCALED),
     (BF16, E5M2, (1.0,), SYMMETRIC),
     (BF16, E5M2, (1.0, 0.5), SYMMETRIC),
     (BF16, E5M2, (1.0, 0.5, 0.25), SYMMETRIC),
@@ -241,9 +243,10 @@ def test_mlp_function_from_float8_is_near_float64(T, width):
     assert error(grad, wide[1].grad) < BOUNDS[E4M3].chain
 
 
-def check_head(rng, T, width, vocab, fp8, head, bound):
+def check_head(rng, T, width, vocab, fp8, head, softcap, bound):
     """Loss and gradients from head_step; those of the head's weight are added up over two steps."""
-    model = gpu_model(width=width, vocab_size=vocab)
+    capped = dict(zip(("softcap", "softcap_shift", "softcap_width"), softcap))
+    model = gpu_model(width=width, vocab_size=vocab, **capped)
     model.fp8 = fp8
     weight = (model.head, model.mtp_heads[0])[head].detach()
     weight.copy_(normal(rng, *weight.shape, std=2 * width**-0.5))
@@ -252,7 +255,7 @@ def check_head(rng, T, width, vocab, fp8, head, bound):
     x, targets = (latents + 0.3 * t.shift(latents)).to(BF16), cases.targets_of(rng, T, vocab, 2)
     weights, x64, weight64 = torch.tensor([1, 0.5], device=DEVICE) / T, x.double(), weight.double()
     one = torch.ones_like(x64[0, 0])
-    losses, grad64 = t.cross_entropy(x64 @ weight64.T, targets, weights.double(), SYMMETRIC, one)
+    losses, grad64 = t.cross_entropy(x64 @ weight64.T, targets, weights.double(), softcap, one)
     for repeat in (1, 2):
         loss, x_grad = t.head_step(model, x, head, targets, weights)
         weight_grad = model.mtp_heads.grad[0] if head else model.head.grad
@@ -266,9 +269,10 @@ def check_head(rng, T, width, vocab, fp8, head, bound):
 @pytest.mark.parametrize("T, width, vocab", [(512, 128, 257), (2048, 768, 5000), (1040, 528, 2049)])
 @pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
 @pytest.mark.parametrize("head", [0, 1])
-def test_head_step_has_the_loss_and_gradients_of_float64_and_adds_them_up(T, width, vocab, fp8, head):
+@pytest.mark.parametrize("softcap", [SYMMETRIC, RESCALED], ids=["symmetric", "rescaled"])
+def test_head_step_has_the_loss_and_gradients_of_float64_and_adds_them_up(T, width, vocab, fp8, head, softcap):
     bound = BOUNDS[E5M2 if fp8 else BF16].chain
-    check_head(seeded(T, DEVICE), T, width, vocab, fp8, head, bound)
+    check_head(seeded(T, DEVICE), T, width, vocab, fp8, head, softcap, bound)
 
 
 @needs_gpu
