@@ -18,8 +18,9 @@ import ablation  # noqa: E402
 import kernels  # noqa: E402
 import scaling  # noqa: E402
 import ttt  # noqa: E402
+import versions  # noqa: E402
 
-from small import SMALL, train_gpt, write_corpus  # noqa: E402
+from small import SCRIPT, SMALL, train_gpt, write_corpus  # noqa: E402
 
 
 def result(loss: float) -> dict:
@@ -145,6 +146,41 @@ def test_only_exchanging_is_communication_without_anything_beside_it(tmp_path):
               event("ncclKernel", 0, 9000, "cpu_op")]  # fmt: skip
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
     assert scaling.exposed_ms(tmp_path / "trace.json") == pytest.approx(0.9)
+
+
+def run_versions(*flags):
+    command = [sys.executable, ROOT / "benchmarks" / "versions.py", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+def test_versions_of_the_script_are_timed_in_turn(tmp_path):
+    copy, out = tmp_path / "edited.py", tmp_path / "out.json"
+    copy.write_text(SCRIPT.read_text())
+    tiny = "--track=tiny", "--device=cpu", "--width=32", "--rounds=2", "--steps=2"
+    run = run_versions(SCRIPT, copy, *tiny, f"--out={out}")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(out.read_text())
+    assert list(found) == [str(SCRIPT), str(copy)] and len(run.stdout.splitlines()) == 2 + 2
+    for rounds in found.values():
+        assert [len(stages) for stages in rounds] == [1, 1] and all(r["n"] == 1 for r, in rounds)
+    run = run_versions(copy, *tiny, "--width=33")
+    assert run.returncode == 1 and f"{copy}: --width=33 --heads=2" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["none.py"], "none.py is no file"), ([SCRIPT, SCRIPT], "named twice"),
+    ([SCRIPT, "--steps=3"], "--steps=3"), ([SCRIPT, "--rounds=0"], "--rounds=0")])  # fmt: skip
+def test_versions_refuses_what_it_cannot_compare(flags, text):
+    run = run_versions(*flags)
+    assert run.returncode == 2 and text in run.stderr.splitlines()[-1]
+
+
+def test_ratios_of_versions_are_medians_over_rounds_of_each_round_s_own():
+    def rounds(*times):
+        return [[{"ms": ms, "tokens": 10, "peak_mib": 1}] for ms in times]
+
+    text = versions.table({"a": rounds(10.0, 20.0, 40.0), "b": rounds(11.0, 18.0, 40.0)})
+    assert text.splitlines()[3:] == ["| b | 10 | 18.00 | 1.0000 | 0.9000 - 1.1000 | 1 |"]
 
 
 def test_medians_are_of_pairs_within_a_stage_without_validations_and_profiled_steps():
