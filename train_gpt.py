@@ -475,7 +475,8 @@ def resolve_config(cfg: Config) -> Config:
     if cfg.backout_from >= len(cfg.layers):
         raise UserError(f"--backout_from={cfg.backout_from}: the model has layers 0 to {len(cfg.layers) - 1}")
     if cfg.late_attention and not any(map(cfg.reads_late, range(len(cfg.layers)))):
-        raise UserError(f"--late_attention: no attention after --backout_from={cfg.backout_from}; turn it off")
+        raise UserError(f"--late_attention: no attention after --backout_from={cfg.backout_from}: "
+                        "turn it off")
     if not cfg.attention_layers or any(layer.skip_from >= i for i, layer in enumerate(cfg.layers)):
         raise UserError("layer table: needs a layer with attention, and skips only from earlier layers")
     if any(layer.window not in ("short", "long", "none") for layer in cfg.layers):

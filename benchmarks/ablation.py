@@ -124,13 +124,16 @@ def main():
     parser.add_argument("--only", default="", help="comma-separated names of variants; default: all")
     parser.add_argument("--out", type=Path, default=Path("ablation.json"), help="results (ablation.json)")
     options, flags = parser.parse_known_args()
-    if not any(flag.startswith("--track") for flag in flags):
-        flags = ["--track=sprint", *flags]
+    flags = ["--track=sprint", *flags]  # later ones win
     wanted = [name for name in options.only.split(",") if name] or list(VARIANTS)
     unknown = [name for name in wanted if name not in VARIANTS]
     if unknown:
         parser.error(f"unknown variant {unknown[0]!r}: expected some of {', '.join(VARIANTS)}")
-    same = [name for name in wanted if tg.parse_config([*flags, *VARIANTS[name]]) == tg.parse_config(flags)]
+    try:
+        default = tg.parse_config(flags)
+        same = [name for name in wanted if tg.parse_config([*flags, *VARIANTS[name]]) == default]
+    except tg.UserError as error:
+        parser.error(str(error))
     if same:
         print(f"as the default, so not run: {', '.join(same)}", file=sys.stderr)
     jobs = {f"default seed {seed}": [f"--seed={seed}"] for seed in range(options.seeds)}

@@ -108,7 +108,7 @@ def cross_entropy(s: Setting, stage: tg.Stage, dtype: torch.dtype, bound: float)
     tanh, targets = ((logits_TV[:ROWS].double() + shift) / width).tanh(), targets_TK[:ROWS]
     log_p = (height * tanh).log_softmax(-1)
     loss = -weights_K.double() * log_p.gather(1, targets)[:, 0]
-    steepness = height / width * (weights_K / scale).double()
+    steepness = softcap.slope * (weights_K / scale).double()
     grad = (log_p.exp() - F.one_hot(targets[:, 0], V)) * (1 - tanh.square()) * steepness
     run = partial(tg.cross_entropy, logits_TV, targets_TK, weights_K, softcap, scale, dtype)
     yield Case(f"{T:,} x {V:,}", run, (loss, grad), bound)

@@ -211,7 +211,7 @@ def main():
     parser.add_argument("--cap_gib", type=float, default=0)
     parser.add_argument("--out", type=Path)
     args, flags = parser.parse_known_args()
-    flags = flags if any(flag.startswith("--track") for flag in flags) else ["--track=short", *flags]
+    flags = ["--track=short", *flags]  # later ones win
     if args.steps < 2 or args.steps % 2:
         parser.error(f"--steps={args.steps}: an even number, as Adam works at every other step")
     names = list(VARIANTS) if args.compare == "all" else ["default", *filter(None, args.compare.split(","))]

@@ -2,12 +2,12 @@
 
     python benchmarks/versions.py OLD.py NEW.py .. [--rounds=5] [--steps=8] [--out=FILE] [flags]
 
-Each script gets a process of its own, which keeps its model and graphs in memory (the sprint's take about 30 GB)
-and waits while another is timed. A round times every stage of every script once, in an order that turns around
-from round to round, so that what drifts, drifts for all. Prints, for each stage, the median over rounds of the
-milliseconds per micro-batch, optimizer included, and the median over rounds of their ratio to the first script's,
-with its range. Other flags go to the scripts (--track=sprint is the default). Tokens are synthetic, as in
-step.py, which must know the scripts' functions: those of other months may differ.
+Each script gets a process of its own, which keeps its model and graphs in memory (a run of the sprint peaks
+at 23,735 MiB) and waits while another is timed. A round times every stage of every script once, in an order
+that turns around from round to round, so that what drifts, drifts for all. Prints, for each stage, the median
+over rounds of the milliseconds per micro-batch, optimizer included, and the median over rounds of their ratio
+to the first script's, with its range. Other flags go to the scripts (--track=sprint is the default). Tokens
+are synthetic, as in step.py, which must know the scripts' functions: those of other months may differ.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Version:
     """A script's process."""
 
     def __init__(self, script: str, flags: list):
-        self.script, self.times = script, []
+        self.script = script
         self.process = subprocess.Popen([sys.executable, __file__, "--serve", script, *flags], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -82,13 +82,13 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args, flags = parser.parse_known_args()
-    flags = flags if any(flag.startswith("--track") for flag in flags) else ["--track=sprint", *flags]
+    flags = ["--track=sprint", *flags]  # later ones win
     if args.steps < 2 or args.steps % 2 or args.rounds < 1:
-        parser.error(f"--steps={args.steps} --rounds={args.rounds}: an even number, as Adam works at every other "
-                     "step, and one or more")
+        parser.error(f"--steps={args.steps} --rounds={args.rounds}: an even number, as Adam works at every "
+                     "other step, and one or more")
     missing = [script for script in args.scripts if not script.is_file()]
     if missing or len(set(args.scripts)) < len(args.scripts):
-        parser.error(f"{missing[0]} is no file" if missing else "a script is named twice: compare it with a copy")
+        parser.error(f"{missing[0]} is no file" if missing else "a script is named twice: give a copy")
     versions = [Version(str(script), flags) for script in args.scripts]
     stages = {version.answer() for version in versions}
     if len(stages) > 1:

@@ -33,6 +33,8 @@ SMALL = replace(
     scheduled_steps=6, micro_batches=4, val_chunk=100, val_every=3, val_window_short=16, val_window_long=64,
     backout_from=1, loss_chunk=48, multi_target=True, sample="ab", sample_tokens=8,
 )  # fmt: skip
+RESCALED = {"softcap": 11.5, "softcap_shift": 5.0, "softcap_width": 15.0}  # record 54
+RESCALED_FLAGS = [f"--{name}={value}" for name, value in RESCALED.items()]
 CPU = train_gpt.Hardware(
     torch.device("cpu"), torch.float32, compile=False, attention="reference", kernels="reference", fp8=False,
     graphs=False, warmup=False, reasons={"device": "CPU"},

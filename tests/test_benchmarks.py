@@ -37,11 +37,16 @@ def test_a_difference_under_two_sd_is_not_resolved():
 
 
 def test_every_variant_is_made_of_flags_that_exist():
-    import train_gpt
-
     default = train_gpt.parse_config(["--track=sprint"])
     for name, flags in ablation.VARIANTS.items():
         assert train_gpt.parse_config(["--track=sprint", *flags]) != default, name
+
+
+def test_a_flag_that_does_not_exist_ends_the_sweep_in_one_line():
+    command = [sys.executable, ROOT / "benchmarks" / "ablation.py", "--widht=3"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "--widht=3" in run.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("left", [2, 0])

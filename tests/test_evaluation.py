@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small import CPU, SMALL, assert_refused, checkpoint_of, free_port, run_ranks, write_corpus
+from small import CPU, RESCALED, SMALL, assert_refused, checkpoint_of, free_port, run_ranks, write_corpus
 from test_model import CFG, PLAIN, cross_entropies, make_model
 from torch.testing import assert_close
 
@@ -36,8 +36,7 @@ EVAL = replace(
 )  # fmt: skip
 CUTS = {"cut_smear": True, "cut_key_offset": True, "cut_smear_mtp": True, "cut_bigram": True}
 EVERYTHING = {
-    "layers": CFG.layers, "key_offset": "all", "multi_target": True, "softcap": 11.5,
-    "softcap_shift": 5.0, "softcap_width": 15.0,
+    **RESCALED, "layers": CFG.layers, "key_offset": "all", "multi_target": True,
     "untied_values": True, "draw_output": True, "late_attention": True, "prefix_weight": 0.25,
     "bigram_ratio": 2.0, "untie_at": 0.5, "muon_heads": 1, "smooth_scalars": True, "adam_weight_decay": 0.005,
 }  # fmt: skip

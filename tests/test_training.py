@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 
 from small import (
-    BOS, CPU, SMALL, checkpoint_of, count_as_prefixes, free_port, random_tokens, run_ranks, train_gpt,
+    BOS, CPU, RESCALED, RESCALED_FLAGS, SMALL, checkpoint_of, count_as_prefixes, free_port, random_tokens, run_ranks, train_gpt,
     write_corpus, write_shard, write_split,
 )  # fmt: skip
 from train_gpt import (
@@ -330,8 +330,7 @@ FLAGS = {
              "smear_mtp": False, "backout_from": -1},
     "everything": {"bigram_ratio": 5.0, "untie_at": 0.5, "mtp_heads": 2, "muon_heads": 1,
                    "untied_values": True, "draw_output": True, "late_attention": True,
-                   "softcap": 11.5, "softcap_shift": 5.0, "softcap_width": 15.0, "prefix_weight": 0.25,
-                   "smooth_scalars": True, "adam_weight_decay": 0.005},
+                   **RESCALED, "prefix_weight": 0.25, "smooth_scalars": True, "adam_weight_decay": 0.005},
     "bare_and_mtp_heads": {"value_embeds": False, "smear_mtp": False, "backout_from": -1, "mtp_heads": 2},
 }  # fmt: skip
 
@@ -1128,7 +1127,7 @@ def replay_graphs(monkeypatch):
 
 STEP_SAVERS = ["--untie_at=0.5", "--bigram_ratio=2", "--muon_heads=1", "--prefix_weight=0.25", "--draw_output",
                "--untied_values", "--smooth_scalars", "--adam_weight_decay=0.005", "--lr_floor=0.15",
-               "--late_attention", "--backout_from=0", "--softcap=11.5", "--softcap_shift=5", "--softcap_width=15"]
+               "--late_attention", "--backout_from=0", *RESCALED_FLAGS]
 
 
 @pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--mtp_heads=1", "--adam_every=3"],
