@@ -5,7 +5,7 @@
     python records/record.py verify [FOLDER..]             # default: every record beside this file
     python records/record.py compare A B [--threshold .005]
     python records/record.py plan --margin .0015 [--sd .0013 | --from FOLDER]
-    python records/record.py race A.py B.py --runs 3       # A, B, A, B, .. on one machine
+    python records/record.py race A.py B.py --runs 3       # A, B, A, B, .. on one machine; 3 5: two more of B
     python records/record.py reproduce FOLDER [--data=DIR] # runs the frozen script, judges the result
     python records/record.py refresh FOLDER..              # README and pictures anew, from logs that verify
     python records/record.py table [--file README.md]      # history, between the file's markers
@@ -337,20 +337,26 @@ def import_logs(options, flags):
 
 
 def race(options, flags):
-    """Two records whose runs alternate, so that a machine's drift meets both, and their comparison."""
+    """Two records whose runs alternate, so that a machine's drift meets both, and their comparison.
+
+    With two numbers of runs, A's and B's, those that one has more come last.
+    """
     check_flags(flags, options.track)
+    if len(options.runs) > 2:
+        raise UserError(f"--runs: found {len(options.runs)} numbers, expected one for both or A's and B's")
     place = options.out or ROOT / "logs" / f"race_{options.a.stem}_{options.b.stem}"
-    sides = [(place / f"{side}_{script.stem}", script)
-             for side, script in (("A", options.a), ("B", options.b))]
-    for folder, script in sides:
-        plan = plan_of(options.runs, flags, options.gpus) | {"interleaved": [path.name for path, _ in sides]}
+    sides = {place / f"A_{options.a.stem}": options.runs[0], place / f"B_{options.b.stem}": options.runs[-1]}
+    names = [folder.name for folder in sides]
+    for (folder, runs), script in zip(sides.items(), (options.a, options.b)):
+        plan = plan_of(runs, flags, options.gpus) | {"interleaved": names}
         register(folder, folder.name, options.track, script, plan)
-    for seed in range(options.runs):
-        for folder, _ in sides:
-            run_seed(folder, seed)
-    for folder, _ in sides:
+    for seed in range(max(options.runs)):
+        for folder, runs in sides.items():
+            if seed < runs:
+                run_seed(folder, seed)
+    for folder in sides:
         write_record(folder)
-    print(comparison(*(load_group(folder) for folder, _ in sides)))
+    print(comparison(*map(load_group, sides)))
 
 
 def reproduce(options, flags):
@@ -411,16 +417,18 @@ def load_group(path: Path) -> Group:
     return Group(path.name, [parse_log(log) for log in logs])
 
 
-def in_pairs(a: Group, b: Group) -> bool:
-    """Whether the runs share their seeds: an interleaved race, or two records of equal n."""
-    seeds = [[run.config.get("seed") for run in group.runs] for group in (a, b)]
-    return seeds[0] == seeds[1] and len(seeds[0]) > 1 and None not in seeds[0]
+def in_pairs(a: Group, b: Group) -> list[tuple[Run, Run]]:
+    """The runs by seed, if one group has all seeds of the other and those are 2 or more; else none."""
+    mine, other = ({run.config.get("seed"): run for run in group.runs} for group in (a, b))
+    seeds = sorted((mine.keys() & other.keys()) - {None})
+    whole = len(seeds) == min(len(a.runs), len(b.runs)) > 1
+    return [(mine[seed], other[seed]) for seed in seeds] if whole else []
 
 
 def net_seconds(a: Group, b: Group, slope: float) -> Difference:
     """B's time less A's, with the difference in loss worth `slope` seconds per unit."""
-    if in_pairs(a, b):
-        return paired(*([run.seconds + slope * run.loss for run in group.runs] for group in (a, b)))
+    if pairs := in_pairs(a, b):
+        return paired(*([run.seconds + slope * run.loss for run in runs] for runs in zip(*pairs)))
     time_gap = welch([r.seconds for r in a.runs], [r.seconds for r in b.runs])
     loss_gap = welch([r.loss for r in a.runs], [r.loss for r in b.runs])
     spread = None if loss_gap.sd is None else math.hypot(time_gap.sd, slope * loss_gap.sd)
@@ -438,12 +446,12 @@ def comparison(a: Group, b: Group, threshold: float | None = None) -> str:
         losses, seconds = [r.loss for r in group.runs], [r.seconds for r in group.runs]
         out.append(f"{letter} = {group.name}: n = {len(losses)}, loss {np.mean(losses):.5f} sd "
                    f"{number(sd(losses), 5)}, time {np.mean(seconds):.3f} s sd {number(sd(seconds), 3)}")
-    losses = [[r.loss for r in g.runs] for g in (a, b)]
-    times = [[r.seconds for r in g.runs] for g in (a, b)]
-    gap, timing = welch(*losses), (paired if in_pairs(a, b) else welch)(*times)
+    gap, pairs = welch(*([r.loss for r in g.runs] for g in (a, b))), in_pairs(a, b)
+    times = [[r.seconds for r in runs] for runs in (zip(*pairs) if pairs else (a.runs, b.runs))]
+    timing = (paired if pairs else welch)(*times)
     out.append(f"final loss, B - A: {gap.text('', 5)}: {gap.verdict(n)}")
-    if in_pairs(a, b):
-        out.append(f"  by seed: {paired(*losses).text('', 5)}")
+    if pairs:
+        out.append(f"  by seed: {paired(*([r.loss for r in runs] for runs in zip(*pairs))).text('', 5)}")
     if gap.sd:
         upper = gap.bounds(0.95)[1]
         out.append(f"  no worse by {NO_WORSE} or more (upper 95 % bound {upper:+.5f}): "
@@ -672,13 +680,13 @@ def parser() -> Parser:
             sub.add_argument(f"--{flag}", default=default, type=kind if default is None else type(default))
         return sub
 
-    def runs_of(sub, track: str | None):
+    def runs_of(sub, track: str | None, nargs: str | None = None):
         sub.add_argument("--track", choices=TRACKS, default=track, required=track is None)
-        sub.add_argument("--runs", type=at_least_one, required=True)
+        sub.add_argument("--runs", type=at_least_one, required=True, nargs=nargs)
         sub.add_argument("--gpus", type=at_least_one, default=1)
 
     runs_of(command(new, "new", "name", script=Path, records=RECORDS), None)
-    runs_of(command(race, "race", "a", "b", out=Path), "sprint")
+    runs_of(command(race, "race", "a", "b", out=Path), "sprint", "+")
     command(import_logs, "import", "logs:+", "name", records=RECORDS)
     command(verify_all, "verify", "folders:*", records=RECORDS)
     command(refresh, "refresh", "folders:+")

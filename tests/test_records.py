@@ -512,6 +512,13 @@ def test_race_interleaves_and_goes_on(made, tmp_path, monkeypatch):
     assert "verdict on B: better" in result.out and "paired" in result.out
     assert "  by seed: -0.01000" in result.out
     assert verify(tmp_path / "race" / "A_a")["plan"]["interleaved"] == ["A_a", "B_b"]
+    race = "race", a, b, "--runs", "2", "3", "--out", tmp_path / "uneven"
+    order.clear()
+    result = cli(*race)
+    assert result.code == 0 and order == ["A_a", "B_b"] * 2 + ["B_b"], result.err
+    assert "A_a: n = 2," in result.out and "B_b: n = 3," in result.out and "  by seed: -0.01000" in result.out
+    result = cli("race", a, b, "--runs", "1", "2", "3")
+    assert result.code == 2 and "--runs: found 3 numbers" in result.err
 
 
 # ----------------------------------------------------------------------------------------------------------
