@@ -1,14 +1,21 @@
-"""Draw the README's figures from benchmarks/results/*.json: python benchmarks/figures.py"""
+"""Draw the README's figures from benchmarks/results/*.json and the records: python benchmarks/figures.py"""
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SPRINT = {"december": "December's default", "plain": "today's, in plain torch", "eleven_techniques": "today's"}
+
+sys.path.insert(0, str(ROOT / "records"))
+from runs import parse_log  # noqa: E402
 
 
 def points(series: dict) -> tuple[list, list]:
@@ -25,21 +32,28 @@ def finish(figure, axes, name: str, **labels):
     plt.close(figure)
 
 
+def draw_sprint(window: int = 7):
+    """Losses over training seconds of the sprint's records: running means of training's, last validations."""
+    figure, axes = plt.subplots(figsize=(7.5, 4))
+    for i, (name, label) in enumerate(SPRINT.items()):
+        (folder,) = (ROOT / "records/track_0_sprint").glob(f"*_{name}")
+        runs = [parse_log(path) for path in sorted(folder.glob("seed*.txt"))]
+        for run in runs:
+            seconds, losses = np.array([(s.ms / 1e3, s.loss) for s in run.steps if s.kind == "train"]).T
+            mean = np.convolve(losses, np.ones(window) / window, "valid")
+            middle = seconds[window // 2 : -(window // 2)]
+            axes.plot(middle, mean, color=f"C{i}", lw=0.8, alpha=0.6)
+        axes.plot([run.seconds for run in runs], [run.loss for run in runs], f"C{i}o", ms=5,
+                  label=f"{label}: {np.mean([run.loss for run in runs]):.4f}, n = {len(runs)}")
+    finish(figure, axes, "sprint_loss.png", xlabel="training seconds, one H100", ylabel="loss (nats per token)",
+           ylim=(3.4, 6), title="sprint: training loss, and last validation loss (dots)")
+
+
 def main():
     runs = json.loads((RESULTS / "sprint_ablation.json").read_text())
     seeds = [run for name, run in runs.items() if name.startswith("default")]
 
-    figure, axes = plt.subplots(figsize=(7.5, 4))
-    kinds = {"everything on": "C1o-", "plain torch": "C2s--"}
-    for name, run in json.loads((RESULTS / "sprint_kernels.json").read_text()).items():
-        kind = name.rpartition(",")[0]
-        if kind in kinds:
-            label = f"validation, {kind}, 3 seeds" if name.endswith("seed 0") else None
-            axes.plot(*points(run["val_loss"]), kinds[kind], ms=3, lw=1, alpha=0.7, label=label)
-    h100 = json.loads((RESULTS / "sprint_h100.json").read_text())
-    axes.plot(*points(h100["train_loss"]), lw=0.8, alpha=0.5, color="C0", label="training, slope 0, seed 0")
-    finish(figure, axes, "sprint_loss.png", xlabel="step", ylabel="loss (nats per token)", ylim=(3.4, 7),
-           title="sprint: 210 steps on one GPU, substitute corpus")
+    draw_sprint()
 
     figure, axes = plt.subplots(figsize=(7.5, 3.2))
     for i, run in enumerate(seeds):

@@ -3,9 +3,10 @@
     python records/record.py new NAME --track short --runs 5 --gpus 8 [-- --flag=value ..]
     python records/record.py import LOG_FOLDER.. NAME      # finished runs; marked as not pre-registered
     python records/record.py verify [FOLDER..]             # default: every record beside this file
-    python records/record.py compare A B [--threshold .005]
+    python records/record.py compare A B [--threshold .005] [--seconds_per_loss 149]
     python records/record.py plan --margin .0015 [--sd .0013 | --from FOLDER]
     python records/record.py race A.py B.py --runs 3       # A, B, A, B, .. on one machine; 3 5: two more of B
+    python records/record.py keep FOLDER NAME              # a side of a race becomes a record
     python records/record.py reproduce FOLDER [--data=DIR] # runs the frozen script, judges the result
     python records/record.py refresh FOLDER..              # README and pictures anew, from logs that verify
     python records/record.py table [--file README.md]      # history, between the file's markers
@@ -95,12 +96,14 @@ def evidence(record: dict) -> str:
     flags = " ".join(plan["flags"]) or "none"
     when = (f"Registered {plan['registered']}, before the first run" if plan["registered"]
             else "**Not pre-registered**: imported from finished logs")
+    sides = " and ".join(plan.get("interleaved", []))
     rows = [f"| {r['seed']} | {r['loss']:.5f} | {r['seconds']:.3f} | {r['steps']} | "
             f"{r['started'] or 'unknown'} | {r['attempts'] or 'unknown'} | [{r['log']}]({r['log']}) |"
             for r in record["runs"]]
     return "\n".join([
         MARKER, "", "## Evidence", "",
-        f"{when}: track {record['track']}, seeds {', '.join(map(str, plan['seeds']))}, flags: {flags}.", "",
+        f"{when}: track {record['track']}, seeds {', '.join(map(str, plan['seeds']))}, flags: {flags}."
+        + f" A race: the runs of {sides} alternated." * bool(sides), "",
         f"{results['n']} runs, {env['device']}, world size {env['world_size']}, torch {env['torch']}, "
         f"CUDA {env['cuda']}:",
         f"validation loss {loss['mean']:.5f}, sd {number(loss['sd'], 5)}; "
@@ -359,6 +362,19 @@ def race(options, flags):
     print(comparison(*map(load_group, sides)))
 
 
+def keep(options, flags):
+    """Takes a record from elsewhere, such as a side of a race, into the records under a name; copies it."""
+    record = verify(options.folder)
+    folder = find_folder(options.records, record["track"], options.name, record["date"])
+    if folder.exists():
+        raise UserError(f"{folder}: is there already: give another name")
+    shutil.copytree(options.folder, folder)
+    readme = read(folder / "README.md").replace(f"# {record['name']}\n", f"# {options.name}\n", 1)
+    write(folder / "README.md", readme)
+    write(folder / "record.json", dump(record | {"name": options.name}))
+    write_record(folder)
+
+
 def reproduce(options, flags):
     """Runs one seed of a record again and judges it.
 
@@ -435,8 +451,8 @@ def net_seconds(a: Group, b: Group, slope: float) -> Difference:
     return Difference(time_gap.mean + slope * loss_gap.mean, spread, min(time_gap.df, loss_gap.df), "Welch")
 
 
-def comparison(a: Group, b: Group, threshold: float | None = None) -> str:
-    """Plain words on B against the baseline A."""
+def comparison(a: Group, b: Group, threshold: float | None = None, slope: float | None = None) -> str:
+    """Plain words on B against the baseline A. `slope`: seconds per unit of loss; None: A's at its end."""
     out, n, (first, other) = [], len(a.runs), (group.runs[0].header for group in (a, b))
     if first and other:  # the field's logs have no header
         expect(b.runs[0].path, "validation", other["validation"], first["validation"])
@@ -465,17 +481,23 @@ def comparison(a: Group, b: Group, threshold: float | None = None) -> str:
     shared = [f"{step}: {curves[1][step][0] - loss:+.4f}" for step, (loss, _) in curves[0].items()
               if step in curves[1]]
     out.append("loss at equal steps, B - A: " + (", ".join(shared) or "no step in common"))
-    slope = seconds_per_loss(a.runs)
+    origin = "given"
     if slope is None:
-        return "\n".join([*out, "net seconds: unknown, as A's loss doesn't fall at its end"])
-    net = net_seconds(a, b, slope[0])
-    out.append(f"net seconds, B - A: {net.text(' s', 2)}, at {slope[0]:.1f} s per unit of loss "
-               f"(A, steps {slope[1]} to {slope[2]})")
+        ends = seconds_per_loss(a.runs)
+        if ends is None:
+            return "\n".join([*out, "net seconds: unknown, as A has no validation near its end or isn't falling "
+                              "there: see --val_every, or give compare --seconds_per_loss"])
+        slope, origin = ends[0], f"A, steps {ends[1]} to {ends[2]}"
+    net = net_seconds(a, b, slope)
+    out.append(f"net seconds, B - A: {net.text(' s', 2)}, at {slope:.1f} s per unit of loss ({origin})")
     return "\n".join([*out, f"verdict on B: {net.verdict(n)}"])
 
 
 def compare(options, flags):
-    print(comparison(load_group(options.a), load_group(options.b), options.threshold))
+    slope = options.seconds_per_loss
+    if slope is not None and not 0 < slope < math.inf:
+        raise UserError(f"--seconds_per_loss={slope}: expected a number above 0")
+    print(comparison(load_group(options.a), load_group(options.b), options.threshold, slope))
 
 
 def plan(options, flags):
@@ -690,7 +712,8 @@ def parser() -> Parser:
     command(import_logs, "import", "logs:+", "name", records=RECORDS)
     command(verify_all, "verify", "folders:*", records=RECORDS)
     command(refresh, "refresh", "folders:+")
-    command(compare, "compare", "a", "b", threshold=float)
+    command(compare, "compare", "a", "b", threshold=float, seconds_per_loss=float)
+    command(keep, "keep", "folder", "name", records=RECORDS)
     planner = command(plan, "plan", sd=float)
     planner.add_argument("--margin", type=float, required=True)
     planner.add_argument("--from", type=Path, dest="source")
