@@ -218,6 +218,10 @@ def main():
     unknown = set(names) - set(VARIANTS)
     if unknown:
         parser.error(f"--compare: no {unknown}; there are {', '.join(VARIANTS)}")
+    try:
+        tg.parse_config(flags)
+    except tg.UserError as error:
+        parser.error(str(error))
     if args.cap_gib:
         share = args.cap_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(share)

@@ -125,7 +125,9 @@ def test_step_times_every_stage_of_the_default_and_a_variant_and_counts_compilat
     assert 0 < stage["low"] <= stage["ms"] <= stage["high"] and stage["n"] == 1
 
 
-@pytest.mark.parametrize("argument, words", [("--steps=3", "an even number"), ("--compare=nothing", "there are")])
+@pytest.mark.parametrize("argument, words", [
+    ("--steps=3", "an even number"), ("--compare=nothing", "there are"), ("--heds=2", "did you mean --heads"),
+])  # fmt: skip
 def test_step_refuses_in_one_line(argument, words):
     run = run_step(argument)
     assert run.returncode == 2 and words in run.stderr.splitlines()[-1]
