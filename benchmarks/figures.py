@@ -1,4 +1,7 @@
-"""Draw the README's figures from benchmarks/results/*.json and the records: python benchmarks/figures.py"""
+"""Draw the README's figures from benchmarks/results/*.json and the records, print stages' milliseconds.
+
+    python benchmarks/figures.py
+"""
 
 import json
 import sys
@@ -12,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SPRINT = {"december": "December's default", "plain": "today's, in plain torch", "eleven_techniques": "today's"}
+SPRINT = {"december": "December's", "plain": "today's, in plain torch", "eleven_techniques": "today's"}
 
 sys.path.insert(0, str(ROOT / "records"))
 from runs import parse_log  # noqa: E402
@@ -32,12 +35,35 @@ def finish(figure, axes, name: str, **labels):
     plt.close(figure)
 
 
+def sprints(name: str) -> list:
+    """The runs of a record of the sprint."""
+    (folder,) = (ROOT / "records/track_0_sprint").glob(f"*_{name}")
+    return [parse_log(path) for path in sorted(folder.glob("seed*.txt"))]
+
+
+def stage_times(run, settle: int = 4) -> list[float]:
+    """Milliseconds per micro-batch in each stage but the extension: medians over pairs of steps.
+
+    Pairs, as Adam works at every other step; the first steps of a stage are left out.
+    """
+    at = {step.step: step.ms for step in run.steps if step.kind == "train"}
+    ends = [round(stage["start"] * run.config["scheduled_steps"]) for stage in run.config["stages"]]
+    pairs = [range(lo + settle + lo % 2, hi - 1, 2) for lo, hi in zip(ends, ends[1:])]
+    return [float(np.median([(at[step + 2] - at[step]) / 2 for step in steps])) / run.config["micro_batches"]
+            for steps in pairs]
+
+
+def print_stages():
+    for name in SPRINT:
+        times = np.array([stage_times(run) for run in sprints(name)])
+        print(name, *(f"{ms.mean():.1f} ({ms.min():.1f} to {ms.max():.1f})" for ms in times.T), sep=" | ")
+
+
 def draw_sprint(window: int = 7):
     """Losses over training seconds of the sprint's records: running means of training's, last validations."""
     figure, axes = plt.subplots(figsize=(7.5, 4))
     for i, (name, label) in enumerate(SPRINT.items()):
-        (folder,) = (ROOT / "records/track_0_sprint").glob(f"*_{name}")
-        runs = [parse_log(path) for path in sorted(folder.glob("seed*.txt"))]
+        runs = sprints(name)
         for run in runs:
             seconds, losses = np.array([(s.ms / 1e3, s.loss) for s in run.steps if s.kind == "train"]).T
             mean = np.convolve(losses, np.ones(window) / window, "valid")
@@ -45,8 +71,9 @@ def draw_sprint(window: int = 7):
             axes.plot(middle, mean, color=f"C{i}", lw=0.8, alpha=0.6)
         axes.plot([run.seconds for run in runs], [run.loss for run in runs], f"C{i}o", ms=5,
                   label=f"{label}: {np.mean([run.loss for run in runs]):.4f}, n = {len(runs)}")
-    finish(figure, axes, "sprint_loss.png", xlabel="training seconds, one H100", ylabel="loss (nats per token)",
-           ylim=(3.4, 6), title="sprint: training loss, and last validation loss (dots)")
+    finish(figure, axes, "sprint_loss.png", xlabel="training seconds, one H100",
+           ylabel="loss (nats per token)", ylim=(3.4, 6),
+           title=f"sprint: training loss, mean of {window} steps, and last validation loss (dots)")
 
 
 def main():
@@ -54,6 +81,7 @@ def main():
     seeds = [run for name, run in runs.items() if name.startswith("default")]
 
     draw_sprint()
+    print_stages()
 
     figure, axes = plt.subplots(figsize=(7.5, 3.2))
     for i, run in enumerate(seeds):

@@ -3,11 +3,11 @@
     python records/record.py new NAME --track short --runs 5 --gpus 8 [-- --flag=value ..]
     python records/record.py import LOG_FOLDER.. NAME      # finished runs; marked as not pre-registered
     python records/record.py verify [FOLDER..]             # default: every record beside this file
-    python records/record.py compare A B [--threshold .005] [--seconds_per_loss 149]
+    python records/record.py compare A B [--threshold .005] [--seconds_per_loss 164]
     python records/record.py plan --margin .0015 [--sd .0013 | --from FOLDER]
-    python records/record.py race A.py B.py --runs 3       # A, B, A, B, .. on one machine; 3 5: two more of B
+    python records/record.py race A.py B.py --runs 3       # A, B, A, B, .. on one machine; 3,5: two more of B
     python records/record.py keep FOLDER NAME              # a side of a race becomes a record
-    python records/record.py reproduce FOLDER [--data=DIR] # runs the frozen script, judges the result
+    python records/record.py reproduce FOLDER [--data=DIR] [--tokenizer=FILE]  # runs the frozen script again
     python records/record.py refresh FOLDER..              # README and pictures anew, from logs that verify
     python records/record.py table [--file README.md]      # history, between the file's markers
     python records/record.py plot FOLDER.. [--out FILE]
@@ -18,6 +18,7 @@ Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -89,10 +90,16 @@ def target_text(results: dict) -> str:
     return f"{text}. {verdict} (t-test, p < {LEVEL})."
 
 
+def statistics_of(record: dict, name: str) -> tuple[float, float | None]:
+    """Mean and sd of "loss" or "seconds", from the digits of the runs: results are rounded."""
+    values = [row[name] for row in record["runs"]]
+    return float(np.mean(values)), sd(values)
+
+
 def evidence(record: dict) -> str:
     """The generated part of a record's README; follows from record.json alone."""
     plan, env, results = record["plan"], record["environment"], record["results"]
-    loss, seconds = results["loss"], results["seconds"]
+    loss, seconds = (statistics_of(record, name) for name in ("loss", "seconds"))
     flags = " ".join(plan["flags"]) or "none"
     when = (f"Registered {plan['registered']}, before the first run" if plan["registered"]
             else "**Not pre-registered**: imported from finished logs")
@@ -103,11 +110,11 @@ def evidence(record: dict) -> str:
     return "\n".join([
         MARKER, "", "## Evidence", "",
         f"{when}: track {record['track']}, seeds {', '.join(map(str, plan['seeds']))}, flags: {flags}."
-        + f" A race: the runs of {sides} alternated." * bool(sides), "",
+        + f" A race: the runs of {sides}, so called there, alternated while both had any." * bool(sides), "",
         f"{results['n']} runs, {env['device']}, world size {env['world_size']}, torch {env['torch']}, "
         f"CUDA {env['cuda']}:",
-        f"validation loss {loss['mean']:.5f}, sd {number(loss['sd'], 5)}; "
-        f"training time {seconds['mean']:.3f} s, sd {number(seconds['sd'], 3)} (sd divides by n - 1).",
+        f"validation loss {loss[0]:.5f}, sd {number(loss[1], 5)}; "
+        f"training time {seconds[0]:.3f} s, sd {number(seconds[1], 3)} (sd divides by n - 1).",
         target_text(results), "",
         "| seed | validation loss | training s | steps | started | attempts | log |",
         "|--:|--:|--:|--:|---|--:|---|", *rows, "", "![loss](loss.png)", "",
@@ -117,8 +124,11 @@ def evidence(record: dict) -> str:
         "`reproduce FOLDER` runs the script again.", ""])
 
 
-def write_record(folder: Path):
-    """Check the logs, then write record.json, README.md and the pictures. Raises Mismatch."""
+def write_record(folder: Path, shown: Path | None = None):
+    """Check the logs, then write record.json, README.md and the pictures. Raises Mismatch.
+
+    shown: the folder's name for the reader, if it isn't there yet.
+    """
     record = load_record(folder)
     runs = [parse_log(folder / f"seed{seed}.txt") for seed in record["plan"]["seeds"]]
     check_plan(runs, record["plan"], record["track"])
@@ -130,7 +140,7 @@ def write_record(folder: Path):
     draw_losses({record["name"]: runs}, folder / "loss.png", TRACKS[record["track"]].target)
     draw_lambdas(runs, folder / "lambdas.png")
     write(folder / "record.json", dump(record))
-    print(f"{folder}: n = {len(runs)}, loss {record['results']['loss']['mean']:.5f}. "
+    print(f"{shown or folder}: n = {len(runs)}, loss {statistics_of(record, 'loss')[0]:.5f}. "
           f"{target_text(record['results'])}")
 
 
@@ -218,7 +228,7 @@ def register(folder: Path, name: str, track: str, script: Path | None, plan: dic
         return
     script = script or ROOT / "train_gpt.py"
     if not script.is_file():
-        raise UserError(f"no script {script}: give one with --script=FILE")
+        raise UserError(f"{script}: found no such file: give the path of a train_gpt.py")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(script, folder / "train_gpt.py")
     try_out(folder / "train_gpt.py", track, plan["flags"])
@@ -230,11 +240,13 @@ def register(folder: Path, name: str, track: str, script: Path | None, plan: dic
 
 
 def try_out(script: Path, track: str, flags: list[str]):
-    """Raise UserError, and remove the script, if it refuses its flags or data: before they are binding."""
+    """Raise UserError, and remove the copy, if it refuses its flags or data: before they are binding."""
     run = subprocess.run([sys.executable, script, "--check=on", f"--track={track}", *flags], text=True,
                          capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
     if run.returncode:
         script.unlink()
+        with contextlib.suppress(OSError):  # not empty
+            script.parent.rmdir()
         raise UserError(f"nothing registered: {(run.stderr.strip() or 'no reason given').splitlines()[-1]}")
 
 
@@ -280,7 +292,10 @@ def run_seed(folder: Path, seed: int):
         write(path, log_text(train(folder / "train_gpt.py", plan["gpus"], flags, work)))
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    check_run(parse_log(path))
+    run = parse_log(path)
+    check_run(run)
+    row["log_sha256"] = run.sha256
+    write(folder / "record.json", dump(record))
 
 
 def plan_of(runs: int, flags: list[str], gpus: int) -> dict:
@@ -345,14 +360,17 @@ def race(options, flags):
     With two numbers of runs, A's and B's, those that one has more come last.
     """
     check_flags(flags, options.track)
-    if len(options.runs) > 2:
-        raise UserError(f"--runs: found {len(options.runs)} numbers, expected one for both or A's and B's")
     place = options.out or ROOT / "logs" / f"race_{options.a.stem}_{options.b.stem}"
     sides = {place / f"A_{options.a.stem}": options.runs[0], place / f"B_{options.b.stem}": options.runs[-1]}
-    names = [folder.name for folder in sides]
-    for (folder, runs), script in zip(sides.items(), (options.a, options.b)):
-        plan = plan_of(runs, flags, options.gpus) | {"interleaved": names}
-        register(folder, folder.name, options.track, script, plan)
+    new_here = [folder for folder in sides if not folder.exists()]
+    try:
+        for (folder, runs), script in zip(sides.items(), (options.a, options.b)):
+            plan = plan_of(runs, flags, options.gpus) | {"interleaved": [side.name for side in sides]}
+            register(folder, folder.name, options.track, script, plan)
+    except UserError:
+        for folder in new_here:  # both or none
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     for seed in range(max(options.runs)):
         for folder, runs in sides.items():
             if seed < runs:
@@ -364,15 +382,28 @@ def race(options, flags):
 
 def keep(options, flags):
     """Takes a record from elsewhere, such as a side of a race, into the records under a name; copies it."""
+    if unfinished := only_registered(options.folder):
+        raise UserError(f"{options.folder}: {unfinished}: give the command again that made it")
     record = verify(options.folder)
     folder = find_folder(options.records, record["track"], options.name, record["date"])
-    if folder.exists():
-        raise UserError(f"{folder}: is there already: give another name")
-    shutil.copytree(options.folder, folder)
-    readme = read(folder / "README.md").replace(f"# {record['name']}\n", f"# {options.name}\n", 1)
-    write(folder / "README.md", readme)
-    write(folder / "record.json", dump(record | {"name": options.name}))
-    write_record(folder)
+    twins = [path for path in all_records(options.records) if load_record(path)["runs"] == record["runs"]]
+    if folder.exists() or twins:
+        raise UserError(f"{folder}: is there already: give another name" if folder.exists() else
+                        f"{twins[0]}: has these runs already")
+    options.records.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".keep_", dir=options.records) as work:
+        draft = Path(work) / folder.name
+        draft.mkdir()
+        for name in ["train_gpt.py", *(row["log"] for row in record["runs"])]:
+            shutil.copyfile(options.folder / name, draft / name)
+        readme, title = read(options.folder / "README.md"), f"# {record['name']}\n"
+        if readme.startswith(title):
+            readme = f"# {options.name}\n" + readme.removeprefix(title)
+        write(draft / "README.md", readme)
+        write(draft / "record.json", dump(record | {"name": options.name}))
+        write_record(draft, shown=folder)
+        folder.parent.mkdir(exist_ok=True)
+        draft.rename(folder)
 
 
 def reproduce(options, flags):
@@ -388,11 +419,13 @@ def reproduce(options, flags):
     old = parse_log(options.folder / record["runs"][0]["log"])
     seed = old.config["seed"] if options.seed is None else options.seed
     data = options.data or old.config["data"] or str(ROOT / "data" / old.config["dataset"])
+    tokenizer = options.tokenizer or old.config.get("tokenizer", "")
+    places = [f"--data={data}"] + [f"--tokenizer={tokenizer}"] * bool(tokenizer)
     gpus = options.gpus or record["plan"]["gpus"]
     with tempfile.TemporaryDirectory() as work:
         script = Path(work) / "train_gpt.py"
         shutil.copyfile(options.folder / "train_gpt.py", script)
-        given = [f"--track={record['track']}", *record["plan"]["flags"], f"--seed={seed}", f"--data={data}"]
+        given = [f"--track={record['track']}", *record["plan"]["flags"], f"--seed={seed}", *places]
         again = parse_log(train(script, gpus, given, Path(work) / "logs") / "log.txt")
     check_run(again)
     before, after = comparable(old, PER_PLACE), comparable(again, PER_PLACE)
@@ -419,13 +452,15 @@ def reproduce(options, flags):
 class Group(NamedTuple):
     name: str
     runs: list[Run]
+    race: list = []  # the sides of the race that its runs were in
 
 
 def load_group(path: Path) -> Group:
     """Runs of a record (verified first), a log, or a folder with logs. Raises UserError if there are none."""
     if (path / "record.json").exists():
         record = verify(path)
-        return Group(record["name"], [parse_log(path / row["log"]) for row in record["runs"]])
+        return Group(record["name"], [parse_log(path / row["log"]) for row in record["runs"]],
+                     record["plan"].get("interleaved", []))
     ours = [*path.glob("log.txt"), *path.glob("*/log.txt")]
     logs = [path] if path.is_file() else sorted(ours or path.glob("*.txt"))
     if not logs:
@@ -437,18 +472,16 @@ def in_pairs(a: Group, b: Group) -> list[tuple[Run, Run]]:
     """The runs by seed, if one group has all seeds of the other and those are 2 or more; else none."""
     mine, other = ({run.config.get("seed"): run for run in group.runs} for group in (a, b))
     seeds = sorted((mine.keys() & other.keys()) - {None})
-    whole = len(seeds) == min(len(a.runs), len(b.runs)) > 1
+    unique = len(mine) == len(a.runs) and len(other) == len(b.runs)
+    whole = unique and len(seeds) == min(len(mine), len(other)) > 1
     return [(mine[seed], other[seed]) for seed in seeds] if whole else []
 
 
-def net_seconds(a: Group, b: Group, slope: float) -> Difference:
+def net_seconds(timing: Difference, gap: Difference, slope: float) -> Difference:
     """B's time less A's, with the difference in loss worth `slope` seconds per unit."""
-    if pairs := in_pairs(a, b):
-        return paired(*([run.seconds + slope * run.loss for run in runs] for runs in zip(*pairs)))
-    time_gap = welch([r.seconds for r in a.runs], [r.seconds for r in b.runs])
-    loss_gap = welch([r.loss for r in a.runs], [r.loss for r in b.runs])
-    spread = None if loss_gap.sd is None else math.hypot(time_gap.sd, slope * loss_gap.sd)
-    return Difference(time_gap.mean + slope * loss_gap.mean, spread, min(time_gap.df, loss_gap.df), "Welch")
+    spread = None if None in (timing.sd, gap.sd) else math.hypot(timing.sd, slope * gap.sd)
+    how = timing.how if timing.how == gap.how else f"time {timing.how}, loss {gap.how}"
+    return Difference(timing.mean + slope * gap.mean, spread, min(timing.df, gap.df), how)
 
 
 def comparison(a: Group, b: Group, threshold: float | None = None, slope: float | None = None) -> str:
@@ -463,8 +496,10 @@ def comparison(a: Group, b: Group, threshold: float | None = None, slope: float 
         out.append(f"{letter} = {group.name}: n = {len(losses)}, loss {np.mean(losses):.5f} sd "
                    f"{number(sd(losses), 5)}, time {np.mean(seconds):.3f} s sd {number(sd(seconds), 3)}")
     gap, pairs = welch(*([r.loss for r in g.runs] for g in (a, b))), in_pairs(a, b)
-    times = [[r.seconds for r in runs] for runs in (zip(*pairs) if pairs else (a.runs, b.runs))]
-    timing = (paired if pairs else welch)(*times)
+    raced = pairs and a.race and a.race == b.race  # then times pair, too
+    timing = (paired if raced else welch)(*([r.seconds for r in runs] for runs in
+                                            (zip(*pairs) if raced else (a.runs, b.runs))))
+    paired_n = len(pairs) if raced else n
     out.append(f"final loss, B - A: {gap.text('', 5)}: {gap.verdict(n)}")
     if pairs:
         out.append(f"  by seed: {paired(*([r.loss for r in runs] for runs in zip(*pairs))).text('', 5)}")
@@ -476,7 +511,7 @@ def comparison(a: Group, b: Group, threshold: float | None = None, slope: float 
             out.append(f"  B at least {threshold} lower: p = {gap.p_less(threshold):.6f}")
     elif threshold is not None:
         out.append(f"  B at least {threshold} lower: no test without a spread")
-    out.append(f"train time, B - A: {timing.text(' s', 3)}: {timing.verdict(n)}")
+    out.append(f"train time, B - A: {timing.text(' s', 3)}: {timing.verdict(paired_n)}")
     curves = mean_curve(a.runs), mean_curve(b.runs)
     shared = [f"{step}: {curves[1][step][0] - loss:+.4f}" for step, (loss, _) in curves[0].items()
               if step in curves[1]]
@@ -485,18 +520,20 @@ def comparison(a: Group, b: Group, threshold: float | None = None, slope: float 
     if slope is None:
         ends = seconds_per_loss(a.runs)
         if ends is None:
-            return "\n".join([*out, "net seconds: unknown, as A has no validation near its end or isn't falling "
-                              "there: see --val_every, or give compare --seconds_per_loss"])
+            return "\n".join([*out, "net seconds: unknown, as A has no validation near its end or doesn't "
+                              "fall there: see --val_every, or give compare --seconds_per_loss"])
         slope, origin = ends[0], f"A, steps {ends[1]} to {ends[2]}"
-    net = net_seconds(a, b, slope)
+    net = net_seconds(timing, gap, slope)
     out.append(f"net seconds, B - A: {net.text(' s', 2)}, at {slope:.1f} s per unit of loss ({origin})")
-    return "\n".join([*out, f"verdict on B: {net.verdict(n)}"])
+    return "\n".join([*out, f"verdict on B: {net.verdict(paired_n)}"])
 
 
 def compare(options, flags):
     slope = options.seconds_per_loss
-    if slope is not None and not 0 < slope < math.inf:
-        raise UserError(f"--seconds_per_loss={slope}: expected a number above 0")
+    if slope is not None and not 0 < slope < 1e6:
+        raise UserError(f"--seconds_per_loss={slope}: expected a number above 0 and below a million")
+    if not math.isfinite(options.threshold or 0):
+        raise UserError(f"--threshold={options.threshold}: expected a number")
     print(comparison(load_group(options.a), load_group(options.b), options.threshold, slope))
 
 
@@ -527,22 +564,29 @@ def only_registered(folder: Path) -> str:
     """"k of n runs done" if a registered record isn't complete yet, else "".
 
     A complete one has results, so a log can't be taken from it again. Raises Mismatch if its script isn't the
-    one registered.
+    one registered, or a log isn't what its run left.
     """
     record = load_record(folder)
     plan = record.get("plan", {})
     if "results" in record or not plan.get("registered"):
         return ""
     check_script(folder, plan)
-    return f"{len([*folder.glob('seed*.txt')])} of {plan.get('runs')} runs done"
+    rows = [row for row in record["runs"] if "log_sha256" in row]
+    runs = [parse_log(folder / f"seed{row['seed']}.txt") for row in rows]
+    for run, row in zip(runs, rows):
+        expect(run.path, "sha256", run.sha256, row["log_sha256"])
+    if runs:
+        check_plan(runs, plan | {"seeds": [row["seed"] for row in rows]}, record["track"])
+    expect(folder, "sha256 of record.json's contents", record["sha256"], json.loads(dump(record))["sha256"])
+    return f"{len(runs)} of {plan.get('runs')} runs done"
 
 
 def verify_all(options, flags):
     folders = options.folders or all_records(options.records)
     seen, verified = {}, 0
     for folder in folders:
-        if only_registered(folder):
-            print(f"{folder}: registered, {only_registered(folder)}")
+        if unfinished := only_registered(folder):
+            print(f"{folder}: registered, {unfinished}")
             continue
         verified += 1
         record = verify(folder)
@@ -590,11 +634,12 @@ def history(records: list, base: Path) -> str:
     for folder, record in records:
         results, env = record["results"], record["environment"]
         p, missed = results.get("p_t_test"), " (target not shown)" * (not results.get("reached", True))
+        (loss, loss_sd), (seconds, seconds_sd) = (statistics_of(record, name) for name in ("loss", "seconds"))
         rows.append(
             f"| {record['date']} | [{record['name']}]({os.path.relpath(folder, base)}) "
-            f"| {results['seconds']['mean']:.2f}, sd {number(results['seconds']['sd'], 2)} "
-            f"| {results['loss']['mean']:.4f}, sd {number(results['loss']['sd'], 4)} | {results['n']} "
-            f"| {'-' if p is None else f'{p:.2g}'}{missed} | {env['world_size']} x {env['device']} "
+            f"| {seconds:.2f}, sd {number(seconds_sd, 2)} | {loss:.4f}, sd {number(loss_sd, 4)} "
+            f"| {results['n']} | {'-' if p is None else f'{p:.2g}'}{missed} "
+            f"| {env['world_size']} x {env['device']} "
             f"| {'before' if record['plan']['registered'] else 'no'} |")
     return "\n".join(rows) + "\n"
 
@@ -686,6 +731,13 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def one_or_two(text: str) -> list[int]:
+    numbers = [at_least_one(part) for part in text.split(",")]
+    if len(numbers) > 2:
+        raise argparse.ArgumentTypeError(f"expected one number for both or A's and B's, found {text!r}")
+    return numbers
+
+
 def parser() -> Parser:
     top = Parser("record.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
@@ -702,13 +754,13 @@ def parser() -> Parser:
             sub.add_argument(f"--{flag}", default=default, type=kind if default is None else type(default))
         return sub
 
-    def runs_of(sub, track: str | None, nargs: str | None = None):
+    def runs_of(sub, track: str | None, number=at_least_one):
         sub.add_argument("--track", choices=TRACKS, default=track, required=track is None)
-        sub.add_argument("--runs", type=at_least_one, required=True, nargs=nargs)
+        sub.add_argument("--runs", type=number, required=True)
         sub.add_argument("--gpus", type=at_least_one, default=1)
 
     runs_of(command(new, "new", "name", script=Path, records=RECORDS), None)
-    runs_of(command(race, "race", "a", "b", out=Path), "sprint", "+")
+    runs_of(command(race, "race", "a", "b", out=Path), "sprint", one_or_two)
     command(import_logs, "import", "logs:+", "name", records=RECORDS)
     command(verify_all, "verify", "folders:*", records=RECORDS)
     command(refresh, "refresh", "folders:+")
@@ -717,7 +769,7 @@ def parser() -> Parser:
     planner = command(plan, "plan", sd=float)
     planner.add_argument("--margin", type=float, required=True)
     planner.add_argument("--from", type=Path, dest="source")
-    command(reproduce, "reproduce", "folder", data=str, seed=int, gpus=at_least_one)
+    command(reproduce, "reproduce", "folder", data=str, tokenizer=str, seed=int, gpus=at_least_one)
     command(table, "table", file=ROOT / "README.md", records=RECORDS)
     command(plot, "plot", "folders:+", out=Path("plot.png"), target=float)
     return top

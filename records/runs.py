@@ -29,7 +29,7 @@ TRACKS = {
 LEVEL = 0.01      # p below which a target counts as reached
 NO_WORSE = 0.005  # nats: "no worse" means that the upper 95 % bound of the difference is below this
 PER_RUN = {"seed", "log_folder"}  # fields of a run's configuration that may differ within a record
-PER_PLACE = PER_RUN | {"data", "save_every"}    # ... and between a record and its reproduction
+PER_PLACE = PER_RUN | {"data", "tokenizer", "save_every"}  # ... and between a record and its reproduction
 SET_HERE = PER_RUN | {"track", "save_every", "checkpoint", "resume", "check", "stop_after", "export"}
 
 
@@ -344,8 +344,8 @@ def welch(a, b) -> Difference:
 
 def paired(a, b) -> Difference:
     """B - A of runs that belong together one by one."""
-    gaps = np.subtract(b, a)
-    return Difference(float(gaps.mean()), sd(gaps) / math.sqrt(len(gaps)), len(gaps) - 1, "paired")
+    gaps, n = np.subtract(b, a), len(a)
+    return Difference(float(gaps.mean()), sd(gaps) / math.sqrt(n), n - 1, f"paired, n = {n}")
 
 
 def seconds_per_loss(runs: list[Run]) -> tuple[float, int, int] | None:

@@ -513,13 +513,15 @@ def test_race_interleaves_and_goes_on(made, tmp_path, monkeypatch):
     assert "verdict on B: better" in result.out and "paired" in result.out
     assert "  by seed: -0.01000" in result.out
     assert verify(tmp_path / "race" / "A_a")["plan"]["interleaved"] == ["A_a", "B_b"]
-    race = "race", a, b, "--runs", "2", "3", "--out", tmp_path / "uneven"
+    race = "race", a, b, "--runs=2,3", "--out", tmp_path / "uneven"
     order.clear()
     result = cli(*race)
     assert result.code == 0 and order == ["A_a", "B_b"] * 2 + ["B_b"], result.err
     assert "A_a: n = 2," in result.out and "B_b: n = 3," in result.out and "  by seed: -0.01000" in result.out
-    result = cli("race", a, b, "--runs", "1", "2", "3")
-    assert result.code == 2 and "--runs: found 3 numbers" in result.err
+    assert "paired, n = 2" in result.out and result.out.endswith("the baseline has n = 2, an sd needs 3\n")
+    assert cli("race", a, b, "--runs=3,2", "--out", tmp_path / "uneven").code == 2  # registered with others
+    result = cli("race", a, b, "--runs=1,2,3")
+    assert result.code == 2 and "one number for both or A's and B's" in result.err
 
 
 def test_keep_takes_a_side_of_a_race_into_the_records(made, folder, tmp_path, monkeypatch):
@@ -534,13 +536,59 @@ def test_keep_takes_a_side_of_a_race_into_the_records(made, folder, tmp_path, mo
     (kept,) = (tmp_path / "records" / "track_1_short").iterdir()
     assert kept.name == f"{row['date']}_better_name" and verify(kept)["name"] == "better_name"
     readme = (kept / "README.md").read_text()
-    assert readme.startswith("# better_name\n") and "the runs of A_old and B_idea alternated" in readme
+    assert readme.startswith("# better_name\n") and "the runs of A_old and B_idea, so called" in readme
     assert verify(side)["name"] == "idea"
     result = cli("keep", side, "better_name", "--records", tmp_path / "records")
     assert result.code == 2 and "is there already: give another name" in result.err
     (side / "seed1.txt").write_text((side / "seed1.txt").read_text().replace("3.2", "3.1", 1))
     assert cli("keep", side, "again", "--records", tmp_path / "records").code == 1
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["track_1_short"]
     assert len(list((tmp_path / "records" / "track_1_short").iterdir())) == 1
+
+
+def test_keep_copies_all_of_a_record_and_nothing_else_or_leaves_no_trace(made, folder, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    (folder / "logs").mkdir()
+    result = cli("keep", folder, "twin", "--records", made.place / "records")
+    assert result.code == 2 and "has these runs already" in result.err
+    monkeypatch.setattr(record, "draw_losses", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("keep", folder, "kept", "--records", tmp_path / "records")
+    assert not list((tmp_path / "records").iterdir())
+    without_pictures(monkeypatch)
+    assert cli("keep", folder, "kept", "--records", tmp_path / "records").code == 0
+    (kept,) = (tmp_path / "records" / "track_1_short").iterdir()
+    assert {path.name for path in kept.iterdir()} == {path.name for path in folder.iterdir()} - {"logs"}
+
+
+def test_a_race_registers_both_sides_or_none(made, tmp_path):
+    a, missing = write_trainer(tmp_path / "a.py"), tmp_path / "missing.py"
+    result = cli("race", a, missing, "--runs=2", "--out", tmp_path / "race")
+    assert result.code == 2 and "missing.py: found no such file" in result.err
+    assert not list((tmp_path / "race").iterdir())
+
+
+def test_logs_of_an_unfinished_record_are_checked(made, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    monkeypatch.setenv("FAIL", "2")
+    new = ("new", "cut", "--track=short", "--runs=3", f"--script={made.trainer}", "--records", tmp_path)
+    assert cli(*new).code == 2
+    (folder,) = (tmp_path / "track_1_short").iterdir()
+    result = cli("verify", folder)
+    assert result.code == 0 and "registered, 2 of 3 runs done" in result.out
+    result = cli("keep", folder, "half", "--records", tmp_path / "other")
+    assert result.code == 2 and "2 of 3 runs done: give the command again" in result.err
+    log = (folder / "seed0.txt").read_text()
+    (folder / "seed0.txt").write_text(log.replace("val_loss:3.2", "val_loss:3.1", 1))
+    result = cli("verify", folder)
+    assert result.code == 1 and "seed0.txt: sha256" in result.err
+    (folder / "seed0.txt").write_text(log)
+    text = (folder / "record.json").read_text()
+    (folder / "record.json").write_text(text.replace('"attempts": 1', '"attempts": 2', 1))
+    assert cli("verify", folder).code == 1
+    (folder / "record.json").write_text(text)
+    monkeypatch.delenv("FAIL")
+    assert cli(*new).code == 0 and cli("verify", folder).code == 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -661,7 +709,8 @@ BAD = [
     ["new", "x", "--track=tiny", "--runs=2", "--", "--seed=3"],
     ["new", "x", "--track=tiny", "--runs=2", "--", "lr"], ["verify", "--", "--muon_lr=1"],
     ["new", "x", "--track=short", "--runs=2", "--", "--val_tokens=100"], ["verify", "/nowhere"],
-    ["compare", "a", "b", "--seconds_per_loss=0"], ["keep", "/nowhere", "x"],
+    ["compare", "a", "b", "--seconds_per_loss=0"], ["compare", "a", "b", "--threshold=nan"],
+    ["keep", "/nowhere", "x"],
     ["compare", "/nowhere", "/nowhere"], ["compare", "a"], ["compare", SCRIPT, SCRIPT], ["plan"],
     ["plan", "--margin=0"], ["plan", "--margin=x"], ["plan", "--margin=.001", "--sd=-1"],
     ["plan", "--margin=1e-9"], ["plan", "--margin=nan"], ["table", "--file=/nowhere/README.md"],
