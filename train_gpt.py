@@ -14,6 +14,7 @@ Shape suffixes: x_TD is (T, D).   T tokens of one packed micro-batch   D model w
 """
 
 import base64
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -21,6 +22,7 @@ import glob
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -818,54 +820,39 @@ def soft_tanh(x, APPROXIMATE: constexpr):
 
 
 @jit
-def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: constexpr, SOFTCAP: constexpr,
+def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: constexpr, HEIGHT: constexpr,
                          SHIFT: constexpr, WIDTH: constexpr, APPROXIMATE: constexpr, BLOCK: constexpr):
     """One row: loss, and the gradient divided by `scale`, written in grad's own dtype."""
     LOG2E: constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)  # column by column
+    total = tl.zeros((BLOCK,), tl.float32)  # column by column
     for first in range(0, V, BLOCK):
         inside = first + columns < V
-        q = tl.load(logits + row * V + first + columns, inside, other=-float("inf")).to(tl.float32)
-        if SOFTCAP > 0:  # bounded, so its maximum needn't be known
-            t = soft_tanh(q * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
-            total += tl.where(inside, tl.exp2((t - 1) * (SOFTCAP * LOG2E)), 0.0)
-        else:
-            higher = tl.maximum(top, q)
-            total = total * tl.exp2((top - higher) * LOG2E) + tl.exp2((q - higher) * LOG2E)
-            top = higher
-    highest = tl.max(top) if SOFTCAP == 0 else SOFTCAP
-    if SOFTCAP == 0:
-        total *= tl.exp2((top - highest) * LOG2E)
-    lse = tl.log(tl.sum(total)) + highest
+        z = tl.load(logits + row * V + first + columns, inside, other=0.0).to(tl.float32)
+        t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
+        total += tl.where(inside, tl.exp2((t - 1) * (HEIGHT * LOG2E)), 0.0)  # at most 1: no maximum is needed
+    lse = tl.log(tl.sum(total)) + HEIGHT
     weight_sum, value = 0.0, 0.0
     for k in tl.static_range(K):
         target = tl.load(targets + row * K + k)
         weight = tl.where(target >= 0, tl.load(weights + k), 0.0)
         picked = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
-        if SOFTCAP > 0:
-            picked = SOFTCAP * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
-        value += weight * (lse - picked)
+        value += weight * (lse - HEIGHT * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE))
         weight_sum += weight
     tl.store(loss + row, value)
-    inverse = (SOFTCAP / WIDTH if SOFTCAP > 0 else 1.0) / tl.load(scale)  # the softcap's steepest slope
+    inverse = HEIGHT / WIDTH / tl.load(scale)  # the softcap's steepest slope
     offset = (tl.log(weight_sum * inverse) - lse) * LOG2E  # weights and scale go into the exponent
     for first in range(0, V, BLOCK):
         inside = first + columns < V
         z = tl.load(logits + row * V + first + columns, inside, other=0.0).to(tl.float32)
-        if SOFTCAP > 0:
-            t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
-            g = tl.exp2(t * (SOFTCAP * LOG2E) + offset)
-        else:
-            g = tl.exp2(z * LOG2E + offset)
+        t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
+        g = tl.exp2(t * (HEIGHT * LOG2E) + offset)
         for k in tl.static_range(K):
             at = tl.load(targets + row * K + k) - first
             if (at >= 0) & (at < BLOCK):
                 g -= tl.where(columns == at, tl.load(weights + k) * inverse, 0.0)
-        if SOFTCAP > 0:
-            g *= 1 - t * t
-        tl.store(grad + row * V + first + columns, g.to(grad.dtype.element_ty), inside)
+        tl.store(grad + row * V + first + columns, (g * (1 - t * t)).to(grad.dtype.element_ty), inside)
 
 
 def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype):
@@ -889,7 +876,7 @@ def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dty
     in `dtype` (None: the logits'). The kernel never writes float32 logits.
     """
     dtype = dtype or logits_TV.dtype
-    if mode == "reference":
+    if mode == "reference" or not softcap.height:  # the kernel counts on bounded logits
         return reference(logits_TV, targets_TK, weights_K, softcap, scale, dtype)
     (T, V), K = logits_TV.shape, targets_TK.size(1)
     loss_T = torch.empty(T, device=logits_TV.device)
@@ -1421,35 +1408,25 @@ class GPT(nn.Module):
         attn_bank[:, : 4 if cfg.draw_output else 3].uniform_(-bound, bound)
         mlp_bank[:, 0].uniform_(-bound, bound)
         self.attn_lambdas = nn.Parameter(torch.tensor([0.5, 1.0]).repeat(A, 1))
-        self.add_mechanisms(cfg)
 
-    def add_mechanisms(self, cfg: Config):
-        """The parameters that only some configurations have."""
-        L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
-        if cfg.value_tables:
-            shape = cfg.value_tables * V, D
-            values = 0.01 * torch.randn(shape) if cfg.untied_values else torch.zeros(shape)
-            self.value_embeds = nn.Parameter(values)
-        if cfg.attn_gate:
-            self.attn_gate = nn.Parameter(torch.zeros(A, cfg.heads, cfg.gate_inputs))
-        if cfg.x0_mix:
-            self.resid_lambdas = nn.Parameter(torch.full((L,), 1.1))
-            self.x0_lambdas = nn.Parameter(torch.zeros(L))
-        if cfg.bigram_rows:
-            self.bigram_embed = nn.Parameter(torch.zeros(cfg.bigram_rows, D))
-            self.bigram_lambdas = nn.Parameter(torch.full((L,), 0.1))
-            self.register_buffer("bigram_signs", draw_signs(D).to(self.embed.device), persistent=False)
-        if cfg.smear:
-            self.smear_gate = nn.Parameter(torch.zeros(cfg.gate_inputs))
-            self.smear_lambda = nn.Parameter(torch.zeros(()))
-        if cfg.skips:
-            self.skip_lambdas = nn.Parameter(torch.full((len(cfg.skips),), -1.5))
-        if cfg.backout_from >= 0:
-            self.backout_lambda = nn.Parameter(torch.tensor(0.5))
-        if cfg.smear_mtp:
-            self.smear_mtp_lambda = nn.Parameter(torch.zeros(()))
-        if cfg.mtp_heads:
-            self.mtp_heads = nn.Parameter(torch.zeros(cfg.mtp_heads, V, D))
+        def some(on, initial: Tensor) -> nn.Parameter | None:
+            return nn.Parameter(initial) if on else None
+
+        values = torch.zeros(cfg.value_tables * V, D)
+        self.value_embeds = some(cfg.value_tables, values.normal_(0, 0.01) if cfg.untied_values else values)
+        self.attn_gate = some(cfg.attn_gate, torch.zeros(A, cfg.heads, cfg.gate_inputs))
+        self.resid_lambdas = some(cfg.x0_mix, torch.full((L,), 1.1))
+        self.x0_lambdas = some(cfg.x0_mix, torch.zeros(L))
+        self.bigram_embed = some(cfg.bigram_rows, torch.zeros(cfg.bigram_rows, D))
+        self.bigram_lambdas = some(cfg.bigram_rows, torch.full((L,), 0.1))
+        signs = draw_signs(D).to(self.embed.device) if cfg.bigram_rows else None
+        self.register_buffer("bigram_signs", signs, persistent=False)
+        self.smear_gate = some(cfg.smear, torch.zeros(cfg.gate_inputs))
+        self.smear_lambda = some(cfg.smear, torch.zeros(()))
+        self.skip_lambdas = some(cfg.skips, torch.full((len(cfg.skips),), -1.5))
+        self.backout_lambda = some(cfg.backout_from >= 0, torch.tensor(0.5))
+        self.smear_mtp_lambda = some(cfg.smear_mtp, torch.zeros(()))
+        self.mtp_heads = some(cfg.mtp_heads, torch.zeros(cfg.mtp_heads, V, D))
 
     def forward(self, tokens_T: Tensor, docs: Documents, windows: dict, rotary: Rotary,
                 adapters=None) -> Tensor:
@@ -1465,8 +1442,8 @@ class GPT(nn.Module):
                                for bank in (self.attn_bank, self.mlp_bank))
         starts_T = tokens_T == cfg.bos if docs.first_T is None else docs.first_T
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype, self.regions)
-        gate, smear_lambda = (self.smear_gate, self.smear_lambda) if cfg.smear else (None, None)
-        x_TD = x0_TD = self.regions["embed_region"](embed_TD, gate, smear_lambda, starts_T, cfg.cut_smear)
+        smear = self.smear_gate, self.smear_lambda
+        x_TD = x0_TD = self.regions["embed_region"](embed_TD, *smear, starts_T, cfg.cut_smear)
         values, bigram_TD = self.value_rows(tokens_T), self.bigrams(tokens_T, starts_T, cfg.cut_bigram)
         outputs = {}
         for i, layer in enumerate(cfg.layers):
@@ -1498,9 +1475,8 @@ class GPT(nn.Module):
                                  cfg.leaky_slope, self.kernels)
             if i in self.tap_layers:
                 outputs[i] = x_TD
-        backout = (outputs[cfg.backout_from], self.backout_lambda) if cfg.backout_from >= 0 else (None, None)
-        mtp_lambda = self.smear_mtp_lambda if cfg.smear_mtp else None
-        return self.regions["final_region"](x_TD, *backout, mtp_lambda, starts_T, cfg.cut_smear_mtp)
+        late = outputs.get(cfg.backout_from), self.backout_lambda, self.smear_mtp_lambda
+        return self.regions["final_region"](x_TD, *late, starts_T, cfg.cut_smear_mtp)
 
     def adapted_mlp(self, i: int, x_TD: Tensor, h_TD: Tensor, adapters) -> Tensor:
         """Layer i's MLP with low-rank updates of both matrices, for autograd; its weights get no gradient."""
@@ -1660,19 +1636,9 @@ def optimizer_table(cfg: Config) -> list[Row]:
         bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4, groups=groups),
         bank("mlp_bank", lr=(2 * muon, 4 * muon)),
     ]
-    some = mechanism_parameters(cfg)
-    return [row for row in rows if some.get(row.name, True)]
-
-
-def mechanism_parameters(cfg: Config) -> dict:
-    """Names of the parameters that only some configurations have: true if this one does."""
-    return {
-        "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
-        "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "smear_mtp_lambda": cfg.smear_mtp,
-        "skip_lambdas": cfg.skips,
-        "resid_lambdas": cfg.x0_mix, "x0_lambdas": cfg.x0_mix, "backout_lambda": cfg.backout_from >= 0,
-        "bigram_embed": cfg.bigram_rows, "bigram_lambdas": cfg.bigram_rows,
-    }
+    with torch.device("meta"):  # allocates nothing
+        names = {name for name, _ in GPT(cfg).named_parameters()}
+    return [row for row in rows if row.name in names]
 
 
 # Polar Express, five iterations (arXiv 2505.16932, safety 2 %): X <- a X + (b A + c A A) X with A = X X^T.
@@ -2065,6 +2031,14 @@ class TokenFile:
         return np.frombuffer(data, "<u2")
 
 
+def shard_tokens(path: Path) -> int:
+    """By the file's size: 1,024 bytes of header, then 2 for each token."""
+    try:
+        return (path.stat().st_size - 1024) // 2
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: fetch or make it again") from None
+
+
 def open_shard(path: Path, cfg: Config) -> tuple[TokenFile, np.ndarray]:
     """A checked shard and where its documents start, read once. Raises UserError that names the file."""
     try:
@@ -2088,35 +2062,51 @@ def open_shard(path: Path, cfg: Config) -> tuple[TokenFile, np.ndarray]:
 
 
 class Shards:
-    """Training shards with the positions of their document starts, opened and checked when first used."""
+    """Training shards as one array of tokens, each opened and checked when first used."""
 
     def __init__(self, paths: list[Path], cfg: Config):
         self.paths, self.cfg, self.opened = paths, cfg, {}
-
-    def __len__(self):
-        return len(self.paths)
+        self.edges = [0, *itertools.accumulate(map(shard_tokens, paths))]  # shard i: edges[i] to edges[i + 1]
 
     def sha256(self) -> str:
         """Of names, sizes and document starts of the shards opened so far: those that the schedule needs."""
         digest = hashlib.sha256()
         for i, (tokens, starts) in sorted(self.opened.items()):
-            digest.update(f"{self.paths[i].name} {len(tokens)} ".encode() + starts.astype("<i8").tobytes())
+            digest.update(f"{self.paths[i].name} {len(tokens)} ".encode() + np.array(starts, "<i8").tobytes())
         return digest.hexdigest()
 
-    def __getitem__(self, i: int) -> tuple[TokenFile, np.ndarray]:
+    def __getitem__(self, i: int) -> tuple[TokenFile, memoryview]:
+        """Tokens of shard i and where its documents start."""
         if i not in self.opened:
             tokens, starts = open_shard(self.paths[i], self.cfg)
             if not len(starts):
                 raise UserError(f"{self.paths[i]}: no document start ({self.cfg.bos}): wrong --tokenizer?")
-            self.opened[i] = tokens, starts
+            self.opened[i] = tokens, starts.data
         return self.opened[i]
+
+    def next_start(self, offset: int) -> int:
+        """Where the first document after token `offset` starts; where the tokens end if there is none."""
+        for i in range(max(bisect.bisect_right(self.edges, offset) - 1, 0), len(self.paths)):
+            starts = self[i][1]
+            following = bisect.bisect_right(starts, offset - self.edges[i])
+            if following < len(starts):
+                return self.edges[i] + starts[following]
+        return self.edges[-1]
+
+    def read(self, lo: int, hi: int) -> np.ndarray:
+        """Tokens lo to hi - 1."""
+        some = range(bisect.bisect_right(self.edges, lo) - 1, bisect.bisect_left(self.edges, hi))
+        return np.concatenate([self[i][0][max(lo - self.edges[i], 0) : hi - self.edges[i]] for i in some])
+
+
+class UsedUp(UserError):
+    """The training data doesn't last."""
 
 
 class Position(NamedTuple):
     """The next unread token."""
 
     epoch: int = 0
-    shard: int = 0
     offset: int = 0
 
 
@@ -2126,39 +2116,30 @@ class DocumentStream:
     def __init__(self, shards: Shards, cfg: Config, position: Position = Position()):
         self.shards, self.cfg, self.position = shards, cfg, position
         if position == Position():
-            self.position = Position(0, 0, int(shards[0][1][0]))
-        _, shard, offset = self.position
-        if shard > len(shards) or offset > (len(shards[shard][0]) - 1 if shard < len(shards) else 0):
-            raise UserError(f"training goes on at token {offset:,} of shard {shard}, which the {len(shards)} "
-                            "shards don't have: are they those that it began with?")
+            self.position = Position(0, shards.next_start(-1))
+        if position.offset > shards.edges[-1]:
+            raise UserError(f"training goes on at token {position.offset:,}, the shards have "
+                            f"{shards.edges[-1]:,}: are they those that it began with?")
 
-    def next_piece(self, limit: int) -> np.ndarray:
-        """At most `limit` tokens of the next document. Raises UserError when the shards are used up."""
-        epoch, shard, offset = self.position
-        if shard == len(self.shards):
-            epoch, shard, offset = epoch + 1, 0, int(self.shards[0][1][0])
+    def advance(self, limit: int) -> tuple[int, int]:
+        """First and end of the next piece, at most `limit` tokens. Raises UsedUp at the end of the epochs."""
+        epoch, lo = self.position
+        if lo == self.shards.edges[-1]:
+            epoch, lo = epoch + 1, self.shards.next_start(-1)
         if epoch >= self.cfg.epochs:
-            raise UserError(f"training data used up after {epoch} epochs: add shards or raise --epochs")
-        parts, taken = [], 0
-        while True:
-            tokens, starts = self.shards[shard]
-            following = np.searchsorted(starts, offset, side="right")
-            end = int(starts[following]) if following < len(starts) else len(tokens)
-            take = min(limit - taken, end - offset)
-            parts.append(tokens[offset : offset + take])
-            taken, offset = taken + take, offset + take
-            if self.cfg.document_rest == "skip" and taken == limit:
-                offset = end
-            if offset < len(tokens):
-                break
-            shard, offset = shard + 1, 0
-            if shard == len(self.shards) or int(self.shards[shard][1][0]) == 0:
-                break
-            if self.cfg.document_rest == "skip" and taken == limit:
-                offset = int(self.shards[shard][1][0])
-                break
-        self.position = Position(epoch, shard, offset)
-        return np.concatenate(parts)
+            raise UsedUp(f"training data used up after {epoch} epochs: add shards or raise --epochs")
+        end = self.shards.next_start(lo)
+        hi = min(lo + limit, end)
+        self.position = Position(epoch, end if self.cfg.document_rest == "skip" else hi)
+        return lo, hi
+
+    def spans(self, tokens: int, max_doc: int) -> list[tuple]:
+        """The pieces of a micro-batch."""
+        spans, room = [], tokens + 1
+        while room:
+            spans.append(self.advance(min(max_doc, room)))
+            room -= spans[-1][1] - spans[-1][0]
+        return spans
 
 
 class MicroBatch(NamedTuple):
@@ -2168,12 +2149,8 @@ class MicroBatch(NamedTuple):
 
 def pack(stream: DocumentStream, tokens: int, max_doc: int) -> tuple[np.ndarray, np.ndarray]:
     """Exactly tokens + 1 tokens of documents, whole or cut, and where they start among the first `tokens`."""
-    pieces, starts, room = [], [], tokens + 1
-    while room:
-        starts.append(tokens + 1 - room)
-        pieces.append(stream.next_piece(min(max_doc, room)))
-        room -= len(pieces[-1])
-    starts = np.array(starts)
+    pieces = [stream.shards.read(*span) for span in stream.spans(tokens, max_doc)]
+    starts = np.cumsum([0, *map(len, pieces)])
     return np.concatenate(pieces), starts[starts < tokens]
 
 
@@ -2235,45 +2212,21 @@ class Loader:
             yield item
 
 
-def steps_covered(cfg: Config, world: World, lengths: np.ndarray) -> int:
-    """Steps of the schedule that documents of these lengths suffice for. Exact: packs as the loader does."""
-    ends = {}                    # longest piece -> cumulative length of the pieces that the documents give
-    document, used = 0, 0
-    if not len(lengths):
-        return 0
+def check_supply(cfg: Config, world: World, shards: Shards):
+    """Raise UserError if the schedule needs more documents than there are; opens the shards it needs.
+
+    Packs them as the loader does, but reads no tokens: about a second for the short track.
+    """
+    stream = DocumentStream(shards, cfg)
     for step in range(cfg.total_steps):
         stage = plan_step(cfg, step).stage
-        limit = stage.max_doc if cfg.document_rest == "skip" else int(lengths.max())
-        if limit not in ends:
-            ends[limit] = np.cumsum(np.minimum(lengths, limit))
-        for _ in range(micro_count(cfg, world)):
-            if cfg.document_rest == "skip":
-                used = ends[limit][document - 1] if document else 0
-            used += micro_tokens(cfg, world, stage) + 1
-            document = int(np.searchsorted(ends[limit], used)) + 1
-            if document > len(lengths):
-                return step
-    return cfg.total_steps
-
-
-def check_supply(cfg: Config, world: World, shards: Shards):
-    """Raise UserError if the schedule needs more documents than there are; opens the shards it needs."""
-    starts, total = [], 0
-    for i in range(len(shards)):
-        tokens, first = shards[i]
-        starts.append(first + total)
-        total += len(tokens)
-        last = i == len(shards) - 1
-        lengths = np.diff(np.concatenate(starts), append=[total] if last else [])
-        steps, epochs = steps_covered(cfg, world, lengths), 1
-        while last and steps < cfg.total_steps and epochs < cfg.epochs:  # no more than it takes
-            epochs = min(2 * epochs, cfg.epochs)
-            steps = steps_covered(cfg, world, np.tile(lengths, epochs))
-        if steps == cfg.total_steps:
-            shards[min(i + 1, len(shards) - 1)]  # the last document may be read up to the next shard's first
-            return
-    raise UserError(f"{total:,} training tokens last for {steps} of {cfg.total_steps} steps: "
-                    f"add shards, raise --epochs={cfg.epochs} or lower --scheduled_steps")
+        try:
+            for _ in range(micro_count(cfg, world)):
+                stream.spans(micro_tokens(cfg, world, stage), stage.max_doc)
+        except UsedUp:
+            total = shards.edges[-1]
+            raise UserError(f"{total:,} training tokens last for {step} of {cfg.total_steps} steps: "
+                            f"add shards, raise --epochs={cfg.epochs} or lower --scheduled_steps") from None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3017,16 +2970,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint_*.safetensors"))
 
 
-def last_complete(folder: Path) -> tuple[Path | None, dict]:
+def last_complete(folder: Path) -> tuple[Path, dict] | None:
     """The last checkpoint of a run that can be read, and its metadata."""
     for path in reversed(checkpoints(folder)):
-        try:
+        with contextlib.suppress(UserError):  # damaged
             meta = read_safetensors(str(path), tensors=False)[1]
-        except UserError:  # damaged
-            continue
-        if "step" in meta:
-            return path, meta
-    return None, {}
+            if "step" in meta:
+                return path, meta
 
 
 def modified(path: Path) -> float:
@@ -3045,7 +2995,7 @@ def find_unfinished(cfg: Config) -> str:
     same = {f.name for f in dataclasses.fields(cfg)} - set(RUN_FLAGS) | {"seed", "data", "tokenizer"}
     continued = set()
     for folder in sorted(folders, key=lambda folder: -max(map(modified, checkpoints(folder)), default=0)):
-        path, meta = last_complete(folder)
+        path, meta = last_complete(folder) or (None, None)
         if not path or any(getattr(meta["config"], name) != getattr(cfg, name) for name in same):
             continue
         if meta["step"] < cfg.total_steps and folder.resolve() not in continued:
@@ -3099,18 +3049,6 @@ class Clock:
         return self.seconds + (time.perf_counter() - self.since if self.since is not None else 0.0)
 
 
-def make_folder(root: Path, name: str) -> Path:
-    """A new folder; runs that start in the same second get names of their own."""
-    for attempt in range(1000):
-        folder = root / (f"{name}-{attempt}" if attempt else name)
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-    raise OSError(17, f"{name} exists 1000 times")
-
-
 def log_root(cfg: Config) -> Path:
     return Path(cfg.log_folder) if cfg.log_folder else Path(__file__).resolve().parent / "logs"
 
@@ -3128,7 +3066,11 @@ class Log:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}{kind}"
         try:
             root.mkdir(parents=True, exist_ok=True)
-            self.folder = make_folder(root, name)
+            for attempt in itertools.count():  # runs that start in the same second get names of their own
+                self.folder = root / (f"{name}-{attempt}" if attempt else name)
+                with contextlib.suppress(FileExistsError):
+                    self.folder.mkdir()
+                    break
             shutil.copy(__file__, self.folder / "train_gpt.py")
             self.text = open(self.folder / "log.txt", "w")
             self.metrics = open(self.folder / "metrics.jsonl", "w")
@@ -3494,39 +3436,37 @@ def check_world(cfg: Config, world: World):
             raise UserError(f"{micro} micro-batches don't divide a batch of {stage.batch_tokens} tokens")
 
 
-def pyplot():
-    """matplotlib.pyplot for drawing into files, or None if it isn't installed."""
+def write_plot(path: Path, curves: dict, **options) -> str:
+    """The file with the curves, name -> (x, y, style), or why it isn't drawn."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return None
-    return plt
-
-
-def save_plot(figure, axes, path: Path) -> Path:
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot().close(figure)
-    return path
+        figure = Figure(figsize=(7, 4))
+        axes = figure.subplots()
+        for name, (x, y, style) in curves.items():
+            axes.plot(x, y, style, label=name, lw=1, ms=3)
+        axes.set(**options)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+    except (ImportError, OSError) as error:
+        return f"not drawn: {error}"
+    return str(path)
 
 
-def write_plot(folder: Path) -> Path | None:
-    """loss.png from metrics.jsonl, if matplotlib is there."""
-    plt = pyplot()
-    if plt is None:
-        return None
-    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    figure, axes = plt.subplots(figsize=(7, 4))
+def plot_losses(folder: Path) -> str:
+    """loss.png from metrics.jsonl."""
+    curves = {}
+    try:
+        rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    except ValueError as error:  # of a disk that was full
+        return f"not drawn: {error}"
     for key, style in (("train_loss", "-"), ("val_loss", "o-")):
         points = np.array([(r["step"], r[key]) for r in rows if key in r and r["step"]]).reshape(-1, 2)
-        axes.plot(*points.T, style, label=key.replace("_", " "), lw=1, ms=4)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
-    return save_plot(figure, axes, folder / "loss.png")
+        curves[key.replace("_", " ")] = *points.T, style
+    options = {"xlabel": "step", "ylabel": "loss (nats per token)", "title": folder.name}
+    return write_plot(folder / "loss.png", curves, **options)
 
 
 def baseline_line(shards: Shards) -> str:
@@ -3705,12 +3645,8 @@ def finish(cfg: Config, model: GPT, log: Log, world: World):
     if cfg.export:
         export_model(Path(cfg.export), model)
         log.line(f"export: {cfg.export}")
-    try:
-        plot = write_plot(log.folder) or "not drawn, matplotlib is not installed"
-    except (OSError, ValueError) as error:  # of a disk that is full, or was when metrics.jsonl was written
-        plot = f"not drawn: {error}"
     log.line(f"log: {log.folder / 'log.txt'}")
-    log.line(f"plot: {plot}")
+    log.line(f"plot: {plot_losses(log.folder)}")
 
 
 def use_checkpoint(cfg: Config, hardware: Hardware):
@@ -3753,11 +3689,7 @@ def evaluate(cfg: Config, hardware: Hardware, world: World):
     log.line(evaluation_table(results))
     gains = {name: nats["stride"] - x for name, x in nats.items() if x is not None and "stride" in nats}
     if log.active and len(gains) > 1:
-        try:
-            plot = write_gain_plot(log.folder, documents, gains)
-        except OSError as error:
-            plot = f"not drawn: {error}"
-        log.line(f"plot: {plot}")
+        log.line(f"plot: {plot_gains(log.folder, documents, gains)}")
     log.line(f"log: {log.folder}")
 
 
@@ -3808,21 +3740,16 @@ def evaluation_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write_gain_plot(folder: Path, documents: list, gains: dict) -> str:
-    """gain.png: nats per token gained over stride, by position in the document; if matplotlib is there."""
-    plt = pyplot()
-    if plt is None:
-        return "not drawn, matplotlib is not installed"
+def plot_gains(folder: Path, documents: list, gains: dict) -> str:
+    """gain.png: nats per token gained over stride, by position in the document."""
     position = np.concatenate([np.arange(hi - lo) for lo, hi in documents])
     bucket = np.floor(2 * np.log2(np.maximum(position, 1))).astype(int)  # two to a doubling
     count = np.bincount(bucket, position > 0)
     some = np.flatnonzero(count)
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, gain in gains.items():
-        mean = np.bincount(bucket, gain)[some] / count[some]
-        axes.plot(2 ** (some / 2), mean, "o-", label=name, lw=1, ms=3)
-    axes.set(xscale="log", xlabel="position in the document (tokens)", ylabel="nats gained over stride")
-    return str(save_plot(figure, axes, folder / "gain.png"))
+    curves = {name: (2 ** (some / 2), np.bincount(bucket, gain)[some] / count[some], "o-")
+              for name, gain in gains.items()}
+    return write_plot(folder / "gain.png", curves, xscale="log", ylabel="nats gained over stride",
+                      xlabel="position in the document (tokens)")
 
 
 def help_text() -> str:

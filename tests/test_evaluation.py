@@ -1132,7 +1132,7 @@ def plotted(tmp_path, monkeypatch, documents, gains):
         return plot(axes, x, y, *args, **options)
 
     monkeypatch.setattr(Axes, "plot", spy)
-    assert t.write_gain_plot(tmp_path, documents, gains) == str(tmp_path / "gain.png")
+    assert t.plot_gains(tmp_path, documents, gains) == str(tmp_path / "gain.png")
     return lines
 
 
