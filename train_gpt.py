@@ -1475,8 +1475,8 @@ class GPT(nn.Module):
                                  cfg.leaky_slope, self.kernels)
             if i in self.tap_layers:
                 outputs[i] = x_TD
-        late = outputs.get(cfg.backout_from), self.backout_lambda, self.smear_mtp_lambda
-        return self.regions["final_region"](x_TD, *late, starts_T, cfg.cut_smear_mtp)
+        last = outputs.get(cfg.backout_from), self.backout_lambda, self.smear_mtp_lambda
+        return self.regions["final_region"](x_TD, *last, starts_T, cfg.cut_smear_mtp)
 
     def adapted_mlp(self, i: int, x_TD: Tensor, h_TD: Tensor, adapters) -> Tensor:
         """Layer i's MLP with low-rank updates of both matrices, for autograd; its weights get no gradient."""
