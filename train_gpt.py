@@ -18,7 +18,6 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
-import glob
 import hashlib
 import importlib.util
 import inspect
@@ -603,6 +602,7 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     bfloat16 = capability >= (8, 0) if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
     modern = capability >= (8, 0) and bfloat16
     varlen, triton_runs = modern and has_varlen_window(), modern and triton is not None
+    sizes = cfg.width, cfg.loss_chunk, *(micro_tokens(cfg, world, stage) for stage in cfg.stages)
     options = {  # the best comes first: (option, whether it can be had, what it needs)
         "compile": [("on", cuda or cfg.compile == "on", "a GPU"), ("off", True, "")],
         "attention": [("varlen", varlen, "compute capability 8.0, bfloat16 and torch 2.11 or newer"),
@@ -610,7 +610,7 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
         "kernels": [("tma", triton_runs and capability[0] == 9, "a Hopper GPU, Triton and bfloat16"),
                     ("pointer", triton_runs, "compute capability 8.0, Triton and bfloat16"),
                     ("reference", True, "")],
-        "fp8": [("on", modern and capability >= (8, 9) and all_multiples_of_16(cfg, world),
+        "fp8": [("on", modern and capability >= (8, 9) and not any(size % 16 for size in sizes),
                  "compute capability 8.9, bfloat16, and widths and micro-batches that are multiples of 16"),
                 ("off", True, "")],
         "graphs": [("on", cuda and varlen and cfg.attention != "reference" and not cfg.deterministic,
@@ -643,12 +643,6 @@ def choose(name: str, wanted: str, ranked: list) -> tuple[str, str]:
         return wanted, "forced"
     best = next(option for option, can, _ in ranked if can)
     return best, "the fastest" if best == ranked[0][0] else f"{ranked[0][0]} needs {ranked[0][2]}"
-
-
-def all_multiples_of_16(cfg: Config, world: World) -> bool:
-    """Whether every dimension of the head's and the MLP's products is, as float8 needs."""
-    tokens = [micro_tokens(cfg, world, stage) for stage in cfg.stages]
-    return not any(n % 16 for n in (cfg.width, cfg.loss_chunk, *tokens))
 
 
 def newest_flash_attention(capability: tuple) -> str:
@@ -2001,7 +1995,7 @@ def find_shards(cfg: Config, split: str) -> list[Path]:
     how = "python data/sample.py" if cfg.dataset == "sample" else "python data/fineweb.py"
     if not folder.is_dir():
         raise UserError(f"no data folder {folder}: make it with {how}, or give another with --data=FOLDER")
-    shards = sorted(Path(p) for p in glob.glob(os.path.join(glob.escape(str(folder)), f"*_{split}_*.bin")))
+    shards = sorted(folder.glob(f"[!.]*_{split}_*.bin"))
     if not shards:
         raise UserError(f"no *_{split}_*.bin in {folder}: make them with {how}, or give another with --data=")
     return shards
@@ -2227,6 +2221,17 @@ def check_supply(cfg: Config, world: World, shards: Shards):
             total = shards.edges[-1]
             raise UserError(f"{total:,} training tokens last for {step} of {cfg.total_steps} steps: "
                             f"add shards, raise --epochs={cfg.epochs} or lower --scheduled_steps") from None
+
+
+def check_world(cfg: Config, world: World):
+    """Raise UserError unless the ranks share a step's micro-batches evenly, and these its tokens."""
+    micro = micro_count(cfg, world)
+    if micro % world.size:
+        raise UserError(f"{world.size} processes don't divide the {micro} micro-batches of a step: "
+                        f"start a divisor of {micro}")
+    for stage in cfg.stages:
+        if stage.batch_tokens % micro:
+            raise UserError(f"{micro} micro-batches don't divide a batch of {stage.batch_tokens} tokens")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2535,6 +2540,9 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, count: int, seed:
 # anything learns from it, with a distribution that nothing from this token on has a part in.
 
 
+BLOCK = 64                       # tokens; a window is filled up to a multiple
+
+
 class Window(NamedTuple):
     """Tokens lo .. hi - 1 of a stream, with nothing before them; the targets first + 1 .. hi are scored."""
 
@@ -2554,9 +2562,6 @@ class Turn(NamedTuple):
     window: Window
     fresh: bool                  # the document's first window
     more: bool                   # not its last
-
-
-BLOCK = 64                       # tokens; a window is filled up to a multiple
 
 
 def find_documents(tokens: np.ndarray, bos: int) -> list[tuple]:
@@ -2697,12 +2702,8 @@ class Adapters(NamedTuple):
 class LoRA:
     """A set of adapters for each slot, and the RMSProp (Adam with beta1 = 0) that trains it.
 
-    | matrix  | A: uniform in +-1/sqrt(C) | B: 0             |
-    |---------|---------------------------|------------------|
-    | q k v o | (slots, A, r, D)          | (slots, A, D, r) |
-    | up      | (slots, L, r, D)          | (slots, L, F, r) |
-    | down    | (slots, L, r, F)          | (slots, L, D, r) |
-    | head    | (slots, 1, r, D)          | (slots, 1, V, r) |
+    For the (R, C) matrices of n layers A is (slots, n, r, C), at first uniform in +-1/sqrt(C), and B
+    (slots, n, R, r), at first 0.
     """
 
     def __init__(self, cfg: Config, slots: int, device):
@@ -2859,6 +2860,65 @@ class Evaluation:
         for p in model.parameters():
             gradient(p).zero_()
         model.refresh()
+
+
+def measure(name: str, model: GPT, val: Validation, hardware: Hardware, world: World) -> tuple:
+    """One row of the table of evaluations, and the nats of each token, None for packed."""
+    if hardware.warmup:
+        score_with(name, model, synthetic_documents(model.cfg), world)
+    if hardware.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(hardware.device)
+    world.barrier()
+    hardware.synchronize()
+    start = time.perf_counter()
+    total, tokens, nats = score_with(name, model, val, world)
+    hardware.synchronize()
+    seconds = time.perf_counter() - start
+    bpb = total / math.log(2) / val.bytes if val.bytes else None
+    return {"loss": total / tokens, "bpb": bpb, "tokens": tokens, "seconds": round(seconds, 2),
+            "peak_mib": memory_mib(hardware)}, nats
+
+
+def score_with(name: str, model: GPT, val: Validation, world: World) -> tuple:
+    """The sum of nats, the number of tokens scored, and the nats of each, None for packed."""
+    evaluation = Evaluation(model, val.tokens.numpy(), world)
+    if name == "packed":
+        result = val.run(model, final_windows(model.cfg), evaluation.rotary, world)
+        return result["val_loss"] * val.count, val.count, None
+    nats = getattr(evaluation, name.replace("-", "_"))()
+    return nats.sum(), int((val.tokens[1:] != model.cfg.bos).sum()), nats
+
+
+def synthetic_documents(cfg: Config) -> Validation:
+    """Random tokens of the lengths that evaluations meet, for what is compiled or allocated at first use."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, cfg.bos, 2 * max(cfg.sgd_chunk, cfg.eval_batch))
+    starts = np.cumsum(generator.integers(2, 2 * cfg.eval_context, len(tokens)))
+    tokens[starts[starts < len(tokens)]] = cfg.bos
+    return Validation(cfg, tokens)
+
+
+def evaluation_table(results: dict) -> str:
+    lines = [f"{'method':10}{'tokens':>11}{'loss':>9}{'bpb':>9}{'gain':>9}{'seconds':>9}{'peak MiB':>10}"]
+    for name, row in results.items():
+        bpb = "-" if row["bpb"] is None else f"{row['bpb']:.4f}"
+        gain = f"{results['stride']['loss'] - row['loss']:+.4f}" if "stride" in results else "-"
+        gain = "-" if name == "packed" else gain  # it scores BOS, too
+        lines.append(f"{name:10}{row['tokens']:>11,}{row['loss']:>9.4f}{bpb:>9}{gain:>9}"
+                     f"{row['seconds']:>9.1f}{row['peak_mib']:>10,}")
+    return "\n".join(lines)
+
+
+def plot_gains(folder: Path, documents: list, gains: dict) -> str:
+    """gain.png: nats per token gained over stride, by position in the document."""
+    position = np.concatenate([np.arange(hi - lo) for lo, hi in documents])
+    bucket = np.floor(2 * np.log2(np.maximum(position, 1))).astype(int)  # two to a doubling
+    count = np.bincount(bucket, position > 0)
+    some = np.flatnonzero(count)
+    curves = {name: (2 ** (some / 2), np.bincount(bucket, gain)[some] / count[some], "o-")
+              for name, gain in gains.items()}
+    return write_plot(folder / "gain.png", curves, xscale="log", ylabel="nats gained over stride",
+                      xlabel="position in the document (tokens)")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3426,16 +3486,6 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
     hardware.synchronize()
 
 
-def check_world(cfg: Config, world: World):
-    micro = micro_count(cfg, world)
-    if micro % world.size:
-        raise UserError(f"{world.size} processes don't divide the {micro} micro-batches of a step: "
-                        f"start a divisor of {micro}")
-    for stage in cfg.stages:
-        if stage.batch_tokens % micro:
-            raise UserError(f"{micro} micro-batches don't divide a batch of {stage.batch_tokens} tokens")
-
-
 def write_plot(path: Path, curves: dict, **options) -> str:
     """The file with the curves, name -> (x, y, style), or why it isn't drawn."""
     try:
@@ -3691,65 +3741,6 @@ def evaluate(cfg: Config, hardware: Hardware, world: World):
     if log.active and len(gains) > 1:
         log.line(f"plot: {plot_gains(log.folder, documents, gains)}")
     log.line(f"log: {log.folder}")
-
-
-def measure(name: str, model: GPT, val: Validation, hardware: Hardware, world: World) -> tuple:
-    """One row of the table of evaluations, and the nats of each token, None for packed."""
-    if hardware.warmup:
-        score_with(name, model, synthetic_documents(model.cfg), world)
-    if hardware.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(hardware.device)
-    world.barrier()
-    hardware.synchronize()
-    start = time.perf_counter()
-    total, tokens, nats = score_with(name, model, val, world)
-    hardware.synchronize()
-    seconds = time.perf_counter() - start
-    bpb = total / math.log(2) / val.bytes if val.bytes else None
-    return {"loss": total / tokens, "bpb": bpb, "tokens": tokens, "seconds": round(seconds, 2),
-            "peak_mib": memory_mib(hardware)}, nats
-
-
-def score_with(name: str, model: GPT, val: Validation, world: World) -> tuple:
-    """The sum of nats, the number of tokens scored, and the nats of each, None for packed."""
-    evaluation = Evaluation(model, val.tokens.numpy(), world)
-    if name == "packed":
-        result = val.run(model, final_windows(model.cfg), evaluation.rotary, world)
-        return result["val_loss"] * val.count, val.count, None
-    nats = getattr(evaluation, name.replace("-", "_"))()
-    return nats.sum(), int((val.tokens[1:] != model.cfg.bos).sum()), nats
-
-
-def synthetic_documents(cfg: Config) -> Validation:
-    """Random tokens of the lengths that evaluations meet, for what is compiled or allocated at first use."""
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(0, cfg.bos, 2 * max(cfg.sgd_chunk, cfg.eval_batch))
-    starts = np.cumsum(generator.integers(2, 2 * cfg.eval_context, len(tokens)))
-    tokens[starts[starts < len(tokens)]] = cfg.bos
-    return Validation(cfg, tokens)
-
-
-def evaluation_table(results: dict) -> str:
-    lines = [f"{'method':10}{'tokens':>11}{'loss':>9}{'bpb':>9}{'gain':>9}{'seconds':>9}{'peak MiB':>10}"]
-    for name, row in results.items():
-        bpb = "-" if row["bpb"] is None else f"{row['bpb']:.4f}"
-        gain = f"{results['stride']['loss'] - row['loss']:+.4f}" if "stride" in results else "-"
-        gain = "-" if name == "packed" else gain  # it scores BOS, too
-        lines.append(f"{name:10}{row['tokens']:>11,}{row['loss']:>9.4f}{bpb:>9}{gain:>9}"
-                     f"{row['seconds']:>9.1f}{row['peak_mib']:>10,}")
-    return "\n".join(lines)
-
-
-def plot_gains(folder: Path, documents: list, gains: dict) -> str:
-    """gain.png: nats per token gained over stride, by position in the document."""
-    position = np.concatenate([np.arange(hi - lo) for lo, hi in documents])
-    bucket = np.floor(2 * np.log2(np.maximum(position, 1))).astype(int)  # two to a doubling
-    count = np.bincount(bucket, position > 0)
-    some = np.flatnonzero(count)
-    curves = {name: (2 ** (some / 2), np.bincount(bucket, gain)[some] / count[some], "o-")
-              for name, gain in gains.items()}
-    return write_plot(folder / "gain.png", curves, xscale="log", ylabel="nats gained over stride",
-                      xlabel="position in the document (tokens)")
 
 
 def help_text() -> str:
