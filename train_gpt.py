@@ -814,39 +814,54 @@ def soft_tanh(x, APPROXIMATE: constexpr):
 
 
 @jit
-def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: constexpr, HEIGHT: constexpr,
+def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: constexpr, SOFTCAP: constexpr,
                          SHIFT: constexpr, WIDTH: constexpr, APPROXIMATE: constexpr, BLOCK: constexpr):
     """One row: loss, and the gradient divided by `scale`, written in grad's own dtype."""
     LOG2E: constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)  # column by column
+    top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)  # column by column
     for first in range(0, V, BLOCK):
         inside = first + columns < V
-        z = tl.load(logits + row * V + first + columns, inside, other=0.0).to(tl.float32)
-        t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
-        total += tl.where(inside, tl.exp2((t - 1) * (HEIGHT * LOG2E)), 0.0)  # at most 1: no maximum is needed
-    lse = tl.log(tl.sum(total)) + HEIGHT
+        q = tl.load(logits + row * V + first + columns, inside, other=-float("inf")).to(tl.float32)
+        if SOFTCAP > 0:  # bounded, so its maximum needn't be known
+            t = soft_tanh(q * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
+            total += tl.where(inside, tl.exp2((t - 1) * (SOFTCAP * LOG2E)), 0.0)
+        else:
+            higher = tl.maximum(top, q)
+            total = total * tl.exp2((top - higher) * LOG2E) + tl.exp2((q - higher) * LOG2E)
+            top = higher
+    highest = tl.max(top) if SOFTCAP == 0 else SOFTCAP
+    if SOFTCAP == 0:
+        total *= tl.exp2((top - highest) * LOG2E)
+    lse = tl.log(tl.sum(total)) + highest
     weight_sum, value = 0.0, 0.0
     for k in tl.static_range(K):
         target = tl.load(targets + row * K + k)
         weight = tl.where(target >= 0, tl.load(weights + k), 0.0)
         picked = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
-        value += weight * (lse - HEIGHT * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE))
+        if SOFTCAP > 0:
+            picked = SOFTCAP * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
+        value += weight * (lse - picked)
         weight_sum += weight
     tl.store(loss + row, value)
-    inverse = HEIGHT / WIDTH / tl.load(scale)  # the softcap's steepest slope
+    inverse = (SOFTCAP / WIDTH if SOFTCAP > 0 else 1.0) / tl.load(scale)  # the softcap's steepest slope
     offset = (tl.log(weight_sum * inverse) - lse) * LOG2E  # weights and scale go into the exponent
     for first in range(0, V, BLOCK):
         inside = first + columns < V
         z = tl.load(logits + row * V + first + columns, inside, other=0.0).to(tl.float32)
-        t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
-        g = tl.exp2(t * (HEIGHT * LOG2E) + offset)
+        if SOFTCAP > 0:
+            t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
+            g = tl.exp2(t * (SOFTCAP * LOG2E) + offset)
+        else:
+            g = tl.exp2(z * LOG2E + offset)
         for k in tl.static_range(K):
             at = tl.load(targets + row * K + k) - first
             if (at >= 0) & (at < BLOCK):
                 g -= tl.where(columns == at, tl.load(weights + k) * inverse, 0.0)
-        tl.store(grad + row * V + first + columns, (g * (1 - t * t)).to(grad.dtype.element_ty), inside)
+        if SOFTCAP > 0:
+            g *= 1 - t * t
+        tl.store(grad + row * V + first + columns, g.to(grad.dtype.element_ty), inside)
 
 
 def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype):
@@ -870,7 +885,7 @@ def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dty
     in `dtype` (None: the logits'). The kernel never writes float32 logits.
     """
     dtype = dtype or logits_TV.dtype
-    if mode == "reference" or not softcap.height:  # the kernel counts on bounded logits
+    if mode == "reference":
         return reference(logits_TV, targets_TK, weights_K, softcap, scale, dtype)
     (T, V), K = logits_TV.shape, targets_TK.size(1)
     loss_T = torch.empty(T, device=logits_TV.device)
@@ -1358,6 +1373,17 @@ def compile_region(function):
     return call
 
 
+def mechanism_parameters(cfg: Config) -> dict:
+    """Names of the parameters that only some configurations have: true if this one does."""
+    return {
+        "value_embeds": cfg.value_tables, "mtp_heads": cfg.mtp_heads, "attn_gate": cfg.attn_gate,
+        "smear_gate": cfg.smear, "smear_lambda": cfg.smear, "smear_mtp_lambda": cfg.smear_mtp,
+        "skip_lambdas": cfg.skips, "backout_lambda": cfg.backout_from >= 0,
+        "resid_lambdas": cfg.x0_mix, "x0_lambdas": cfg.x0_mix,
+        "bigram_embed": cfg.bigram_rows, "bigram_lambdas": cfg.bigram_rows,
+    }
+
+
 class GPT(nn.Module):
     """Parameters are float32; forward runs in `dtype`. Mechanisms that are off have no parameters.
 
@@ -1403,24 +1429,26 @@ class GPT(nn.Module):
         mlp_bank[:, 0].uniform_(-bound, bound)
         self.attn_lambdas = nn.Parameter(torch.tensor([0.5, 1.0]).repeat(A, 1))
 
-        def some(on, initial: Tensor) -> nn.Parameter | None:
-            return nn.Parameter(initial) if on else None
+        present = mechanism_parameters(cfg)
+
+        def add(name: str, initial: Tensor):
+            self.register_parameter(name, nn.Parameter(initial) if present[name] else None)
 
         values = torch.zeros(cfg.value_tables * V, D)
-        self.value_embeds = some(cfg.value_tables, values.normal_(0, 0.01) if cfg.untied_values else values)
-        self.attn_gate = some(cfg.attn_gate, torch.zeros(A, cfg.heads, cfg.gate_inputs))
-        self.resid_lambdas = some(cfg.x0_mix, torch.full((L,), 1.1))
-        self.x0_lambdas = some(cfg.x0_mix, torch.zeros(L))
-        self.bigram_embed = some(cfg.bigram_rows, torch.zeros(cfg.bigram_rows, D))
-        self.bigram_lambdas = some(cfg.bigram_rows, torch.full((L,), 0.1))
+        add("value_embeds", values.normal_(0, 0.01) if cfg.untied_values else values)
+        add("attn_gate", torch.zeros(A, cfg.heads, cfg.gate_inputs))
+        add("resid_lambdas", torch.full((L,), 1.1))
+        add("x0_lambdas", torch.zeros(L))
+        add("bigram_embed", torch.zeros(cfg.bigram_rows, D))
+        add("bigram_lambdas", torch.full((L,), 0.1))
         signs = draw_signs(D).to(self.embed.device) if cfg.bigram_rows else None
         self.register_buffer("bigram_signs", signs, persistent=False)
-        self.smear_gate = some(cfg.smear, torch.zeros(cfg.gate_inputs))
-        self.smear_lambda = some(cfg.smear, torch.zeros(()))
-        self.skip_lambdas = some(cfg.skips, torch.full((len(cfg.skips),), -1.5))
-        self.backout_lambda = some(cfg.backout_from >= 0, torch.tensor(0.5))
-        self.smear_mtp_lambda = some(cfg.smear_mtp, torch.zeros(()))
-        self.mtp_heads = some(cfg.mtp_heads, torch.zeros(cfg.mtp_heads, V, D))
+        add("smear_gate", torch.zeros(cfg.gate_inputs))
+        add("smear_lambda", torch.zeros(()))
+        add("skip_lambdas", torch.full((len(cfg.skips),), -1.5))
+        add("backout_lambda", torch.tensor(0.5))
+        add("smear_mtp_lambda", torch.zeros(()))
+        add("mtp_heads", torch.zeros(cfg.mtp_heads, V, D))
 
     def forward(self, tokens_T: Tensor, docs: Documents, windows: dict, rotary: Rotary,
                 adapters=None) -> Tensor:
@@ -1630,9 +1658,8 @@ def optimizer_table(cfg: Config) -> list[Row]:
         bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4, groups=groups),
         bank("mlp_bank", lr=(2 * muon, 4 * muon)),
     ]
-    with torch.device("meta"):  # allocates nothing
-        names = {name for name, _ in GPT(cfg).named_parameters()}
-    return [row for row in rows if row.name in names]
+    present = mechanism_parameters(cfg)
+    return [row for row in rows if present.get(row.name, True)]
 
 
 # Polar Express, five iterations (arXiv 2505.16932, safety 2 %): X <- a X + (b A + c A A) X with A = X X^T.
@@ -2025,21 +2052,26 @@ class TokenFile:
         return np.frombuffer(data, "<u2")
 
 
-def shard_tokens(path: Path) -> int:
-    """By the file's size: 1,024 bytes of header, then 2 for each token."""
+@contextlib.contextmanager
+def readable(path: Path):
+    """Turns what the system says of a file inside into a UserError."""
     try:
-        return (path.stat().st_size - 1024) // 2
+        yield
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: fetch or make it again") from None
+
+
+def shard_tokens(path: Path) -> int:
+    """By the file's size: 1,024 bytes of header, then 2 for each token."""
+    with readable(path):
+        return (path.stat().st_size - 1024) // 2
 
 
 def open_shard(path: Path, cfg: Config) -> tuple[TokenFile, np.ndarray]:
     """A checked shard and where its documents start, read once. Raises UserError that names the file."""
-    try:
+    with readable(path):
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", 256) if size >= 1024 else np.zeros(3, "<i4")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: fetch or make it again") from None
     mend = "fetch or make it again"
     if size < 1024 or header[0] != 20240520 or header[1] != 1:
         raise UserError(f"{path}: not a version 1 token shard ({size} bytes, magic {header[0]}): {mend}")
@@ -3030,13 +3062,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint_*.safetensors"))
 
 
-def last_complete(folder: Path) -> tuple[Path, dict] | None:
+def last_complete(folder: Path) -> tuple[Path | None, dict]:
     """The last checkpoint of a run that can be read, and its metadata."""
     for path in reversed(checkpoints(folder)):
         with contextlib.suppress(UserError):  # damaged
             meta = read_safetensors(str(path), tensors=False)[1]
             if "step" in meta:
                 return path, meta
+    return None, {}
 
 
 def modified(path: Path) -> float:
@@ -3055,7 +3088,7 @@ def find_unfinished(cfg: Config) -> str:
     same = {f.name for f in dataclasses.fields(cfg)} - set(RUN_FLAGS) | {"seed", "data", "tokenizer"}
     continued = set()
     for folder in sorted(folders, key=lambda folder: -max(map(modified, checkpoints(folder)), default=0)):
-        path, meta = last_complete(folder) or (None, None)
+        path, meta = last_complete(folder)
         if not path or any(getattr(meta["config"], name) != getattr(cfg, name) for name in same):
             continue
         if meta["step"] < cfg.total_steps and folder.resolve() not in continued:
@@ -3510,7 +3543,7 @@ def plot_losses(folder: Path) -> str:
     curves = {}
     try:
         rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    except ValueError as error:  # of a disk that was full
+    except (OSError, ValueError) as error:  # of a disk that was full
         return f"not drawn: {error}"
     for key, style in (("train_loss", "-"), ("val_loss", "o-")):
         points = np.array([(r["step"], r[key]) for r in rows if key in r and r["step"]]).reshape(-1, 2)

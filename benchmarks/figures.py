@@ -53,24 +53,23 @@ def stage_times(run, settle: int = 4) -> list[float]:
             for steps in pairs]
 
 
-def print_stages():
-    for name in SPRINT:
-        times = np.array([stage_times(run) for run in sprints(name)])
+def print_stages(records: dict):
+    for name, runs in records.items():
+        times = np.array([stage_times(run) for run in runs])
         print(name, *(f"{ms.mean():.1f} ({ms.min():.1f} to {ms.max():.1f})" for ms in times.T), sep=" | ")
 
 
-def draw_sprint(window: int = 7):
+def draw_sprint(records: dict, window: int = 7):
     """Losses over training seconds of the sprint's records: running means of training's, last validations."""
     figure, axes = plt.subplots(figsize=(7.5, 4))
-    for i, (name, label) in enumerate(SPRINT.items()):
-        runs = sprints(name)
+    for i, (name, runs) in enumerate(records.items()):
         for run in runs:
             seconds, losses = np.array([(s.ms / 1e3, s.loss) for s in run.steps if s.kind == "train"]).T
             mean = np.convolve(losses, np.ones(window) / window, "valid")
             middle = seconds[window // 2 : -(window // 2)]
             axes.plot(middle, mean, color=f"C{i}", lw=0.8, alpha=0.6)
         axes.plot([run.seconds for run in runs], [run.loss for run in runs], f"C{i}o", ms=5,
-                  label=f"{label}: {np.mean([run.loss for run in runs]):.4f}, n = {len(runs)}")
+                  label=f"{SPRINT[name]}: {np.mean([run.loss for run in runs]):.4f}, n = {len(runs)}")
     finish(figure, axes, "sprint_loss.png", xlabel="training seconds, one H100",
            ylabel="loss (nats per token)", ylim=(3.4, 6),
            title=f"sprint: training loss, mean of {window} steps, and last validation loss (dots)")
@@ -80,8 +79,9 @@ def main():
     runs = json.loads((RESULTS / "sprint_ablation.json").read_text())
     seeds = [run for name, run in runs.items() if name.startswith("default")]
 
-    draw_sprint()
-    print_stages()
+    records = {name: sprints(name) for name in SPRINT}
+    draw_sprint(records)
+    print_stages(records)
 
     figure, axes = plt.subplots(figsize=(7.5, 3.2))
     for i, run in enumerate(seeds):

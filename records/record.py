@@ -150,6 +150,15 @@ def check_script(folder: Path, plan: dict):
     expect(folder / "train_gpt.py", "sha256", found, plan["source_sha256"])
 
 
+def check_rows(runs: list[Run], rows: list[dict], plan: dict, place: Path):
+    """Raises Mismatch unless these are the logs that the rows name, of runs begun after the registration."""
+    for run, row in zip(runs, rows):
+        expect(run.path, "sha256", run.sha256, row.get("log_sha256"))
+        if plan["registered"] and row["started"] < plan["registered"]:
+            raise Mismatch(f"{place}: start of seed {row['seed']}: found {row['started']}, expected one "
+                           f"after the registration, {plan['registered']}")
+
+
 def verify(folder: Path, readme: bool = True) -> dict:
     """The record, if everything in it follows from its raw logs. Raises Mismatch at the first that doesn't.
 
@@ -168,11 +177,7 @@ def verify(folder: Path, readme: bool = True) -> dict:
         logs = sorted(path.name for path in folder.glob("*.txt"))
         expect(folder, "logs", logs, sorted(f"seed{seed}.txt" for seed in plan["seeds"]))
         runs = [parse_log(folder / f"seed{seed}.txt") for seed in plan["seeds"]]
-        for run, row in zip(runs, record["runs"]):
-            expect(run.path, "sha256", run.sha256, row.get("log_sha256"))
-            if plan["registered"] and row["started"] < plan["registered"]:
-                raise Mismatch(f"{place}: start of seed {row['seed']}: found {row['started']}, expected one "
-                               f"after the registration, {plan['registered']}")
+        check_rows(runs, record["runs"], plan, place)
         check_plan(runs, plan, record["track"])
         rebuilt = complete(record, runs)
         expect_same(place, "", {k: v for k, v in record.items() if k != "sha256"}, rebuilt)
@@ -573,8 +578,7 @@ def only_registered(folder: Path) -> str:
     check_script(folder, plan)
     rows = [row for row in record["runs"] if "log_sha256" in row]
     runs = [parse_log(folder / f"seed{row['seed']}.txt") for row in rows]
-    for run, row in zip(runs, rows):
-        expect(run.path, "sha256", run.sha256, row["log_sha256"])
+    check_rows(runs, rows, plan, folder / "record.json")
     if runs:
         check_plan(runs, plan | {"seeds": [row["seed"] for row in rows]}, record["track"])
     expect(folder, "sha256 of record.json's contents", record["sha256"], json.loads(dump(record))["sha256"])

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from small import (
-    BOS, RESCALED_FLAGS, SCRIPT, SMALL, checkpoint_of, count_as_prefixes, free_port, random_tokens, run_ranks, train_gpt,
+    BOS, RESCALED_FLAGS, SCRIPT, SMALL, checkpoint_of, count_as_prefixes, free_port, random_tokens,
+    run_ranks, train_gpt,
     write_split,
 )  # fmt: skip
 from test_training import assert_equal, randomise, relative_error, weights_of
@@ -37,7 +38,8 @@ VARIANTS = {  # Adam acts every third step in one, every second in the other: be
     "keep": ("--document_rest=keep", "--adam_every=3", "--smooth_scalars", "--untied_values", "--draw_output",
              "--adam_weight_decay=0.005", "--late_attention", "--backout_from=0", "--prefix_weight=0.25",
              "--untie_at=0.55"),
-    "skip": ("--document_rest=skip", "--adam_every=2", *RESCALED_FLAGS, "--cut_smear", "--cut_key_offset", "--cut_smear_mtp", "--cut_bigram"),
+    "skip": ("--document_rest=skip", "--adam_every=2", *RESCALED_FLAGS, "--cut_smear", "--cut_key_offset",
+             "--cut_smear_mtp", "--cut_bigram"),
 }
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 
 from small import (
-    BOS, CPU, RESCALED, RESCALED_FLAGS, SMALL, checkpoint_of, count_as_prefixes, free_port, random_tokens, run_ranks, train_gpt,
+    BOS, CPU, RESCALED, RESCALED_FLAGS, SMALL, checkpoint_of, count_as_prefixes, free_port, random_tokens,
+    run_ranks, train_gpt,
     write_corpus, write_shard, write_split,
 )  # fmt: skip
 from train_gpt import (

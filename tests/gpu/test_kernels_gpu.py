@@ -93,6 +93,8 @@ CROSS_ENTROPY_SETTINGS = [
     (FP16, FP16, (1.0, 0.5), SYMMETRIC),
     (FP32, FP32, (1.0, 0.5), SYMMETRIC),
     (BF16, E5M2, (1.0, 0.5, 0.25), UNCAPPED),
+    (BF16, BF16, (1.0,), UNCAPPED),
+    (FP16, FP32, (1.0, 0.5), UNCAPPED),
 ]
 
 
