@@ -35,10 +35,11 @@ def finish(figure, axes, name: str, **labels):
     plt.close(figure)
 
 
-def sprints(name: str) -> list:
-    """The runs of a record of the sprint."""
-    (folder,) = (ROOT / "records/track_0_sprint").glob(f"*_{name}")
-    return [parse_log(path) for path in sorted(folder.glob("seed*.txt"))]
+def sprints() -> dict:
+    """{name: runs} of the sprint's records."""
+    folders = sorted((ROOT / "records/track_0_sprint").iterdir())
+    return {folder.name.split("_", 1)[1]: [parse_log(path) for path in sorted(folder.glob("seed*.txt"))]
+            for folder in folders}
 
 
 def stage_times(run, settle: int = 4) -> list[float]:
@@ -79,8 +80,8 @@ def main():
     runs = json.loads((RESULTS / "sprint_ablation.json").read_text())
     seeds = [run for name, run in runs.items() if name.startswith("default")]
 
-    records = {name: sprints(name) for name in SPRINT}
-    draw_sprint(records)
+    records = sprints()
+    draw_sprint({name: records[name] for name in SPRINT})
     print_stages(records)
 
     figure, axes = plt.subplots(figsize=(7.5, 3.2))
