@@ -517,6 +517,8 @@ def comparison(a: Group, b: Group, threshold: float | None = None, slope: float 
     elif threshold is not None:
         out.append(f"  B at least {threshold} lower: no test without a spread")
     out.append(f"train time, B - A: {timing.text(' s', 3)}: {timing.verdict(paired_n)}")
+    if not raced:
+        out.append("  not of one race: a difference between machines, if there were two, is in it and below")
     curves = mean_curve(a.runs), mean_curve(b.runs)
     shared = [f"{step}: {curves[1][step][0] - loss:+.4f}" for step, (loss, _) in curves[0].items()
               if step in curves[1]]
@@ -529,7 +531,9 @@ def comparison(a: Group, b: Group, threshold: float | None = None, slope: float 
                               "fall there: see --val_every, or give compare --seconds_per_loss"])
         slope, origin = ends[0], f"A, steps {ends[1]} to {ends[2]}"
     net = net_seconds(timing, gap, slope)
+    alone = net_seconds(Difference(0.0, 0.0, gap.df, gap.how), gap, slope)
     out.append(f"net seconds, B - A: {net.text(' s', 2)}, at {slope:.1f} s per unit of loss ({origin})")
+    out.append(f"  the loss alone: {alone.text(' s', 2)}: {alone.verdict(n)}")
     return "\n".join([*out, f"verdict on B: {net.verdict(paired_n)}"])
 
 

@@ -519,6 +519,7 @@ def test_race_interleaves_and_goes_on(made, tmp_path, monkeypatch):
     assert result.code == 0 and order == ["A_a", "B_b"] * 2 + ["B_b"], result.err
     assert "A_a: n = 2," in result.out and "B_b: n = 3," in result.out and "  by seed: -0.01000" in result.out
     assert "paired, n = 2" in result.out and result.out.endswith("the baseline has n = 2, an sd needs 3\n")
+    assert "not of one race" not in result.out and "the loss alone" in result.out
     assert cli("race", a, b, "--runs=3,2", "--out", tmp_path / "uneven").code == 2  # registered with others
     result = cli("race", a, b, "--runs=1,2,3")
     assert result.code == 2 and "one number for both or A's and B's" in result.err
@@ -632,6 +633,8 @@ def test_net_seconds():
     text = verdict([3.270, 3.271, 3.269], [102.0, 102.1, 101.9])
     assert "net seconds, B - A: +1.00 s" in text
     assert "at 100.0 s per unit of loss (A, steps 90 to 100)" in text
+    assert "the loss alone: -1.00 s (sd 0.08, 95 % -1.23 to -0.77, Welch): better" in text
+    assert "not of one race" in text
     assert verdict([3.270, 3.271, 3.269], [102.0, 102.1, 101.9], first_seed=0).endswith("worse")
     flat = group("flat", [3.28] * 3, [1, 2, 3])
     for run in flat.runs:
