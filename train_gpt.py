@@ -1012,18 +1012,17 @@ def add_product(grad_RC: Tensor, a_TR: Tensor, b_TC: Tensor):
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table in `dtype`: (..., D). Their gradients are added to the table's, which stays dense."""
+    """Rows of a table in `dtype`: (T, D). Their gradients are added to the table's, which stays dense."""
 
     @staticmethod
-    def forward(ctx, tokens: Tensor, table_VD: nn.Parameter, dtype: torch.dtype, regions: dict) -> Tensor:
+    def forward(ctx, tokens_T: Tensor, table_VD: nn.Parameter, dtype: torch.dtype, regions: dict) -> Tensor:
         ctx.table, ctx.regions = table_VD, regions
-        ctx.save_for_backward(tokens)
-        return F.embedding(tokens, table_VD).to(dtype)
+        ctx.save_for_backward(tokens_T)
+        return regions["rows_region"](tokens_T, table_VD, dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        (tokens,) = ctx.saved_tensors
-        ctx.regions["add_rows_region"](gradient(ctx.table), tokens.flatten(), grad.flatten(0, -2))
+    def backward(ctx, grad_TD: Tensor):
+        ctx.regions["add_rows_region"](gradient(ctx.table), *ctx.saved_tensors, grad_TD)
         return None, None, None, None
 
 
@@ -1047,6 +1046,29 @@ class Linear(torch.autograd.Function):
 def split_attention(x_4DD: Tensor | None) -> tuple:
     """Q, K and V as one matrix, (3 D, D), and O, (D, D); of a layer's weights or gradients, if there are."""
     return (None, None) if x_4DD is None else (x_4DD[:3].flatten(0, 1), x_4DD[3])
+
+
+class Mixing(torch.autograd.Function):
+    """Sum of the streams that a layer's residual stream is made of, (T, D), each times its weight, ().
+
+    Streams and weights may be None: there is no such stream, or it counts as it is. Returns the sum, the same
+    normed and its leading channels (unless `gate_inputs` is None), and x0 and bigrams as they are: handed on
+    from layer to layer, they bring back the gradients of all later layers, to which the kernel that computes
+    this layer's adds them.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD, skip_TD, x0_TD, bigram_TD, *rest):
+        streams, (*weights, gate_inputs, ctx.regions) = (x_TD, skip_TD, x0_TD, bigram_TD), rest
+        sum_TD, h_TD, scale_T1, lead_TG = ctx.regions["mix_region"](*streams, tuple(weights), gate_inputs)
+        ctx.save_for_backward(*streams, h_TD, scale_T1, *weights)
+        ctx.set_materialize_grads(False)
+        return sum_TD, h_TD, lead_TG, x0_TD, bigram_TD
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved, weights = ctx.saved_tensors[:-4], ctx.saved_tensors[-4:]
+        return *ctx.regions["mix_backward_region"](*saved, *grads, weights), None, None
 
 
 class Branch(torch.autograd.Function):
@@ -1209,26 +1231,54 @@ def sign_region(rows_TD, signs_SD, sign_T) -> Tensor:
     return rows_TD * signs_SD[sign_T]
 
 
-def mix_region(x_TD, skip_TD, skip_lambda, bigram_TD, x0_TD, x_lambda, x0_lambda, bigram_lambda,
-               source_TD, gate_inputs: int):
-    """Residual stream as a layer sees it: plus the skip connection and bigrams, mixed with the embedding x0.
+def scaled_norm(x_TD) -> tuple[Tensor, Tensor]:
+    """norm(x), and what x was multiplied by, (T, 1)."""
+    x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    scale_T1 = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    return (x * scale_T1).type_as(x_TD), scale_T1
 
-    Layer 0, whose stream is x0 itself, gets x0_TD = None and has its two factors merged into one.
-    Returns the stream, what the layer reads (the stream, or source_TD, normed), (T, D) both, and the latter's
-    leading channels.
-    """
-    dtype, rows = x_TD.dtype, (x_TD.size(0), 1)
-    if skip_TD is not None:
-        x_TD = x_TD + torch.sigmoid(skip_lambda).expand(rows) * skip_TD
-    if x0_lambda is not None and x0_TD is None:
-        x_TD = (x_lambda + x0_lambda).expand(rows) * x_TD
-    elif x0_lambda is not None:
-        x_TD = x_lambda.expand(rows) * x_TD + x0_lambda.expand(rows) * x0_TD
-    if bigram_TD is not None:
-        x_TD = x_TD + bigram_lambda.expand(rows) * bigram_TD
-    x_TD = x_TD.to(dtype)
-    h_TD = norm(x_TD if source_TD is None else source_TD)
-    return x_TD, h_TD, h_TD[:, :gate_inputs].contiguous()
+
+def norm_backward(h_TD, scale_T1, grad_TD) -> Tensor:
+    """Gradient of x by that of h = norm(x), in the precision of its scale (Jacobian of h = x scale(x))."""
+    h, g = h_TD.type_as(scale_T1), grad_TD.type_as(scale_T1)
+    return scale_T1 * (g - h * (g * h).mean(-1, keepdim=True))
+
+
+def mix_region(x_TD, skip_TD, x0_TD, bigram_TD, weights: tuple, gate_inputs: int | None):
+    """Mixing: the sum and, for a layer that reads it, the same normed, its scale and leading channels."""
+    streams = zip((x_TD, skip_TD, x0_TD, bigram_TD), weights)
+    sum_TD = sum(weighted(stream, weight) for stream, weight in streams if stream is not None).type_as(x_TD)
+    if gate_inputs is None:
+        return sum_TD, None, None, None
+    h_TD, scale_T1 = scaled_norm(sum_TD)
+    return sum_TD, h_TD, scale_T1, h_TD[:, :gate_inputs].contiguous()
+
+
+def weighted(x_TD, weight) -> Tensor:
+    return x_TD if weight is None else weight.expand(x_TD.size(0), 1) * x_TD
+
+
+def mix_backward_region(x_TD, skip_TD, x0_TD, bigram_TD, h_TD, scale_T1, grad_TD, h_grad_TD, lead_grad_TG,
+                        x0_grad_TD, bigram_grad_TD, weights: tuple):
+    """Gradients of the streams, later layers' of x0 and bigrams included, then of the weights."""
+    grad_TD = grad_TD.to(torch.promote_types(grad_TD.dtype, torch.float32))
+    if h_grad_TD is not None:
+        if lead_grad_TG is not None:
+            h_grad_TD = h_grad_TD + F.pad(lead_grad_TG, (0, h_grad_TD.size(1) - lead_grad_TG.size(1)))
+        grad_TD = grad_TD + norm_backward(h_TD, scale_T1, h_grad_TD)
+    grads, streams, later = [], (x_TD, skip_TD, x0_TD, bigram_TD), (None, None, x0_grad_TD, bigram_grad_TD)
+    for stream, weight, more in zip(streams, weights, later):
+        own = None if stream is None else weighted(grad_TD, weight)
+        grads.append(own if own is None else (own if more is None else own + more).type_as(stream))
+    counted = [i for i, weight in enumerate(weights) if weight is not None and streams[i] is not None]
+    sums = torch.stack([(grad_TD * streams[i]).sum(1) for i in counted]).sum(1).unbind() if counted else ()
+    return *grads, *(dict(zip(counted, sums)).get(i) for i in range(4))
+
+
+def late_region(x_TD, gate_inputs: int):
+    """What attention in late layers reads, (T, D), and its leading channels."""
+    h_TD = norm(x_TD)
+    return h_TD, h_TD[:, :gate_inputs].contiguous()
 
 
 def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, still_E, starts_T, cfg: Config,
@@ -1257,6 +1307,10 @@ def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
     return (y_THE * factor_TH[..., None]).type_as(y_THE).flatten(1)
 
 
+def rows_region(tokens_T, table_VD, dtype) -> Tensor:
+    return F.embedding(tokens_T, table_VD).to(dtype)
+
+
 def add_rows_region(total_VD, tokens_T, rows_TD):
     """total[tokens[t]] += rows[t] for every t, in total's precision; on a GPU usually in any order."""
     total_VD.index_add_(0, tokens_T, rows_TD.to(total_VD.dtype))
@@ -1265,15 +1319,12 @@ def add_rows_region(total_VD, tokens_T, rows_TD):
 def branch_region(x_TD, o_TD):
     """Residual stream after attention, the same normed, and what it was multiplied by, (T, 1)."""
     sum_TD = x_TD + o_TD
-    x = sum_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-    scale_T1 = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
-    return sum_TD, (x * scale_T1).type_as(x_TD), scale_T1
+    return sum_TD, *scaled_norm(sum_TD)
 
 
 def branch_backward_region(h_TD, scale_T1, grad_TD, h_grad_TD) -> Tensor:
-    """Gradient of the sum: its own, plus what comes back through the norm (Jacobian of h = x scale(x))."""
-    h, g = h_TD.type_as(scale_T1), h_grad_TD.type_as(scale_T1)
-    return (grad_TD + scale_T1 * (g - h * (g * h).mean(-1, keepdim=True))).type_as(grad_TD)
+    """Gradient of the sum: its own, plus what comes back through the norm."""
+    return (grad_TD + norm_backward(h_TD, scale_T1, h_grad_TD)).type_as(grad_TD)
 
 
 def activation_region(z_TF, slope: float) -> Tensor:
@@ -1352,10 +1403,15 @@ def cap(logits: Tensor, softcap: Softcap) -> Tensor:
     return height * torch.tanh((logits + shift) / width) if height else logits
 
 
-REGIONS = {f.__name__: f for f in (embed_region, bigram_region, sign_region, mix_region, qkv_region,
-                                   gate_region, add_rows_region, branch_region, branch_backward_region,
-                                   activation_region, final_region, loss_region, float8_region,
-                                   cross_entropy_region)}
+REGIONS = {f.__name__: f for f in (embed_region, bigram_region, sign_region, rows_region, add_rows_region,
+                                   mix_region, mix_backward_region, late_region, qkv_region, gate_region,
+                                   branch_region, branch_backward_region, activation_region, final_region,
+                                   loss_region, float8_region, cross_entropy_region)}
+
+
+def slices(p: nn.Parameter | None, count: int) -> tuple:
+    """A parameter's, all at once: each taken by itself would add a gradient of the whole. None if it is."""
+    return (None,) * count if p is None else p.unbind()
 
 
 def compile_region(function):
@@ -1365,6 +1421,7 @@ def compile_region(function):
     compiled = torch.compile(function, fullgraph=True)
 
     def call(*args):
+        torch._dynamo.config.recompile_limit = 64  # kinds of layers, .. in each thread: backward has its own
         for i in tokens:
             if args[i] is not None and args[i].size(0) > 1:  # a single row is compiled for itself
                 torch._dynamo.mark_dynamic(args[i], 0)
@@ -1467,29 +1524,30 @@ class GPT(nn.Module):
         smear = self.smear_gate, self.smear_lambda
         x_TD = x0_TD = self.regions["embed_region"](embed_TD, *smear, starts_T, cfg.cut_smear)
         values, bigram_TD = self.value_rows(tokens_T), self.bigrams(tokens_T, starts_T, cfg.cut_bigram)
-        outputs = {}
+        handed_on, outputs = (x0_TD if cfg.x0_mix else None, bigram_TD), {}
+        stream_weights, attn_lambdas = self.stream_weights(), self.attn_lambdas.flatten().unbind()
+        gates = slices(self.attn_gate, len(cfg.attention_layers))
         for i, layer in enumerate(cfg.layers):
-            mixing = *self.skip_input(i, outputs), bigram_TD, x0_TD if i else None, *self.mixing_factors(i)
-            source_TD = outputs[cfg.backout_from] if cfg.reads_late(i) else None
-            x_TD, h_TD, lead_TG = self.regions["mix_region"](x_TD, *mixing, source_TD, cfg.gate_inputs)
+            streams = x_TD, outputs[layer.skip_from] if i in cfg.skips else None, *handed_on
+            reads = None if cfg.reads_late(i) else cfg.gate_inputs
+            x_TD, h_TD, lead_TG, *handed_on = Mixing.apply(*streams, *stream_weights[i], reads, self.regions)
+            if cfg.reads_late(i):
+                h_TD, lead_TG = late
             if layer.window != "none":
                 a = cfg.attention_layers.index(i)
                 (qkv_CD, o_DD), grads = map(split_attention, (weights["attn_bank"][a], attn_grad[a]))
                 value_TD = values[cfg.value_table(i)] if i in cfg.value_layers else None
-                v_lambda, out_lambda = self.attn_lambdas[a].unbind()
+                v_lambda, out_lambda = attn_lambdas[2 * a : 2 * a + 2]
                 qkv_TC = Linear.apply(h_TD, qkv_CD, grads[0])
                 qkv_TC = adapters.add("q k v", a, h_TD, qkv_TC) if adapters else qkv_TC
                 q_THE, k_THE, v_THE = self.regions["qkv_region"](
                     qkv_TC, v_lambda, value_TD, *rotary, starts_T, cfg, cfg.offsets_keys(layer))
                 window = windows[layer.window] if cfg.sliding_window else tokens_T.numel()
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, window)
-                gate_HG = self.attn_gate[a] if cfg.attn_gate else None
-                y_TD = self.regions["gate_region"](y_THE, lead_TG, gate_HG, out_lambda)
+                y_TD = self.regions["gate_region"](y_THE, lead_TG, gates[a], out_lambda)
                 o_TD = Linear.apply(y_TD, o_DD, grads[1])
                 o_TD = adapters.add("o", a, y_TD, o_TD) if adapters else o_TD
                 x_TD, h_TD = Branch.apply(x_TD, o_TD, self.regions)
-            else:
-                x_TD = x_TD.clone()  # the MLP adds to it in place
             if adapters:
                 x_TD = self.adapted_mlp(i, x_TD, h_TD, adapters)
             else:
@@ -1497,6 +1555,8 @@ class GPT(nn.Module):
                                  cfg.leaky_slope, self.kernels)
             if i in self.tap_layers:
                 outputs[i] = x_TD
+            if i == cfg.backout_from and cfg.late_attention:
+                late = self.regions["late_region"](x_TD, cfg.gate_inputs)
         last = outputs.get(cfg.backout_from), self.backout_lambda, self.smear_mtp_lambda
         return self.regions["final_region"](x_TD, *last, starts_T, cfg.cut_smear_mtp)
 
@@ -1550,12 +1610,10 @@ class GPT(nn.Module):
         h8_TD = self.regions["float8_region"](h_TD.detach(), self.latent_scale)
         return self.weights["mlp8"][i]._replace(h_TD=h8_TD, h_scale=self.latent_scale)
 
-    def value_rows(self, tokens_T: Tensor) -> tuple:
-        """Rows of every value-embedding table, one look-up for all: tables of (T, D)."""
-        if not self.cfg.value_tables:
-            return ()
-        first = torch.arange(self.cfg.value_tables, device=tokens_T.device)[:, None] * self.cfg.padded_vocab
-        return Lookup.apply(tokens_T + first, self.value_embeds, self.dtype, self.regions).unbind(0)
+    def value_rows(self, tokens_T: Tensor) -> list:
+        """Rows of every value-embedding table, (T, D) each."""
+        first = range(0, self.cfg.value_tables * self.cfg.padded_vocab, self.cfg.padded_vocab)
+        return [Lookup.apply(tokens_T + row, self.value_embeds, self.dtype, self.regions) for row in first]
 
     def bigrams(self, tokens_T: Tensor, starts_T: Tensor, cut: bool) -> Tensor | None:
         """What each token and the one before look up together: (T, D)."""
@@ -1565,15 +1623,15 @@ class GPT(nn.Module):
         rows_TD = Lookup.apply(row_T, self.bigram_embed, self.dtype, self.regions)
         return self.regions["sign_region"](rows_TD, self.bigram_signs, sign_T)
 
-    def skip_input(self, i: int, outputs: dict) -> tuple:
-        """The stream that joins at layer i and its factor; or None."""
-        if i not in self.cfg.skips:
-            return None, None
-        return outputs[self.cfg.layers[i].skip_from], self.skip_lambdas[self.cfg.skips.index(i)]
-
-    def mixing_factors(self, i: int) -> tuple:
-        cfg, bigram_lambda = self.cfg, self.bigram_lambdas[i] if self.cfg.bigram_rows else None
-        return *((self.resid_lambdas[i], self.x0_lambdas[i]) if cfg.x0_mix else (None, None)), bigram_lambda
+    def stream_weights(self) -> list:
+        """Of each layer: what Mixing multiplies the stream, a skip connection, x0 and bigrams with."""
+        cfg, layers = self.cfg, len(self.cfg.layers)
+        lambdas = self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas
+        x, x0, bigram = (slices(p, layers) for p in lambdas)
+        skip = [None] * layers
+        for i, factor in zip(cfg.skips, self.skip_lambdas.sigmoid().unbind() if cfg.skips else ()):
+            skip[i] = factor if x[i] is None else x[i] * factor
+        return list(zip(x, skip, x0, bigram))
 
     def products(self, x_TD: Tensor) -> Tensor:
         """Logits before the soft cap, (T, V), of final latents, in their dtype."""
@@ -1595,7 +1653,6 @@ def build_model(cfg: Config, hardware: Hardware) -> GPT:
     model = GPT(cfg, hardware.dtype, hardware.attention, hardware.kernels, hardware.fp8).to(hardware.device)
     model.graphs = Graphs() if hardware.graphs else None
     if hardware.compile:
-        torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
         model.regions = {name: compile_region(function) for name, function in REGIONS.items()}
     return model
 

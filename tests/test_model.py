@@ -164,7 +164,7 @@ class Trace:
         if name == "embed_region":
             self.x0 = result
         if name == "mix_region":
-            self.inputs.append(result[0])
+            self.inputs.append(result[0].clone())  # which the MLP of a layer without attention changes
         if name == "qkv_region":
             self.heads.append(result)
         if name == "gate_region":
@@ -312,16 +312,15 @@ def mixing_factors(model):
     return torch.stack([model.resid_lambdas, model.x0_lambdas], dim=1).detach()
 
 
-@mechanism("x0_mix", mix_region={"x0_lambda": None})
-def test_x0_mix_adds_the_embedding_to_every_layer_and_merges_both_factors_in_layer_0():
+@mechanism("x0_mix", mix_region={"x0_TD": None})
+def test_x0_mix_adds_the_embedding_to_every_layer():
     text = packed(9, 12)
     cfg = replace(CFG, skip=False)
     model = make_model(cfg)
     trace = Trace(model, *text)
     lambdas = mixing_factors(model)
-    assert torch.equal(trace.inputs[0], lambdas[0].sum() * trace.x0)
-    for i in range(1, len(LAYERS)):
-        assert torch.equal(trace.inputs[i], lambdas[i, 0] * trace.outputs[i - 1] + lambdas[i, 1] * trace.x0)
+    for stream, x, own in zip((trace.x0, *trace.outputs), trace.inputs, lambdas):
+        assert torch.equal(x, own[0] * stream + own[1] * trace.x0)
     latents(model, *text).square().sum().backward()
     on_stream, on_x0 = model.resid_lambdas.grad, model.x0_lambdas.grad
     assert on_stream.all() and on_x0.all() and on_stream[0] == on_x0[0] and on_stream[1] != on_x0[1]
@@ -373,7 +372,7 @@ def test_draw_output_starts_o_as_q_k_and_v():
     assert_close(o.std(), torch.tensor(0.5 / math.sqrt(32)), rtol=0.03, atol=0)
 
 
-@mechanism("late_attention", mix_region={"source_TD": None})
+@mechanism("late_attention", GPT={"cfg": having(late_attention=False)})
 def test_late_attention_and_its_gates_read_the_backout_layers_output():
     text, layers = packed(9, 12), (*LAYERS, t.Layer("short"))
     cfg = replace(CFG, layers=layers, late_attention=True, value_embeds=False)
@@ -911,9 +910,18 @@ def plain_mlp(x, h, weight, grad, eight, slope, kernels):
     return x + torch.where(u > 0, u, slope * u) ** 2 @ weight[1]
 
 
+def plain_mix(x, skip, x0, bigram, *rest):
+    *weights, gate_inputs, _ = rest
+    streams = zip((x, skip, x0, bigram), weights)
+    total = sum(y if weight is None else weight * y for y, weight in streams if y is not None)
+    read = (None, None) if gate_inputs is None else (rms_normed(total), rms_normed(total)[:, :gate_inputs])
+    return total, *read, x0, bigram
+
+
 PLAIN = {
     "Lookup": lambda tokens, table, dtype, regions: table[tokens].to(dtype),
     "Linear": lambda x, weight, grad: x @ weight.T,
+    "Mixing": plain_mix,
     "Branch": lambda x, o, regions: (x + o, rms_normed(x + o)),
     "MLP": plain_mlp,
 }
@@ -976,7 +984,7 @@ def test_gradients_are_finite_differences_of_the_loss(exact):
         assert_close(losses[0] - losses[1], 2 * (p.grad * step).sum(), rtol=1e-5, atol=0, msg=name)
 
 
-REPEATED = torch.tensor([[3, 1, 3], [3, 0, 1]])
+REPEATED = torch.tensor([3, 1, 3, 3, 0, 1])
 FUNCTIONS = {  # of a Function or its plain form, a weight, its gradient and inputs; shapes of the tensors
     "Lookup": (lambda apply, w, grad: apply(REPEATED, w, w.dtype, t.REGIONS), (5, 4)),
     "Linear": (lambda apply, w, grad, x: apply(x, w, grad), (3, 4), (7, 4)),
@@ -988,6 +996,28 @@ def apply_branch_and_change_the_sum(apply, w, grad, x, o):
     """In place, as the MLP does."""
     total, h = apply(w * x, o, t.REGIONS)
     return torch.cat([total.mul_(2), h])
+
+
+def mix_three_layers(apply, w, grad, x, bigram, *, skip, x0, bigrams):
+    """Streams handed on from layer to layer; the second, with a skip connection, reads nothing."""
+    x = x if bigrams else x + bigram
+    handed_on, first, out = (x if x0 else None, bigram if bigrams else None), x, []
+    for i, reads in enumerate((3, None, 0)):
+        own = [factor if on else None for factor, on in zip(w[i], (x0, skip, x0, bigrams))]
+        source = first if skip and i else None
+        mixed, h, lead, *handed_on = apply(x, source, *handed_on, *own, reads, t.REGIONS)
+        out += [mixed, *([] if h is None else [h, lead])]
+        x = mixed * 1.5
+    return torch.cat([y.flatten() for y in out])
+
+
+FUNCTIONS |= {
+    f"Mixing of {streams}": (partial(mix_three_layers, **dict.fromkeys(streams.split(), True) | rest),
+                          (3, 4), (7, 5), (7, 5))
+    for streams, rest in {
+        "skip x0 bigrams": {}, "skip": {"x0": False, "bigrams": False}, "x0": {"skip": False, "bigrams": False},
+        "bigrams": {"skip": False, "x0": False}}.items()
+}  # fmt: skip
 
 
 def apply_mlp(apply, w, grad, x, h, slope):
