@@ -1072,19 +1072,25 @@ class Mixing(torch.autograd.Function):
 
 
 class Branch(torch.autograd.Function):
-    """x + o, and the same normed. Keeps only the latter and its scale; the sum may be changed in place."""
+    """x + o, the same normed, and that as float8 over `scale8`, if given: one kernel.
+
+    Keeps only the second and its scale; the sum may be changed in place.
+    """
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, o_TD: Tensor, regions: dict):
+    def forward(ctx, x_TD: Tensor, o_TD: Tensor, scale8: Tensor | None, regions: dict):
         ctx.regions = regions
-        sum_TD, h_TD, scale_T1 = regions["branch_region"](x_TD, o_TD)
+        sum_TD, h_TD, scale_T1, h8_TD = regions["branch_region"](x_TD, o_TD, scale8)
         ctx.save_for_backward(h_TD, scale_T1)
-        return sum_TD, h_TD
+        ctx.set_materialize_grads(False)
+        if h8_TD is not None:
+            ctx.mark_non_differentiable(h8_TD)
+        return sum_TD, h_TD, h8_TD
 
     @staticmethod
-    def backward(ctx, grad_TD: Tensor, h_grad_TD: Tensor):
+    def backward(ctx, grad_TD: Tensor, h_grad_TD: Tensor, _):
         grad_TD = ctx.regions["branch_backward_region"](*ctx.saved_tensors, grad_TD, h_grad_TD)
-        return grad_TD, grad_TD, None
+        return grad_TD, grad_TD, None, None
 
 
 class Float8MLP(NamedTuple):
@@ -1316,10 +1322,11 @@ def add_rows_region(total_VD, tokens_T, rows_TD):
     total_VD.index_add_(0, tokens_T, rows_TD.to(total_VD.dtype))
 
 
-def branch_region(x_TD, o_TD):
-    """Residual stream after attention, the same normed, and what it was multiplied by, (T, 1)."""
+def branch_region(x_TD, o_TD, scale8):
+    """Residual stream after attention, the same normed, what it was multiplied by, (T, 1), and in float8."""
     sum_TD = x_TD + o_TD
-    return sum_TD, *scaled_norm(sum_TD)
+    h_TD, scale_T1 = scaled_norm(sum_TD)
+    return sum_TD, h_TD, scale_T1, None if scale8 is None else float8_region(h_TD, scale8)
 
 
 def branch_backward_region(h_TD, scale_T1, grad_TD, h_grad_TD) -> Tensor:
@@ -1519,6 +1526,7 @@ class GPT(nn.Module):
         training = torch.is_grad_enabled() and adapters is None
         attn_grad, mlp_grad = (gradient(bank) if training else [None] * len(bank)
                                for bank in (self.attn_bank, self.mlp_bank))
+        scale8 = self.latent_scale if training and cfg.fp8_mlp and self.fp8 else None  # of the MLPs' inputs
         starts_T = tokens_T == cfg.bos if docs.first_T is None else docs.first_T
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype, self.regions)
         smear = self.smear_gate, self.smear_lambda
@@ -1547,12 +1555,15 @@ class GPT(nn.Module):
                 y_TD = self.regions["gate_region"](y_THE, lead_TG, gates[a], out_lambda)
                 o_TD = Linear.apply(y_TD, o_DD, grads[1])
                 o_TD = adapters.add("o", a, y_TD, o_TD) if adapters else o_TD
-                x_TD, h_TD = Branch.apply(x_TD, o_TD, self.regions)
+                x_TD, h_TD, h8_TD = Branch.apply(x_TD, o_TD, scale8, self.regions)
+            else:
+                h8_TD = None if scale8 is None else self.regions["float8_region"](h_TD.detach(), scale8)
             if adapters:
                 x_TD = self.adapted_mlp(i, x_TD, h_TD, adapters)
             else:
-                x_TD = MLP.apply(x_TD, h_TD, weights["mlp_bank"][i], mlp_grad[i], self.float8_mlp(i, h_TD),
-                                 cfg.leaky_slope, self.kernels)
+                eight = None if h8_TD is None else weights["mlp8"][i]._replace(h_TD=h8_TD, h_scale=scale8)
+                x_TD = MLP.apply(x_TD, h_TD, weights["mlp_bank"][i], mlp_grad[i], eight, cfg.leaky_slope,
+                                 self.kernels)
             if i in self.tap_layers:
                 outputs[i] = x_TD
             if i == cfg.backout_from and cfg.late_attention:
@@ -1602,13 +1613,6 @@ class GPT(nn.Module):
     def mlp_as_read(self, up_FD: Tensor, down_FD: Tensor) -> Float8MLP:
         down8_FD, down_scale = self.as_float8(down_FD)
         return Float8MLP(*self.as_float8(up_FD), transpose(down8_FD, self.kernels), down_scale)
-
-    def float8_mlp(self, i: int, h_TD: Tensor) -> Float8MLP | None:
-        """Layer i's float8 operands in training; None where its products are done in `dtype`."""
-        if not (self.cfg.fp8_mlp and self.fp8 and torch.is_grad_enabled()):
-            return None
-        h8_TD = self.regions["float8_region"](h_TD.detach(), self.latent_scale)
-        return self.weights["mlp8"][i]._replace(h_TD=h8_TD, h_scale=self.latent_scale)
 
     def value_rows(self, tokens_T: Tensor) -> list:
         """Rows of every value-embedding table, (T, D) each."""
@@ -1808,7 +1812,7 @@ class RowState(NamedTuple):
     share: int                   # units of a rank; the last ones may have fewer
     lo: int                      # own units: lo..hi
     hi: int
-    buffers: dict                # name -> own part of a moment, float32
+    buffers: dict                # name -> own part of a moment: float32, of tables the activations' dtype
     lr: Tensor | float           # per own unit (normuon), or a number (adam)
     groups: tuple                # row.groups of each own unit
 
@@ -1855,7 +1859,8 @@ class Optimizer:
             buffers = {"momentum": zeros(shape), "second": zeros(*shape[:-1], 1)}
             lr = torch.tensor(row.lr, device=p.device).repeat(p.size(0))[lo:hi].view(-1, 1, 1)
         else:
-            buffers, lr = {"first": zeros(shape), "second": zeros(shape)}, row.lr[0]
+            dtype = self.dtype if row.comms == "sharded" else torch.float32  # tables are many numbers
+            buffers, lr = {name: zeros(shape, dtype=dtype) for name in ("first", "second")}, row.lr[0]
         groups = (row.groups * p.size(0))[lo:hi] if muon else ()
         return RowState(row, p, units, share, lo, hi, buffers, lr, groups)
 

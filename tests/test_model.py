@@ -922,7 +922,7 @@ PLAIN = {
     "Lookup": lambda tokens, table, dtype, regions: table[tokens].to(dtype),
     "Linear": lambda x, weight, grad: x @ weight.T,
     "Mixing": plain_mix,
-    "Branch": lambda x, o, regions: (x + o, rms_normed(x + o)),
+    "Branch": lambda x, o, scale8, regions: (x + o, rms_normed(x + o), None),
     "MLP": plain_mlp,
 }
 
@@ -988,13 +988,13 @@ REPEATED = torch.tensor([3, 1, 3, 3, 0, 1])
 FUNCTIONS = {  # of a Function or its plain form, a weight, its gradient and inputs; shapes of the tensors
     "Lookup": (lambda apply, w, grad: apply(REPEATED, w, w.dtype, t.REGIONS), (5, 4)),
     "Linear": (lambda apply, w, grad, x: apply(x, w, grad), (3, 4), (7, 4)),
-    "Branch": (lambda apply, w, grad, x, o: torch.cat(apply(w * x, o, t.REGIONS)), (7, 4), (7, 4), (7, 4)),
+    "Branch": (lambda apply, w, grad, x, o: torch.cat(apply(w * x, o, None, t.REGIONS)[:2]), (7, 4), (7, 4), (7, 4)),
 }
 
 
 def apply_branch_and_change_the_sum(apply, w, grad, x, o):
     """In place, as the MLP does."""
-    total, h = apply(w * x, o, t.REGIONS)
+    total, h, _ = apply(w * x, o, None, t.REGIONS)
     return torch.cat([total.mul_(2), h])
 
 
