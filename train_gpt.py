@@ -823,7 +823,8 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
     top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)  # column by column
     for first in range(0, V, BLOCK):
         inside = first + columns < V
-        q = tl.load(logits + row * V + first + columns, inside, other=-float("inf")).to(tl.float32)
+        q = tl.load(logits + row * V + first + columns, inside, other=-float("inf"),
+                    eviction_policy="evict_last").to(tl.float32)
         if SOFTCAP > 0:  # bounded, so its maximum needn't be known
             t = soft_tanh(q * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
             total += tl.where(inside, tl.exp2((t - 1) * (SOFTCAP * LOG2E)), 0.0)
@@ -849,7 +850,8 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
     offset = (tl.log(weight_sum * inverse) - lse) * LOG2E  # weights and scale go into the exponent
     for first in range(0, V, BLOCK):
         inside = first + columns < V
-        z = tl.load(logits + row * V + first + columns, inside, other=0.0).to(tl.float32)
+        z = tl.load(logits + row * V + first + columns, inside, other=0.0,
+                    eviction_policy="evict_first").to(tl.float32)
         if SOFTCAP > 0:
             t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
             g = tl.exp2(t * (SOFTCAP * LOG2E) + offset)
@@ -892,7 +894,7 @@ def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dty
     grad_TV = torch.empty(T, V, dtype=dtype, device=logits_TV.device)
     inputs = (x.contiguous() for x in (logits_TV, targets_TK, weights_K))
     cross_entropy_kernel[T,](*inputs, scale, loss_T, grad_TV, V, K, *map(float, softcap),
-                             logits_TV.is_cuda, 2048, num_warps=4)
+                             logits_TV.is_cuda, 4096, num_warps=16)
     return loss_T, grad_TV
 
 
