@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SPRINT = {"december": "December's", "plain": "today's, in plain torch", "eleven_techniques": "today's"}
+SPRINT = {"december_again": "December's", "plain": "today's, in plain torch", "fewer_passes": "today's"}
 
 sys.path.insert(0, str(ROOT / "records"))
 from runs import parse_log  # noqa: E402

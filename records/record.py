@@ -19,6 +19,7 @@ Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -457,15 +458,17 @@ def reproduce(options, flags):
 class Group(NamedTuple):
     name: str
     runs: list[Run]
-    race: list = []  # the sides of the race that its runs were in
+    sides: list = []  # of the race that its runs were in, and when each was started, by seed
+    started: dict = {}
 
 
 def load_group(path: Path) -> Group:
     """Runs of a record (verified first), a log, or a folder with logs. Raises UserError if there are none."""
     if (path / "record.json").exists():
         record = verify(path)
+        started = {row["seed"]: row["started"] for row in record["runs"]}
         return Group(record["name"], [parse_log(path / row["log"]) for row in record["runs"]],
-                     record["plan"].get("interleaved", []))
+                     record["plan"].get("interleaved", []), started)
     ours = [*path.glob("log.txt"), *path.glob("*/log.txt")]
     logs = [path] if path.is_file() else sorted(ours or path.glob("*.txt"))
     if not logs:
@@ -480,6 +483,15 @@ def in_pairs(a: Group, b: Group) -> list[tuple[Run, Run]]:
     unique = len(mine) == len(a.runs) and len(other) == len(b.runs)
     whole = unique and len(seeds) == min(len(mine), len(other)) > 1
     return [(mine[seed], other[seed]) for seed in seeds] if whole else []
+
+
+def in_one_race(a: Group, b: Group, pairs: list) -> bool:
+    """Whether the pairs' runs alternated in time; races of other scripts may have called their sides alike."""
+    if not pairs or not a.sides or a.sides != b.sides:
+        return False
+    times = [[(a.started[run.config["seed"]], b.started[run.config["seed"]]) for run, _ in pairs]]
+    times.append([pair[::-1] for pair in times[0]])  # either may have been first
+    return any(list(itertools.chain(*order)) == sorted(itertools.chain(*order)) for order in times)
 
 
 def net_seconds(timing: Difference, gap: Difference, slope: float) -> Difference:
@@ -501,7 +513,7 @@ def comparison(a: Group, b: Group, threshold: float | None = None, slope: float 
         out.append(f"{letter} = {group.name}: n = {len(losses)}, loss {np.mean(losses):.5f} sd "
                    f"{number(sd(losses), 5)}, time {np.mean(seconds):.3f} s sd {number(sd(seconds), 3)}")
     gap, pairs = welch(*([r.loss for r in g.runs] for g in (a, b))), in_pairs(a, b)
-    raced = pairs and a.race and a.race == b.race  # then times pair, too
+    raced = in_one_race(a, b, pairs)  # then times pair, too
     timing = (paired if raced else welch)(*([r.seconds for r in runs] for runs in
                                             (zip(*pairs) if raced else (a.runs, b.runs))))
     paired_n = len(pairs) if raced else n

@@ -1,5 +1,6 @@
 """Every committed record verifies, and no digit of a record can change unnoticed."""
 
+import itertools
 import json
 import os
 import random
@@ -521,6 +522,15 @@ def test_race_interleaves_and_goes_on(made, tmp_path, monkeypatch):
     assert "paired, n = 2" in result.out and result.out.endswith("the baseline has n = 2, an sd needs 3\n")
     assert "not of one race" not in result.out and "the loss alone" in result.out
     assert cli("race", a, b, "--runs=3,2", "--out", tmp_path / "uneven").code == 2  # registered with others
+
+    later = tmp_path / "race" / "B_b"  # as if of another race whose sides have the same names
+    row = json.loads((later / "record.json").read_text())
+    for i, run in enumerate(row["runs"]):
+        run["started"] = f"2099-01-01T00:00:0{i}Z"
+    (later / "record.json").write_text(record.dump(row))
+    assert cli("refresh", later).code == 0
+    for pair in itertools.permutations((tmp_path / "race" / "A_a", later)):
+        assert "not of one race" in cli("compare", *pair).out
     result = cli("race", a, b, "--runs=1,2,3")
     assert result.code == 2 and "one number for both or A's and B's" in result.err
 
