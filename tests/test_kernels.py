@@ -81,18 +81,18 @@ def test_mlp_function_has_the_gradients_of_float64_and_adds_them_up(rng, mode, d
     cases.check_mlp_function(rng, 37, 24, 72, slope, dtype, mode)
 
 
-# 4999 = 2 * 2048 + 903: the third block is part of one
+# 9095 = 2 * 4096 + 903: the third block is part of one
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize("softcap", cases.SOFTCAPS, ids=str)
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.5), (1.0, 0.5, 0.25)], ids=len)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy_and_its_gradient_equal_float64(rng, dtype, weights, softcap, grad_dtype):
-    cases.check_cross_entropy(rng, 7, 4999, weights, softcap, dtype, grad_dtype, "pointer")
+    cases.check_cross_entropy(rng, 7, 9095, weights, softcap, dtype, grad_dtype, "pointer")
 
 
 @pytest.mark.parametrize("softcap", cases.SOFTCAPS, ids=str)
 @pytest.mark.parametrize("T, V, weights, spread", [
-    (5, 2048, (1.0,), 4), (3, 3, (1.0, 0.5), 4), (3, 2049, (1.0, 0.5), 4), (6, 131, (1.0, 0.0), 4),
+    (5, 4096, (1.0,), 4), (3, 3, (1.0, 0.5), 4), (3, 4097, (1.0, 0.5), 4), (6, 131, (1.0, 0.0), 4),
     (9, 131, (1.0, 0.5, 0.0), 40), (1, 7, (0.5,), 4)])  # fmt: skip
 def test_cross_entropy_at_block_ends_with_weight_zero_and_large_logits(rng, T, V, weights, spread, softcap):
     cases.check_cross_entropy(rng, T, V, weights, softcap, torch.float32, torch.float32, "pointer", spread)
@@ -155,3 +155,9 @@ def test_polar_express_is_the_same_with_kernels(rng, wide, tall):
 @pytest.mark.parametrize("V, D, N", [(11, 33, 90), (5, 1, 7), (300, 64, 1), (9, 130, 40)])
 def test_lookup_adds_the_rows_gradients_to_the_table(rng, V, D, N, dtype):
     cases.check_lookup(rng, V, D, N, dtype)
+
+
+@pytest.mark.parametrize("T, D", [(7, 40), (129, 72)])
+def test_branch_and_mixing_have_the_gradients_of_float64(rng, T, D):
+    cases.check_branch(rng, T, D)
+    cases.check_mixing(rng, T, D)
