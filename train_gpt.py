@@ -1054,9 +1054,9 @@ class Mixing(torch.autograd.Function):
     """Sum of the streams that a layer's residual stream is made of, (T, D), each times its weight, ().
 
     Streams and weights may be None: there is no such stream, or it counts as it is. Returns the sum, the same
-    normed and its leading channels (unless `gate_inputs` is None), and x0 and bigrams as they are: handed on
-    from layer to layer, they bring back the gradients of all later layers, to which the kernel that computes
-    this layer's adds them.
+    normed and its leading channels (unless `gate_inputs` is None), and x0 and bigrams as they are, for the
+    next layer to read: the gradients of all later layers then arrive here as one, and the kernel that
+    computes this layer's adds them up.
     """
 
     @staticmethod
@@ -1076,7 +1076,7 @@ class Mixing(torch.autograd.Function):
 class Branch(torch.autograd.Function):
     """x + o, the same normed, and that as float8 over `scale8`, if given: one kernel.
 
-    Keeps only the second and its scale; the sum may be changed in place.
+    Backward keeps the normed sum and its scale; the sum itself may be changed in place.
     """
 
     @staticmethod
@@ -1263,6 +1263,7 @@ def mix_region(x_TD, skip_TD, x0_TD, bigram_TD, weights: tuple, gate_inputs: int
 
 
 def weighted(x_TD, weight) -> Tensor:
+    """weight * x; the weight as (T, 1), as one of shape () would leave the product in bfloat16."""
     return x_TD if weight is None else weight.expand(x_TD.size(0), 1) * x_TD
 
 
@@ -1276,8 +1277,11 @@ def mix_backward_region(x_TD, skip_TD, x0_TD, bigram_TD, h_TD, scale_T1, grad_TD
         grad_TD = grad_TD + norm_backward(h_TD, scale_T1, h_grad_TD)
     grads, streams, later = [], (x_TD, skip_TD, x0_TD, bigram_TD), (None, None, x0_grad_TD, bigram_grad_TD)
     for stream, weight, more in zip(streams, weights, later):
-        own = None if stream is None else weighted(grad_TD, weight)
-        grads.append(own if own is None else (own if more is None else own + more).type_as(stream))
+        if stream is None:
+            grads.append(None)
+            continue
+        own = weighted(grad_TD, weight)
+        grads.append((own if more is None else own + more).type_as(stream))
     counted = [i for i, weight in enumerate(weights) if weight is not None and streams[i] is not None]
     sums = torch.stack([(grad_TD * streams[i]).sum(1) for i in counted]).sum(1).unbind() if counted else ()
     return *grads, *(dict(zip(counted, sums)).get(i) for i in range(4))
@@ -1419,7 +1423,10 @@ REGIONS = {f.__name__: f for f in (embed_region, bigram_region, sign_region, row
 
 
 def slices(p: nn.Parameter | None, count: int) -> tuple:
-    """A parameter's, all at once: each taken by itself would add a gradient of the whole. None if it is."""
+    """p[0], p[1], .. by one operation, whose backward is one stack; None for each if there is no p.
+
+    p[i] by itself would add a gradient as large as p for each i.
+    """
     return (None,) * count if p is None else p.unbind()
 
 
@@ -1430,7 +1437,7 @@ def compile_region(function):
     compiled = torch.compile(function, fullgraph=True)
 
     def call(*args):
-        torch._dynamo.config.recompile_limit = 64  # kinds of layers, .. in each thread: backward has its own
+        torch._dynamo.config.recompile_limit = 64  # of layers' kinds; here, as backward's thread has its own
         for i in tokens:
             if args[i] is not None and args[i].size(0) > 1:  # a single row is compiled for itself
                 torch._dynamo.mark_dynamic(args[i], 0)
@@ -1803,7 +1810,7 @@ def adam_update(p, g, first, second, lr, bias1, bias2, ok, beta1: float, beta2: 
     """
     first.add_(torch.where(ok, (1 - beta1) * (g - first), 0.0))
     second.add_(torch.where(ok, (1 - beta2) * (g * g - second), 0.0))
-    x = lr * (first / bias1) / ((second / bias2).sqrt() + 1e-15)
+    x = lr * (first.type_as(p) / bias1) / ((second.type_as(p) / bias2).sqrt() + 1e-15)
     p.sub_(torch.where(ok, x + lr * decay * p * (x * p > 0), 0.0))
 
 

@@ -3,7 +3,7 @@
     python benchmarks/versions.py OLD.py NEW.py .. [--rounds=5] [--steps=8] [--out=FILE] [flags]
 
 Each script gets a process of its own, which keeps its model and graphs in memory (a run of the sprint peaks
-at 23,735 MiB) and waits while another is timed. A round times every stage of every script once, in an order
+at 21,246 MiB) and waits while another is timed. A round times every stage of every script once, in an order
 that turns around from round to round, so that what drifts, drifts for all. Prints, for each stage, the median
 over rounds of the milliseconds per micro-batch, optimizer included, and the median over rounds of their ratio
 to the first script's, with its range. Other flags go to the scripts (--track=sprint is the default). Tokens

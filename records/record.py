@@ -19,7 +19,6 @@ Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -486,12 +485,12 @@ def in_pairs(a: Group, b: Group) -> list[tuple[Run, Run]]:
 
 
 def in_one_race(a: Group, b: Group, pairs: list) -> bool:
-    """Whether the pairs' runs alternated in time; races of other scripts may have called their sides alike."""
+    """Whether the pairs' runs were started in turn; other races may have called their sides alike."""
     if not pairs or not a.sides or a.sides != b.sides:
         return False
-    times = [[(a.started[run.config["seed"]], b.started[run.config["seed"]]) for run, _ in pairs]]
-    times.append([pair[::-1] for pair in times[0]])  # either may have been first
-    return any(list(itertools.chain(*order)) == sorted(itertools.chain(*order)) for order in times)
+    starts = [(a.started[seed], b.started[seed]) for seed in (run.config["seed"] for run, _ in pairs)]
+    orders = ([start for pair in starts for start in pair[::way]] for way in (1, -1))  # either was first
+    return any(order == sorted(order) for order in orders)
 
 
 def net_seconds(timing: Difference, gap: Difference, slope: float) -> Difference:

@@ -988,7 +988,8 @@ REPEATED = torch.tensor([3, 1, 3, 3, 0, 1])
 FUNCTIONS = {  # of a Function or its plain form, a weight, its gradient and inputs; shapes of the tensors
     "Lookup": (lambda apply, w, grad: apply(REPEATED, w, w.dtype, t.REGIONS), (5, 4)),
     "Linear": (lambda apply, w, grad, x: apply(x, w, grad), (3, 4), (7, 4)),
-    "Branch": (lambda apply, w, grad, x, o: torch.cat(apply(w * x, o, None, t.REGIONS)[:2]), (7, 4), (7, 4), (7, 4)),
+    "Branch": (lambda apply, w, grad, x, o: torch.cat(apply(w * x, o, None, t.REGIONS)[:2]),
+               (7, 4), (7, 4), (7, 4)),
 }
 
 
@@ -998,25 +999,25 @@ def apply_branch_and_change_the_sum(apply, w, grad, x, o):
     return torch.cat([total.mul_(2), h])
 
 
-def mix_three_layers(apply, w, grad, x, bigram, *, skip, x0, bigrams):
+def mix_three_layers(apply, w, grad, x, bigram, *, skip=False, x0=False, bigrams=False, nothing=False):
     """Streams handed on from layer to layer; the second, with a skip connection, reads nothing."""
     x = x if bigrams else x + bigram
+    x = x * w[0, 0] if nothing else x
     handed_on, first, out = (x if x0 else None, bigram if bigrams else None), x, []
     for i, reads in enumerate((3, None, 0)):
         own = [factor if on else None for factor, on in zip(w[i], (x0, skip, x0, bigrams))]
         source = first if skip and i else None
         mixed, h, lead, *handed_on = apply(x, source, *handed_on, *own, reads, t.REGIONS)
         out += [mixed, *([] if h is None else [h, lead])]
+        assert mixed.data_ptr() != x.data_ptr()  # the MLP adds to it in place
         x = mixed * 1.5
     return torch.cat([y.flatten() for y in out])
 
 
 FUNCTIONS |= {
-    f"Mixing of {streams}": (partial(mix_three_layers, **dict.fromkeys(streams.split(), True) | rest),
-                          (3, 4), (7, 5), (7, 5))
-    for streams, rest in {
-        "skip x0 bigrams": {}, "skip": {"x0": False, "bigrams": False}, "x0": {"skip": False, "bigrams": False},
-        "bigrams": {"skip": False, "x0": False}}.items()
+    f"Mixing of {streams}": (partial(mix_three_layers, **dict.fromkeys(streams.split(), True)),
+                             (3, 4), (7, 5), (7, 5))
+    for streams in ("skip x0 bigrams", "skip", "x0", "bigrams", "nothing")
 }  # fmt: skip
 
 

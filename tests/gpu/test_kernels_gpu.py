@@ -307,6 +307,6 @@ def test_adam_compiled_is_adam_with_its_decay(moment, rtol):
         p, g, *moments = (x.to(dtype, copy=True) for x, dtype in zip(start, (FP32, FP32, moment, moment)))
         adam(p, g, *moments, *numbers, ok, 0.65, 0.95, torch.tensor(0.3, device=DEVICE))
         results.append((p, *moments))
-    for compiled, eager in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=rtol, atol=rtol / 10)
+    for found, eager in zip(*results, strict=True):  # a moment may be rounded the other way
+        torch.testing.assert_close(found, eager, rtol=rtol, atol=rtol / 10)
     assert not torch.equal(results[0][0], start[0])
