@@ -129,7 +129,7 @@ class Config:
     device: str = "auto"         # auto, cuda, cpu
     dtype: str = "auto"          # auto, bfloat16, float32: activations; parameters are always float32
     compile: str = "auto"        # auto, on, off
-    attention: str = "auto"      # auto, varlen, reference
+    attention: str = "auto"      # auto, fa3, fa2, reference
     kernels: str = "auto"        # auto, tma, pointer, reference: see "Kernels"
     fp8: str = "auto"            # auto, on, off: products in float8: the head's and, with fp8_mlp, the MLP's
     graphs: str = "auto"         # auto, on, off: a micro-batch is launched as one CUDA graph
@@ -380,7 +380,7 @@ TRACKS = {
 
 CHOICES = {
     "track": tuple(TRACKS), "device": ("auto", "cuda", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
-    "compile": ("auto", "on", "off"), "attention": ("auto", "varlen", "reference"),
+    "compile": ("auto", "on", "off"), "attention": ("auto", "fa3", "fa2", "reference"),
     "kernels": ("auto", "tma", "pointer", "reference"), "fp8": ("auto", "on", "off"),
     "graphs": ("auto", "on", "off"),
     "warmup": ("auto", "on", "off"), "document_rest": ("skip", "keep"), "key_offset": ("table", "all", "off"),
@@ -579,7 +579,7 @@ class Hardware(NamedTuple):
     device: torch.device
     dtype: torch.dtype           # of activations
     compile: bool
-    attention: str               # "varlen" (FlashAttention inside torch) or "reference"
+    attention: str               # "fa3", "fa2" (FlashAttention, the latter inside torch) or "reference"
     kernels: str                 # "tma", "pointer" or "reference": see "Kernels"
     fp8: bool                    # products in float8
     graphs: bool                 # training micro-batches as CUDA graphs
@@ -601,11 +601,13 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
     bfloat16 = capability >= (8, 0) if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
     modern = capability >= (8, 0) and bfloat16
-    varlen, triton_runs = modern and has_varlen_window(), modern and triton is not None
+    flash, triton_runs = modern and has_varlen_window(), modern and triton is not None
+    fa3 = flash and capability[0] == 9 and importlib.util.find_spec("flash_attn_interface") is not None
     sizes = cfg.width, cfg.loss_chunk, *(micro_tokens(cfg, world, stage) for stage in cfg.stages)
     options = {  # the best comes first: (option, whether it can be had, what it needs)
         "compile": [("on", cuda or cfg.compile == "on", "a GPU"), ("off", True, "")],
-        "attention": [("varlen", varlen, "compute capability 8.0, bfloat16 and torch 2.11 or newer"),
+        "attention": [("fa3", fa3, "a Hopper GPU and the package flash_attn_interface"),
+                      ("fa2", flash, "compute capability 8.0, bfloat16 and torch 2.11 or newer"),
                       ("reference", True, "")],
         "kernels": [("tma", triton_runs and capability[0] == 9, "a Hopper GPU, Triton and bfloat16"),
                     ("pointer", triton_runs, "compute capability 8.0, Triton and bfloat16"),
@@ -613,15 +615,15 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
         "fp8": [("on", modern and capability >= (8, 9) and not any(size % 16 for size in sizes),
                  "compute capability 8.9, bfloat16, and widths and micro-batches that are multiples of 16"),
                 ("off", True, "")],
-        "graphs": [("on", cuda and varlen and cfg.attention != "reference" and not cfg.deterministic,
-                    "a GPU and --attention=varlen, and --deterministic off"), ("off", True, "")],
+        "graphs": [("on", cuda and flash and cfg.attention != "reference" and not cfg.deterministic,
+                    "a GPU and FlashAttention, and --deterministic off"), ("off", True, "")],
     }
     chosen, reasons = {}, {"device": torch.cuda.get_device_name(device) if cuda else "no GPU found",
                            "dtype": "tensor cores with bfloat16" if modern else "no fast bfloat16"}
     for name, ranked in options.items():
         chosen[name], reasons[name] = choose(name, getattr(cfg, name), ranked)
-    if chosen["attention"] == "varlen":
-        reasons["attention"] = newest_flash_attention(capability)
+    if flash:
+        use_flash_attention(chosen["attention"])
     warmup = chosen["compile"] if cfg.warmup == "auto" else cfg.warmup
     reasons["warmup"] = "compiled code" if chosen["compile"] == "on" else "nothing to compile"
     if chosen["graphs"] == "on" and warmup == "off":
@@ -645,12 +647,12 @@ def choose(name: str, wanted: str, ranked: list) -> tuple[str, str]:
     return best, "the fastest" if best == ranked[0][0] else f"{ranked[0][0]} needs {ranked[0][2]}"
 
 
-def newest_flash_attention(capability: tuple) -> str:
-    """Switch torch's variable-length attention to FlashAttention 3 if that is installed; what is used."""
-    if capability[0] == 9 and importlib.util.find_spec("flash_attn_interface"):
+def use_flash_attention(version: str):
+    """Have torch's variable-length attention run FlashAttention 3, for "fa3", or its own 2."""
+    if version == "fa3":
         torch.nn.attention.activate_flash_attention_impl("FA3")
-        return "FlashAttention 3"
-    return "FlashAttention 2 in torch"
+    elif torch.nn.attention.current_flash_attention_impl():
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 def make_deterministic(hardware: Hardware):
@@ -1164,7 +1166,7 @@ def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tenso
     return varlen_attn(q_THE, k_THE, v_THE, cu, cu, longest, longest, **options)
 
 
-ATTENTION = {"varlen": attention_varlen, "reference": attention_reference}
+ATTENTION = {"fa3": attention_varlen, "fa2": attention_varlen, "reference": attention_reference}
 
 
 class Rotary(NamedTuple):

@@ -31,6 +31,7 @@ MLP = ("mlp_forward", "mlp_backward")
 VARIANTS = {  # name: (flags, kernels replaced by torch.compile of their references)
     "default": ((), ()),
     "CUDA graphs off": (("--graphs=off",), ()),
+    "FlashAttention 2": (("--attention=fa2",), ()),
     "float8 MLP off": (("--fp8_mlp=off",), ()),
     "float8 MLP and head off": (("--fp8=off",), ()),
     "float8 MLP and fused MLP off": (("--fp8_mlp=off",), MLP),

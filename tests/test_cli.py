@@ -82,7 +82,7 @@ MISTAKES = {
     "fraction_for_whole_number": (["--width=32.5"], "--width=32.5", "whole number"),
     "word_for_number": (["--temperature=hot"], "--temperature=hot", "number"),
     "word_for_switch": (["--smear=maybe"], "--smear=maybe", "on or off"),
-    "unknown_choice": (["--attention=flash"], "--attention=flash", "varlen", "reference"),
+    "unknown_choice": (["--attention=flash"], "--attention=flash", "fa3", "fa2", "reference"),
     "unknown_track": (["--track=long"], "--track=long", "sprint", "medium"),
     "empty_choice": (["--track="], "--track=", "tiny"),
     "zero_width": (["--width=0"], "--width=0", "from 1"),
@@ -115,7 +115,7 @@ MISTAKES = {
     "too_few_tokens": (["--scheduled_steps=500"], "of 500 steps", "--epochs=1", "--scheduled_steps"),
     "val_tokens_too_large": (["--val_tokens=100000"], "--val_tokens=100000"),
     "no_gpu": (["--device=cuda"], "GPU"),
-    "varlen_on_cpu": (["--device=cpu", "--attention=varlen"], "--attention=varlen"),
+    "flash_on_cpu": (["--device=cpu", "--attention=fa2"], "--attention=fa2"),
     "tma_on_cpu": (["--device=cpu", "--kernels=tma"], "--kernels=tma", "Hopper"),
     "pointer_on_cpu": (["--device=cpu", "--kernels=pointer"], "--kernels=pointer", "Triton"),
     "fp8_on_cpu": (["--device=cpu", "--fp8=on"], "--fp8=on", "compute capability"),
@@ -210,14 +210,15 @@ CHOSEN = [  # compute capability, what else is so, (attention, kernels, fp8, gra
     (None, {}, ("reference", "reference", False, False)),
     (None, {"dtype": "bfloat16"}, ("reference", "reference", False, False)),
     ((7, 5), {}, ("reference", "reference", False, False)),
-    ((8, 0), {}, ("varlen", "pointer", False, True)),
-    ((8, 9), {}, ("varlen", "pointer", True, True)),
-    ((9, 0), {}, ("varlen", "tma", True, True)),
-    ((10, 0), {}, ("varlen", "pointer", True, True)),
+    ((8, 0), {}, ("fa2", "pointer", False, True)),
+    ((8, 9), {}, ("fa2", "pointer", True, True)),
+    ((9, 0), {}, ("fa3", "tma", True, True)),
+    ((9, 0), {"attention": "fa2"}, ("fa2", "tma", True, True)),
+    ((10, 0), {}, ("fa2", "pointer", True, True)),
     ((9, 0), {"dtype": "float32"}, ("reference", "reference", False, False)),
-    ((9, 0), {"width": 40}, ("varlen", "tma", False, True)),
+    ((9, 0), {"width": 40}, ("fa3", "tma", False, True)),
     ((9, 0), {"attention": "reference"}, ("reference", "tma", True, False)),
-    ((9, 0), {"kernels": "pointer", "fp8": "off", "graphs": "off"}, ("varlen", "pointer", False, False)),
+    ((9, 0), {"kernels": "pointer", "fp8": "off", "graphs": "off"}, ("fa3", "pointer", False, False)),
 ]
 
 
@@ -231,27 +232,44 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
         monkeypatch.setattr(train_gpt, "triton", True)
-        monkeypatch.setattr(train_gpt, "newest_flash_attention", lambda capability: "FlashAttention 2")
+        monkeypatch.setattr(train_gpt.importlib.util, "find_spec", lambda name: name == "flash_attn_interface" or None)
+        monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
+        monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active and active[-1])
+        monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear)
+        return active
 
+    active = []
     return pretend
 
 
 @pytest.mark.parametrize("capability, flags, expected", CHOSEN)
 def test_hardware_gets_the_best_that_it_can_run(gpu, capability, flags, expected):
-    gpu(capability)
+    active = gpu(capability)
     cfg = replace(SMALL, **flags)
     hardware = train_gpt.choose_hardware(cfg, train_gpt.World())
     assert (hardware.attention, hardware.kernels, hardware.fp8, hardware.graphs) == expected
     assert hardware.compile == hardware.warmup == (capability is not None)
     assert set(hardware.reasons) == {*hardware._fields} - {"reasons"}
-    first = {"attention": "varlen", "kernels": "tma", "fp8": "on", "graphs": "on"}
+    first = {"attention": "fa3", "kernels": "tma", "fp8": "on", "graphs": "on"}
     for (name, option), choice in zip(first.items(), expected):
-        best = "FlashAttention 2" if choice == "varlen" else "the fastest"
-        reason = f"{option} needs " if choice in (False, "reference", "pointer") else best
+        reason = f"{option} needs " if choice in (False, "reference", "pointer", "fa2") else "the fastest"
         assert hardware.reasons[name].startswith("forced" if name in flags else reason)
+    assert active == ["FA3"] * (expected[0] == "fa3")
+    train_gpt.choose_hardware(replace(cfg, attention="reference"), train_gpt.World())
+    assert not active
 
 
-REFUSED = "attention=varlen", "kernels=tma", "kernels=pointer", "fp8=on", "graphs=on"
+def test_a_hopper_gpu_without_flash_attention_3_gets_2_and_says_what_is_missing(gpu, monkeypatch):
+    active = gpu((9, 0))
+    monkeypatch.setattr(train_gpt.importlib.util, "find_spec", lambda name: None)
+    hardware = train_gpt.choose_hardware(SMALL, train_gpt.World())
+    assert hardware.attention == "fa2" and not active
+    assert hardware.reasons["attention"] == "fa3 needs a Hopper GPU and the package flash_attn_interface"
+    with pytest.raises(train_gpt.UserError, match="^--attention=fa3: needs .+ flash_attn_interface$"):
+        train_gpt.choose_hardware(replace(SMALL, attention="fa3"), train_gpt.World())
+
+
+REFUSED = "attention=fa3", "attention=fa2", "kernels=tma", "kernels=pointer", "fp8=on", "graphs=on"
 
 
 @pytest.mark.parametrize("flag", REFUSED)
