@@ -1277,16 +1277,18 @@ def mix_backward_region(x_TD, skip_TD, x0_TD, bigram_TD, h_TD, scale_T1, grad_TD
         if lead_grad_TG is not None:
             h_grad_TD = h_grad_TD + F.pad(lead_grad_TG, (0, h_grad_TD.size(1) - lead_grad_TG.size(1)))
         grad_TD = grad_TD + norm_backward(h_TD, scale_T1, h_grad_TD)
-    grads, streams, later = [], (x_TD, skip_TD, x0_TD, bigram_TD), (None, None, x0_grad_TD, bigram_grad_TD)
-    for stream, weight, more in zip(streams, weights, later):
-        if stream is None:
-            grads.append(None)
-            continue
-        own = weighted(grad_TD, weight)
-        grads.append((own if more is None else own + more).type_as(stream))
-    counted = [i for i, weight in enumerate(weights) if weight is not None and streams[i] is not None]
-    sums = torch.stack([(grad_TD * streams[i]).sum(1) for i in counted]).sum(1).unbind() if counted else ()
-    return *grads, *(dict(zip(counted, sums)).get(i) for i in range(4))
+    streams, later = (x_TD, skip_TD, x0_TD, bigram_TD), (None, None, x0_grad_TD, bigram_grad_TD)
+    stream_grads, weight_grads, rows = [None] * 4, [None] * 4, {}
+    for i, (stream, weight, more) in enumerate(zip(streams, weights, later)):
+        if stream is not None:
+            own = weighted(grad_TD, weight)
+            stream_grads[i] = (own if more is None else own + more).type_as(stream)
+            if weight is not None:
+                rows[i] = (grad_TD * stream).sum(1)
+    if rows:  # summed together, by one kernel
+        for i, total in zip(rows, torch.stack([*rows.values()]).sum(1).unbind()):
+            weight_grads[i] = total
+    return *stream_grads, *weight_grads
 
 
 def late_region(x_TD, gate_inputs: int):
@@ -1550,7 +1552,7 @@ class GPT(nn.Module):
             streams = x_TD, outputs[layer.skip_from] if i in cfg.skips else None, *handed_on
             reads = None if cfg.reads_late(i) else cfg.gate_inputs
             x_TD, h_TD, lead_TG, *handed_on = Mixing.apply(*streams, *stream_weights[i], reads, self.regions)
-            if cfg.reads_late(i):
+            if reads is None:
                 h_TD, lead_TG = late
             if layer.window != "none":
                 a = cfg.attention_layers.index(i)

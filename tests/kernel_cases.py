@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
+from small import plain_mixing
 
 
 class Bound(NamedTuple):
@@ -30,7 +31,10 @@ BOUNDS = {
     torch.float8_e4m3fn: Bound(0.063, 2e-5, 0.04, 0.065),
     torch.float8_e5m2: Bound(0.126, 0, 0.126, 0.065),
 }
-INTERPRETED_FLOAT8 = Bound(0.5, 2e-5, 0.2, 0.2)  # Triton's interpreter forgets a carry: 1.99 becomes 1, not 2
+# Triton's interpreter cuts bfloat16 off, by up to 2^-7, and forgets a carry in float8: 1.99 becomes 1, not 2.
+INTERPRETED = BOUNDS | {torch.bfloat16: BOUNDS[torch.bfloat16]._replace(whole=2**-7),
+                        torch.float8_e4m3fn: Bound(0.5, 2e-5, 0.2, 0.2),
+                        torch.float8_e5m2: Bound(0.5, 2e-5, 0.3, 0.2)}
 FLOAT8_SUM = 2e-3  # a floor: Hopper sums products of float8 in 14 bits
 # Of cross entropy's exponentials, whatever the precision of its result: in float32; and with an approximate
 # tanh, whose relative error of 2^-11 a softcap of 15 raises to 0.7 % in a probability and in their sum.
@@ -96,7 +100,7 @@ def error(actual, expected) -> float:
 
 
 def bound_of(x) -> Bound:
-    return BOUNDS[x.dtype] if x.is_cuda or x.element_size() > 1 else INTERPRETED_FLOAT8
+    return (BOUNDS if x.is_cuda else INTERPRETED)[x.dtype]
 
 
 def check(actual, expected, dtype, shape=None, floor=0.0):
@@ -187,8 +191,7 @@ def check_cross_entropy(rng, T, V, weights, softcap, dtype, grad_dtype, mode, st
     bound = bound_of(grad)
     allowed = bound.each * expected.abs() + rough * terms / scale.double() + smallest
     assert ((grad.double() - expected).abs() <= allowed).all()
-    few = T < 20  # targets, of which the norm is made
-    assert error(grad, expected) <= (bound.each if few else bound.whole) + rough / 4
+    assert error(grad, expected) <= bound.whole + rough / 4
     assert ((loss.double() - expected_loss).abs() <= rough * counted.sum(1) * (1 + expected_loss.abs())).all()
     assert loss.double().sum().item() == pytest.approx(expected_loss.sum().item(), rel=LOSS)
     absent = ~present.any(1)
@@ -260,14 +263,8 @@ def check_mixing(rng, T, D, regions=t.REGIONS):
             out += [y for y in (x, h, lead) if y is not None]
         return out
 
-    def plain(x, skip, x0, bigram, *rest):
-        *own, reads, _ = rest
-        total = sum(w * y for w, y in zip(own, (x, skip, x0, bigram)) if y is not None)
-        h = None if reads is None else F.rms_norm(total, (D,), eps=t.EPS)
-        return total, h, None if reads is None else h[:, :reads], x0, bigram
-
     wide = [v.detach().double().requires_grad_() for v in (x, bigram, weights)]
-    found, expected = run(t.Mixing.apply, x, bigram, weights), run(plain, *wide)
+    found, expected = run(t.Mixing.apply, x, bigram, weights), run(plain_mixing, *wide)
     for out in (found, expected):
         torch.autograd.backward(out, [g.to(y.dtype) for g, y in zip(directions, out)])
     pairs = [*zip(found, expected), *((v.grad, w.grad) for v, w in zip((x, bigram, weights), wide))]

@@ -137,3 +137,16 @@ def checkpoint_of(logs, step):
     """The one that the only run in `logs` wrote after `step` steps."""
     (path,) = logs.glob(f"*/checkpoint_{step:06d}.safetensors")
     return path
+
+
+def rms_normed(x):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def plain_mixing(x, skip, x0, bigram, *rest):
+    """What train_gpt.Mixing computes, for autograd."""
+    *weights, gate_inputs, _ = rest
+    streams = zip((x, skip, x0, bigram), weights)
+    total = sum(y if weight is None else weight * y for y, weight in streams if y is not None)
+    read = (None, None) if gate_inputs is None else (rms_normed(total), rms_normed(total)[:, :gate_inputs])
+    return total, *read, x0, bigram

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import train_gpt as t
-from small import BOS, CPU, RESCALED
+from small import BOS, CPU, RESCALED, plain_mixing, rms_normed
 
 WIDE = {"short": 1000, "long": 1000}
 LAYERS = (
@@ -172,10 +172,6 @@ class Trace:
         if name == "mlp":
             self.outputs.append(result)
         return result
-
-
-def rms_normed(x):
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def cross_entropies(model, head, x_TD, tokens, ahead):
@@ -910,18 +906,10 @@ def plain_mlp(x, h, weight, grad, eight, slope, kernels):
     return x + torch.where(u > 0, u, slope * u) ** 2 @ weight[1]
 
 
-def plain_mix(x, skip, x0, bigram, *rest):
-    *weights, gate_inputs, _ = rest
-    streams = zip((x, skip, x0, bigram), weights)
-    total = sum(y if weight is None else weight * y for y, weight in streams if y is not None)
-    read = (None, None) if gate_inputs is None else (rms_normed(total), rms_normed(total)[:, :gate_inputs])
-    return total, *read, x0, bigram
-
-
 PLAIN = {
     "Lookup": lambda tokens, table, dtype, regions: table[tokens].to(dtype),
     "Linear": lambda x, weight, grad: x @ weight.T,
-    "Mixing": plain_mix,
+    "Mixing": plain_mixing,
     "Branch": lambda x, o, scale8, regions: (x + o, rms_normed(x + o), None),
     "MLP": plain_mlp,
 }
