@@ -378,12 +378,10 @@ TRACKS = {
     ),
 }
 
-CHOICES = {
+CHOICES = dict.fromkeys(("compile", "fp8", "graphs", "warmup"), ("auto", "on", "off")) | {
     "track": tuple(TRACKS), "device": ("auto", "cuda", "cpu"), "dtype": ("auto", "bfloat16", "float32"),
-    "compile": ("auto", "on", "off"), "attention": ("auto", "fa3", "fa2", "reference"),
-    "kernels": ("auto", "tma", "pointer", "reference"), "fp8": ("auto", "on", "off"),
-    "graphs": ("auto", "on", "off"),
-    "warmup": ("auto", "on", "off"), "document_rest": ("skip", "keep"), "key_offset": ("table", "all", "off"),
+    "attention": ("auto", "fa3", "fa2", "reference"), "kernels": ("auto", "tma", "pointer", "reference"),
+    "document_rest": ("skip", "keep"), "key_offset": ("table", "all", "off"),
     "key_offset_dims": ("stationary", "all"),
 }
 # Flags that change neither the model nor its schedule: what goes with --checkpoint and --resume.
