@@ -390,9 +390,8 @@ RUN_FLAGS = ("check", "checkpoint", "resume", "sample", "sample_tokens", "temper
              "attention", "kernels", "fp8", "graphs", "warmup", "deterministic", "watchdog", "data",
              "tokenizer", "eval")
 # And with --checkpoint alone: what --eval does.
-EVAL_FLAGS = ("eval_every", "eval_context", "eval_stride", "eval_batch", "eval_slots", "lora_rank",
-              "lora_lr", "lora_beta2", "lora_matrices", "sgd_chunk", "sgd_lr", "sgd_epochs", "sgd_momentum",
-              "sgd_clip", "sgd_weights", "val_tokens")
+EVAL_FLAGS = ("val_tokens", *(f.name for f in dataclasses.fields(Config)
+                              if f.name.startswith(("eval_", "lora_", "sgd_"))))
 EVALUATIONS = "packed", "document", "stride", "ttt-sgd", "ttt-lora"
 LORA_MATRICES = tuple(Config.lora_matrices.split(","))
 MINIMUM = {"save_every": -1, "backout_from": -1} | dict.fromkeys(
