@@ -511,8 +511,7 @@ def check_evaluation(cfg: Config):
 
 
 def config_to_json(cfg: Config) -> dict:
-    rows = {name: [row._asdict() for row in getattr(cfg, name)] for name in ("layers", "stages")}
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)} | rows
+    return vars(cfg) | {name: [row._asdict() for row in getattr(cfg, name)] for name in ("layers", "stages")}
 
 
 def config_from_json(values: dict) -> Config:
