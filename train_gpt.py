@@ -421,13 +421,12 @@ def parse_config(argv: list[str]) -> Config:
     With --checkpoint or --resume the file's own configuration, where only RUN_FLAGS can be overridden.
     """
     overrides = parse_overrides(argv)
+    track = TRACKS[overrides.get("track", "tiny")]
     if overrides.get("resume") == "auto":
-        fresh = {name: value for name, value in overrides.items() if name != "resume"}
-        cfg = resolve_config(replace(TRACKS[overrides.get("track", "tiny")], **fresh))
-        overrides = fresh | {"resume": find_unfinished(cfg)}
+        overrides["resume"] = find_unfinished(resolve_config(replace(track, **overrides)))
     saved = overrides.get("checkpoint") or overrides.get("resume")
     if not saved:
-        return resolve_config(replace(TRACKS[overrides.get("track", "tiny")], **overrides))
+        return resolve_config(replace(track, **overrides))
     base = read_safetensors(saved, tensors=False)[1]["config"]
     for name, value in overrides.items():
         free = RUN_FLAGS + EVAL_FLAGS if overrides.get("checkpoint") else RUN_FLAGS
