@@ -596,7 +596,7 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
     bfloat16 = capability >= (8, 0) if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
     modern = capability >= (8, 0) and bfloat16
-    flash, triton_runs = modern and has_varlen_window(), modern and triton is not None
+    flash, triton_runs = modern and "window_size" in varlen_parameters(), modern and triton is not None
     fa3 = flash and capability[0] == 9 and importlib.util.find_spec("flash_attn_interface") is not None
     sizes = cfg.width, cfg.loss_chunk, *(micro_tokens(cfg, world, stage) for stage in cfg.stages)
     options = {  # the best comes first: (option, whether it can be had, what it needs)
@@ -669,10 +669,6 @@ def varlen_parameters() -> tuple:
     except ImportError:
         return ()
     return tuple(inspect.signature(varlen_attn).parameters)
-
-
-def has_varlen_window() -> bool:
-    return "window_size" in varlen_parameters()
 
 
 # ----------------------------------------------------------------------------------------------------------
