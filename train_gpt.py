@@ -617,8 +617,10 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
                            "dtype": "tensor cores with bfloat16" if modern else "no fast bfloat16"}
     for name, ranked in options.items():
         chosen[name], reasons[name] = choose(name, getattr(cfg, name), ranked)
-    if flash:
-        use_flash_attention(chosen["attention"])
+    if chosen["attention"] == "fa3":  # what torch's variable-length attention is to run, or else its own 2
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    elif flash and torch.nn.attention.current_flash_attention_impl():
+        torch.nn.attention.restore_flash_attention_impl()
     warmup = chosen["compile"] if cfg.warmup == "auto" else cfg.warmup
     reasons["warmup"] = "compiled code" if chosen["compile"] == "on" else "nothing to compile"
     if chosen["graphs"] == "on" and warmup == "off":
@@ -640,14 +642,6 @@ def choose(name: str, wanted: str, ranked: list) -> tuple[str, str]:
         return wanted, "forced"
     best = next(option for option, can, _ in ranked if can)
     return best, "the fastest" if best == ranked[0][0] else f"{ranked[0][0]} needs {ranked[0][2]}"
-
-
-def use_flash_attention(version: str):
-    """Have torch's variable-length attention run FlashAttention 3, for "fa3", or its own 2."""
-    if version == "fa3":
-        torch.nn.attention.activate_flash_attention_impl("FA3")
-    elif torch.nn.attention.current_flash_attention_impl():
-        torch.nn.attention.restore_flash_attention_impl()
 
 
 def make_deterministic(hardware: Hardware):
