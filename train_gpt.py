@@ -599,19 +599,16 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     flash, triton_runs = modern and "window_size" in varlen_parameters(), modern and triton is not None
     fa3 = flash and capability[0] == 9 and importlib.util.find_spec("flash_attn_interface") is not None
     sizes = cfg.width, cfg.loss_chunk, *(micro_tokens(cfg, world, stage) for stage in cfg.stages)
-    options = {  # the best comes first: (option, whether it can be had, what it needs)
-        "compile": [("on", cuda or cfg.compile == "on", "a GPU"), ("off", True, "")],
+    options = {  # the best first: (option, whether it can be had, what it needs); the last choice always can
+        "compile": [("on", cuda or cfg.compile == "on", "a GPU")],
         "attention": [("fa3", fa3, "a Hopper GPU and the package flash_attn_interface"),
-                      ("fa2", flash, "compute capability 8.0, bfloat16 and torch 2.11 or newer"),
-                      ("reference", True, "")],
+                      ("fa2", flash, "compute capability 8.0, bfloat16 and torch 2.11 or newer")],
         "kernels": [("tma", triton_runs and capability[0] == 9, "a Hopper GPU, Triton and bfloat16"),
-                    ("pointer", triton_runs, "compute capability 8.0, Triton and bfloat16"),
-                    ("reference", True, "")],
+                    ("pointer", triton_runs, "compute capability 8.0, Triton and bfloat16")],
         "fp8": [("on", modern and capability >= (8, 9) and not any(size % 16 for size in sizes),
-                 "compute capability 8.9, bfloat16, and widths and micro-batches that are multiples of 16"),
-                ("off", True, "")],
+                 "compute capability 8.9, bfloat16, and widths and micro-batches that are multiples of 16")],
         "graphs": [("on", cuda and flash and cfg.attention != "reference" and not cfg.deterministic,
-                    "a GPU and FlashAttention, and --deterministic off"), ("off", True, "")],
+                    "a GPU and FlashAttention, and --deterministic off")],
     }
     chosen, reasons = {}, {"device": torch.cuda.get_device_name(device) if cuda else "no GPU found",
                            "dtype": "tensor cores with bfloat16" if modern else "no fast bfloat16"}
@@ -640,7 +637,7 @@ def choose(name: str, wanted: str, ranked: list) -> tuple[str, str]:
             raise UserError(f"--{name}={option}: needs {needs}")
     if wanted != "auto":
         return wanted, "forced"
-    best = next(option for option, can, _ in ranked if can)
+    best = next((option for option, can, _ in ranked if can), CHOICES[name][-1])
     return best, "the fastest" if best == ranked[0][0] else f"{ranked[0][0]} needs {ranked[0][2]}"
 
 
