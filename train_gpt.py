@@ -613,21 +613,20 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     chosen, reasons = {}, {"device": torch.cuda.get_device_name(device) if cuda else "no GPU found",
                            "dtype": "tensor cores with bfloat16" if modern else "no fast bfloat16"}
     for name, ranked in options.items():
-        chosen[name], reasons[name] = choose(name, getattr(cfg, name), ranked)
+        option, reasons[name] = choose(name, getattr(cfg, name), ranked)
+        chosen[name] = BOOLEANS.get(option, option)
     if chosen["attention"] == "fa3":  # what torch's variable-length attention is to run, or else its own 2
         torch.nn.attention.activate_flash_attention_impl("FA3")
     elif flash and torch.nn.attention.current_flash_attention_impl():
         torch.nn.attention.restore_flash_attention_impl()
-    warmup = chosen["compile"] if cfg.warmup == "auto" else cfg.warmup
-    reasons["warmup"] = "compiled code" if chosen["compile"] == "on" else "nothing to compile"
-    if chosen["graphs"] == "on" and warmup == "off":
+    chosen["warmup"] = chosen["compile"] if cfg.warmup == "auto" else cfg.warmup == "on"
+    reasons["warmup"] = "compiled code" if chosen["compile"] else "nothing to compile"
+    if chosen["graphs"] and not chosen["warmup"]:
         if cfg.graphs == "on":
             raise UserError("--graphs=on: needs --warmup=on, which records them")
-        chosen["graphs"], reasons["graphs"] = "off", "on needs --warmup=on"
+        chosen["graphs"], reasons["graphs"] = False, "on needs --warmup=on"
     reasons |= {name: "forced" for name in ("dtype", "warmup") if getattr(cfg, name) != "auto"}
-    return Hardware(device, torch.bfloat16 if bfloat16 else torch.float32, chosen["compile"] == "on",
-                    chosen["attention"], chosen["kernels"], chosen["fp8"] == "on", chosen["graphs"] == "on",
-                    warmup == "on", reasons)
+    return Hardware(device, torch.bfloat16 if bfloat16 else torch.float32, **chosen, reasons=reasons)
 
 
 def choose(name: str, wanted: str, ranked: list) -> tuple[str, str]:
