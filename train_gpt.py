@@ -589,8 +589,7 @@ class Hardware(NamedTuple):
 def choose_hardware(cfg: Config, world: World) -> Hardware:
     """Every decision on hardware, made once. Raises UserError if a forced one can't be had."""
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
-    if cuda and torch.cuda.device_count() <= world.local_rank:
-        found = torch.cuda.device_count()
+    if cuda and (found := torch.cuda.device_count()) <= world.local_rank:
         raise UserError(f"process {world.local_rank + 1} has no GPU, {found} found: one process per GPU")
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
