@@ -463,8 +463,9 @@ def parse_overrides(argv: list[str]) -> dict:
 
 def resolve_config(cfg: Config) -> Config:
     """Fill in what follows from other fields, and refuse what doesn't fit together."""
-    if not cfg.vocab_size:
-        cfg = replace(cfg, vocab_size=load_tokenizer(cfg.tokenizer, ranks_only=True).vocab_size)
+    if not cfg.vocab_size:  # gpt2's without fetching anything
+        size = 50_257 if cfg.tokenizer == "gpt2" else load_tokenizer(cfg.tokenizer).vocab_size
+        cfg = replace(cfg, vocab_size=size)
     if cfg.width % cfg.heads or cfg.head_dim % 4:
         raise UserError(f"--width={cfg.width} --heads={cfg.heads}: width/heads must be a multiple of 4")
     if cfg.rotary_fraction > 1:
@@ -2033,18 +2034,13 @@ class Tokenizer(NamedTuple):
         return np.array([*map(longest, self.texts), -1])
 
 
-def load_tokenizer(name: str, ranks_only: bool = False) -> Tokenizer:
-    """`bytes`, `gpt2` (tiktoken fetches and caches it) or a file of tiktoken ranks.
-
-    Raises UserError if it can't be had; with `ranks_only`, gpt2's size is given without fetching anything.
-    """
+def load_tokenizer(name: str) -> Tokenizer:
+    """`bytes`, `gpt2` (tiktoken fetches and caches it) or a file of tiktoken ranks, or else a UserError."""
     if name == "bytes":
         def decode(ids):
             return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
         return Tokenizer(257, [bytes([i]) for i in range(256)], lambda text: list(text.encode()), decode)
-    if name == "gpt2" and ranks_only:
-        return Tokenizer(50_257, None, None, None)
     try:
         import tiktoken
 
