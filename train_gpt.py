@@ -2037,10 +2037,8 @@ class Tokenizer(NamedTuple):
 def load_tokenizer(name: str) -> Tokenizer:
     """`bytes`, `gpt2` (tiktoken fetches and caches it) or a file of tiktoken ranks, or else a UserError."""
     if name == "bytes":
-        def decode(ids):
-            return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-
-        return Tokenizer(257, [bytes([i]) for i in range(256)], lambda text: list(text.encode()), decode)
+        return Tokenizer(257, [bytes([i]) for i in range(256)], lambda text: list(text.encode()),
+                         lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"))
     try:
         import tiktoken
 
