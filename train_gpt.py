@@ -2063,11 +2063,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def find_shards(cfg: Config, split: str) -> list[Path]:
     """Shards of a split in order; the default folder is data/<dataset> beside this file or further up."""
-    if cfg.data:
-        folder = Path(cfg.data)
-    else:
-        above = [p / "data" / cfg.dataset for p in Path(__file__).resolve().parents]
-        folder = next((p for p in above if p.is_dir()), above[0])
+    above = [p / "data" / cfg.dataset for p in Path(__file__).resolve().parents]
+    folder = Path(cfg.data) if cfg.data else next((p for p in above if p.is_dir()), above[0])
     how = "python data/sample.py" if cfg.dataset == "sample" else "python data/fineweb.py"
     if not folder.is_dir():
         raise UserError(f"no data folder {folder}: make it with {how}, or give another with --data=FOLDER")
