@@ -2107,12 +2107,6 @@ def readable(path: Path):
         raise UserError(f"{path}: {error.strerror}: fetch or make it again") from None
 
 
-def shard_tokens(path: Path) -> int:
-    """By the file's size: 1,024 bytes of header, then 2 for each token."""
-    with readable(path):
-        return (path.stat().st_size - 1024) // 2
-
-
 def open_shard(path: Path, cfg: Config) -> tuple[TokenFile, np.ndarray]:
     """A checked shard and where its documents start, read once. Raises UserError that names the file."""
     with readable(path):
@@ -2138,7 +2132,10 @@ class Shards:
 
     def __init__(self, paths: list[Path], cfg: Config):
         self.paths, self.cfg, self.opened = paths, cfg, {}
-        self.edges = [0, *itertools.accumulate(map(shard_tokens, paths))]  # shard i: edges[i] to edges[i + 1]
+        self.edges = [0]  # shard i: edges[i] to edges[i + 1]
+        for path in paths:
+            with readable(path):  # 1,024 bytes of header, then 2 for each token
+                self.edges.append(self.edges[-1] + (path.stat().st_size - 1024) // 2)
 
     def sha256(self) -> str:
         """Of names, sizes and document starts of the shards opened so far: those that the schedule needs."""
