@@ -2113,7 +2113,7 @@ def open_shard(path: Path, cfg: Config) -> tuple[TokenFile, np.ndarray]:
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", 256) if size >= 1024 else np.zeros(3, "<i4")
     mend = "fetch or make it again"
-    if size < 1024 or header[0] != 20240520 or header[1] != 1:
+    if header[0] != 20240520 or header[1] != 1:
         raise UserError(f"{path}: not a version 1 token shard ({size} bytes, magic {header[0]}): {mend}")
     if size != 1024 + 2 * int(header[2]) or header[2] <= 0:
         raise UserError(f"{path}: header says {header[2]} tokens, the file has {(size - 1024) / 2:g}: {mend}")
