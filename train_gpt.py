@@ -2641,8 +2641,8 @@ class Turn(NamedTuple):
 
 def find_documents(tokens: np.ndarray, bos: int) -> list[tuple]:
     """(first token, end) of each document of a stream, which may begin inside one."""
-    starts = np.union1d([0], np.flatnonzero(tokens == bos))
-    return [(int(lo), int(hi)) for lo, hi in zip(starts, np.append(starts[1:], len(tokens)))]
+    starts = np.union1d([0], np.flatnonzero(tokens == bos)).tolist()
+    return list(itertools.pairwise([*starts, len(tokens)]))
 
 
 def document_windows(lo: int, hi: int, context: int, stride: int) -> list[Window]:
@@ -2907,11 +2907,9 @@ class Evaluation:
 
     def chunks(self) -> list[list]:
         """The windows of stride, by the chunk of sgd_chunk tokens that their first scored target is in."""
-        inputs = len(self.tokens) - 1
-        chunks = [[] for _ in range(-(-inputs // self.cfg.sgd_chunk))]
-        for windows in self.windows(self.cfg.eval_context, self.cfg.eval_stride):
-            for window in windows:
-                chunks[window.first // self.cfg.sgd_chunk].append(window)
+        chunks = [[] for _ in range(0, len(self.tokens) - 1, self.cfg.sgd_chunk)]
+        for window in itertools.chain(*self.windows(self.cfg.eval_context, self.cfg.eval_stride)):
+            chunks[window.first // self.cfg.sgd_chunk].append(window)
         return chunks
 
     def descend(self, chunk: int, optimizer: torch.optim.SGD, weights: list):
