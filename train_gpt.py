@@ -2884,7 +2884,7 @@ class Evaluation:
     def ttt_sgd(self) -> np.ndarray:
         """As stride, chunk by chunk of the stream; after each the model's weights learn from it."""
         cfg, model, scores = self.cfg, self.model, Scores(len(self.tokens), self.device)
-        kept = [p.detach().clone() for p in model.parameters()]
+        kept = {name: p.clone() for name, p in model.state_dict().items()}
         chosen = cfg.sgd_weights.split(",")
         weights = [p for name, p in model.named_parameters() if name in chosen or chosen == ["all"]]
         optimizer = torch.optim.SGD(weights, lr=cfg.sgd_lr, momentum=cfg.sgd_momentum)
@@ -2897,10 +2897,8 @@ class Evaluation:
                 for _ in range(cfg.sgd_epochs if i + 1 < len(chunks) else 0):
                     self.descend(i, optimizer, weights)
         finally:
-            with torch.no_grad():
-                for p, before in zip(model.parameters(), kept):
-                    p.copy_(before)
-                    p.grad = None
+            model.load_state_dict(kept)
+            model.zero_grad()
             model.requires_grad_(False)
             model.refresh()
         return scores.collect(self.tokens, cfg.bos, self.world)
