@@ -2928,8 +2928,7 @@ class Evaluation:
             nn.utils.clip_grad_norm_(weights, cfg.sgd_clip)
         optimizer.step()
         model.requires_grad_(False)
-        for p in model.parameters():
-            gradient(p).zero_()
+        model.zero_grad(set_to_none=False)
         model.refresh()
 
 
