@@ -498,12 +498,11 @@ def check_evaluation(cfg: Config):
         raise UserError(f"--eval={cfg.eval}: needs a model, --checkpoint=FILE")
     if cfg.sample or cfg.export:
         raise UserError("--eval: without --sample and --export, which are for a command of their own")
-    weights = tuple(row.name for row in optimizer_table(cfg))
+    weights = ["all"] if cfg.sgd_weights == "all" else [row.name for row in optimizer_table(cfg)]
     for flag, known in (("eval", EVALUATIONS), ("lora_matrices", LORA_MATRICES), ("sgd_weights", weights)):
         given = getattr(cfg, flag).split(",")
-        for name in given if (flag, given) != ("sgd_weights", ["all"]) else []:
-            if name not in known or given.count(name) > 1:
-                raise UserError(f"--{flag}={getattr(cfg, flag)}: expected some of {','.join(known)}")
+        if len(set(given) & set(known)) < len(given):  # one is unknown, or there twice
+            raise UserError(f"--{flag}={getattr(cfg, flag)}: expected some of {','.join(known)}")
     if cfg.eval_stride > cfg.eval_context:
         raise UserError(f"--eval_stride={cfg.eval_stride}: at most --eval_context={cfg.eval_context}")
     if cfg.lora_beta2 >= 1 or cfg.sgd_momentum >= 1:
