@@ -3361,7 +3361,7 @@ class Guard:
 
     def __init__(self, seconds: float, world: World):
         self.seconds, self.world, self.signal, self.over = seconds, world, "", threading.Event()
-        self.signalled, self.before = 0.0, {}
+        self.signalled, self.before, self.store = 0.0, {}, None
         self.at(0, "data")
 
     def __enter__(self):
@@ -3388,43 +3388,42 @@ class Guard:
         self.progress, self.since = (step, self.PHASES.index(phase)), time.monotonic()
 
     def watch(self):
-        store, pause = None, min(1.0, self.seconds / 5)
+        pause = min(1.0, self.seconds / 5)
         while not self.over.wait(pause):
-            store = store or in_time(self.connect)
-            in_time(partial(self.publish, store, time.time()))
+            if self.world.size > 1:
+                self.store = self.store or in_time(self.connect)
+            self.publish(time.time())
             if time.monotonic() - self.since > self.seconds:
-                self.end(store, pause)
+                self.end(pause)
 
     def connect(self):
-        if self.world.size == 1:
-            return None
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.TCPStore(*address, is_master=False, wait_for_workers=False)
 
-    def publish(self, store, beat: float):
+    def publish(self, beat: float):
         """beat: differs each time; 0 from a rank that ends itself, so that the others don't blame it."""
-        if store:
-            store.set(f"progress/{self.world.rank}", json.dumps([beat, *self.progress]))
+        if self.store:
+            in_time(self.store.set, f"progress/{self.world.rank}", json.dumps([beat, *self.progress]))
 
-    def ask(self, store) -> list:
+    def ask(self) -> list:
         """What each rank published last, (beat, step, phase)."""
-        if not store:
+        if not self.store:
             return [(0, *self.progress)] if self.world.size == 1 else []
-        keys = [f"progress/{rank}" for rank in range(self.world.size)]
+        store, keys = self.store, [f"progress/{rank}" for rank in range(self.world.size)]
         return [json.loads(store.get(key)) if store.check([key]) else (-1, 0, 0) for key in keys]
 
-    def end(self, store, pause: float):
+    def end(self, pause: float):
         """Name the culprits in one line and end this process."""
-        first = last = in_time(partial(self.ask, store))
+        first = last = in_time(self.ask)
         if first:
             for _ in range(3):
                 time.sleep(pause)
-                in_time(partial(self.publish, store, time.time()))
-            last = in_time(partial(self.ask, store))
+                self.publish(time.time())
+            last = in_time(self.ask)
         culprits = "without a sign of life: rank 0, or torchrun, where the ranks tell how far they are"
         if last:
             culprits = self.blame(first, last)
-            in_time(partial(self.publish, store, 0))
+            self.publish(0)
         print(f"train_gpt.py: no progress for {self.seconds:g} s; {culprits}: restart with --resume=auto",
               file=sys.stderr, flush=True)
         os._exit(3)
@@ -3439,19 +3438,17 @@ class Guard:
         return f"{'without a sign of life' if silent else 'behind or stuck'}: {'; '.join(where)}"
 
 
-def in_time(function, seconds: float = 5.0):
-    """function(), or None if it hasn't returned by then or has lost its peer."""
+def in_time(function, *args):
+    """function(*args), or None if it hasn't returned after 5 s or has lost its peer."""
     results = []
 
     def call():
-        try:
-            results.append(function())
-        except RuntimeError:
-            pass
+        with contextlib.suppress(RuntimeError):
+            results.append(function(*args))
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(5)
     return results[0] if results else None
 
 
