@@ -3351,7 +3351,7 @@ class StepLog:
 class Guard:
     """While in force: signals ask for a stop after the running step, and a run without progress is ended.
 
-    The first SIGTERM or SIGINT is noted in `signal`, of which the ranks inform each other; a second SIGINT,
+    `signal` is when the first SIGTERM or SIGINT came, of which the ranks inform each other; a second SIGINT,
     more than 3 s later, ends the process at once. Ranks publish how far they are in the key-value store that
     they met at; one that is stuck for `seconds` names those behind, or those without a sign of life, and
     ends the process with code 3.
@@ -3360,14 +3360,13 @@ class Guard:
     PHASES = "data", "computation", "exchange", "validation", "checkpoint"
 
     def __init__(self, seconds: float, world: World):
-        self.seconds, self.world, self.signal, self.over = seconds, world, "", threading.Event()
-        self.signalled, self.before, self.store = 0.0, {}, None
+        self.seconds, self.world, self.over = seconds, world, threading.Event()
+        self.signal, self.before, self.store = 0.0, {}, None
         self.at(0, "data")
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            numbers = signal.SIGTERM, signal.SIGINT
-            self.before = {number: signal.signal(number, self.note) for number in numbers}
+            self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
         if self.seconds:
             threading.Thread(target=self.watch, daemon=True).start()
         return self
@@ -3378,10 +3377,10 @@ class Guard:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        if number == signal.SIGINT and self.signal and time.monotonic() - self.signalled > 3:
-            raise KeyboardInterrupt
         if not self.signal:
-            self.signal, self.signalled = signal.Signals(number).name, time.monotonic()
+            self.signal = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.signal > 3:
+            raise KeyboardInterrupt
 
     def at(self, step: int, phase: str):
         """A sign of progress."""
