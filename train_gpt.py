@@ -3298,10 +3298,10 @@ class StepLog:
         if not report.is_cuda:
             return self.print(step, report, rows, plan)
         event = torch.cuda.Event()
-        previous, self.pending = self.pending, (step, report.to("cpu", non_blocking=True), rows, plan, event)
+        following = step, report.to("cpu", non_blocking=True), rows, plan, event
         event.record()
-        if previous:
-            self.print(*previous)
+        self.flush()
+        self.pending = following
 
     def flush(self):
         if self.pending:
@@ -3319,16 +3319,15 @@ class StepLog:
         self.stop = self.stop or stop > 0
         loss /= sum(plan.weights)
         self.note_spike(step, loss)
-        self.log.line(f"step:{step}/{total} train_loss:{loss:.4f} train_time:{now * 1e3:.0f}ms "
-                      f"step_avg:{now * 1e3 / step:.2f}ms", console=False)
+        line = f"step:{step}/{total} train_loss:{loss:.4f}"
+        self.log.line(f"{line} train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms", console=False)
         self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
                         **speed)
         terminal = sys.stdout.isatty()
         if self.log.active and (terminal or step % max(self.model.cfg.val_every // 5, 1) == 0):
             left = now / step * (total - step)
-            rate = f"{speed['tokens_per_s']:,} tokens/s eta:{left:.0f}s "
-            end = "\r" if terminal else "\n"
-            self.log.write(sys.stdout, f"step:{step}/{total} train_loss:{loss:.4f} {rate}", end)
+            line = f"{line} {speed['tokens_per_s']:,} tokens/s eta:{left:.0f}s "
+            self.log.write(sys.stdout, line, end="\r" if terminal else "\n")
 
     def check(self, step: int, loss: float, bad: dict):
         """Raise UserError if the step's report says that it, and all after it, changed nothing."""
