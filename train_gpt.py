@@ -3228,22 +3228,19 @@ class Log:
                 print(f"can't write {file.name}: {error.strerror}; training goes on", file=sys.stderr)
 
 
-def source_sha256() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
-def git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or "none"
-    except (OSError, subprocess.SubprocessError):
-        return "none"
+def source() -> str:
+    """This file's hash and its folder's commit, for the log."""
+    path, commit = Path(__file__).resolve(), ""
+    command = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    return f"source sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} git:{commit or 'none'}"
 
 
 def log_header(log: Log, hardware: Hardware, world: World, model: GPT, shards: Shards, val: Validation):
     """What a reader needs to judge and repeat the run."""
     cfg = model.cfg
-    log.line(f"source sha256:{source_sha256()} git:{git_commit()}", console=False)
+    log.line(source(), console=False)
     log.line(f"config {json.dumps(config_to_json(cfg))}", console=False)
     log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
              f"world_size:{world.size} seed:{cfg.seed}")
@@ -3787,8 +3784,7 @@ def evaluate(cfg: Config, hardware: Hardware, world: World):
         raise UserError(f"--eval_every={cfg.eval_every}: no token to score in {len(documents)} documents")
     log = Log(cfg, world)
     log.line(f"config {json.dumps(config_to_json(cfg))}", console=False)
-    log.line(f"source sha256:{source_sha256()} git:{git_commit()} torch:{torch.__version__} "
-             f"{hardware.reasons['device']} world_size:{world.size}")
+    log.line(f"{source()} torch:{torch.__version__} {hardware.reasons['device']} world_size:{world.size}")
     which = f", one in {cfg.eval_every} of the validation's" if cfg.eval_every > 1 else ""
     log.line(f"{cfg.checkpoint}: {len(documents)} documents{which}; "
              f"tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
