@@ -3693,14 +3693,16 @@ def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tupl
             if plan.stage_index != stage:
                 stage = plan.stage_index
                 rotary = build_rotary(cfg, stage, val.positions, hardware.device)
-            validating, saving = pauses(cfg, step, start)
+            validating = step == stop or step % cfg.val_every == 0
+            may_save = step > start and cfg.save_every >= 0
+            saving = may_save and (step == stop or cfg.save_every and step % cfg.save_every == 0)
             if validating or saving or steps.stop or step == start:
                 steps.flush()
                 clock.pause()
                 log.stopped = steps.stop and step < stop
                 if model.graphs and (saving or validating or log.stopped):
                     model.graphs.release()  # what follows needs the memory
-                if saving or (log.stopped and step > start and cfg.save_every >= 0):
+                if saving or (log.stopped and may_save):
                     guard.at(step, "checkpoint")  # before a validation that might fail
                     done = {"step": step, "position": position, "train_seconds": clock.seconds}
                     log.unsaved = save(done, model, optimizer, log, world)
@@ -3725,16 +3727,9 @@ def train(cfg: Config, hardware: Hardware, world: World, launch: Launch) -> tupl
                 profiler.step(last=step == stop - 1)
     log.line(f"compilations after the first step: {compilations() - compiled}")
     log.line(f"peak memory: {memory_mib(hardware)} MiB")
-    if baseline_line(shards):
-        log.line(f"for comparison, bits per byte on the same text: {baseline_line(shards)}")
+    if baselines := baseline_line(shards):
+        log.line(f"for comparison, bits per byte on the same text: {baselines}")
     return model, log
-
-
-def pauses(cfg: Config, step: int, start: int) -> tuple[bool, bool]:
-    """Whether to validate, and to save, before `step`, in a run that begins at step `start`."""
-    last = step == last_step(cfg)
-    periodic = cfg.save_every > 0 and step % cfg.save_every == 0
-    return last or step % cfg.val_every == 0, step > start and (last and cfg.save_every >= 0 or periodic)
 
 
 def save(progress: dict, model: GPT, optimizer: Optimizer, log: Log, world: World) -> str:
