@@ -3058,12 +3058,12 @@ def check_progress(step, position, train_seconds):
 
 def load_weights(model: GPT, tensors: dict, path: str):
     """Copy weights into the model. Raises UserError unless names and shapes are exactly the model's."""
-    wanted = {name: p.shape for name, p in model.named_parameters()}
+    wanted = dict(model.named_parameters())
     found = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    for name in sorted(set(wanted) ^ set(found)):
+    for name in sorted(wanted.keys() ^ found.keys()):
         raise UserError(f"{path}: parameter {name} is {'missing' if name in wanted else 'not in this model'}")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in wanted.items():
             if found[name].shape != parameter.shape:
                 raise UserError(f"{path}: {name} is {tuple(found[name].shape)}, not {tuple(parameter.shape)}")
             parameter.copy_(found[name])
@@ -3079,13 +3079,13 @@ def save_checkpoint(path: Path, model: GPT, optimizer: Optimizer, world: World, 
 
     state, failed = optimizer.state_dict(progress["step"]), ""
     if world.rank == 0:
-        weights = {f"model.{name}": p for name, p in model.named_parameters()}
+        tensors = {f"model.{name}": p for name, p in model.named_parameters()} | state
         try:
-            for name, x in (weights | state).items():
+            for name, x in tensors.items():
                 if not x.isfinite().all():  # a gradient that isn't due: a run couldn't go on from it
                     raise UserError(f"{name} isn't finite")
-            write_safetensors(path, weights | state, {"config": config_to_json(model.cfg)} | progress)
-            for old in checkpoints(path.parent)[: -model.cfg.keep or 0]:
+            write_safetensors(path, tensors, {"config": config_to_json(model.cfg)} | progress)
+            for old in checkpoints(path.parent)[: -model.cfg.keep]:  # none for 0
                 with contextlib.suppress(OSError):  # the new one is written all the same
                     old.unlink()
         except (OSError, SafetensorError, UserError) as error:
@@ -3121,10 +3121,10 @@ def find_unfinished(cfg: Config) -> str:
 
     "" if there is none.
     """
-    folders = {path.parent for path in log_root(cfg).glob("*/checkpoint_*.safetensors")}
+    paths = sorted(log_root(cfg).glob("*/checkpoint_*.safetensors"), key=modified, reverse=True)
     same = {f.name for f in dataclasses.fields(cfg)} - set(RUN_FLAGS) | {"seed", "data", "tokenizer"}
     continued = set()
-    for folder in sorted(folders, key=lambda folder: -max(map(modified, checkpoints(folder)), default=0)):
+    for folder in dict.fromkeys(path.parent for path in paths):
         path, meta = last_complete(folder)
         if not path or any(getattr(meta["config"], name) != getattr(cfg, name) for name in same):
             continue
@@ -3137,10 +3137,10 @@ def find_unfinished(cfg: Config) -> str:
 def export_model(path: Path, model: GPT):
     """Weights for inference, without auxiliary heads, and beside them the config as FILE.json."""
     check_export(path)
-    cfg = replace(model.cfg, mtp_heads=0, checkpoint="", resume="", export="")
+    config = config_to_json(replace(model.cfg, mtp_heads=0, checkpoint="", resume="", export=""))
     weights = {f"model.{name}": p for name, p in model.named_parameters() if name != "mtp_heads"}
-    write_safetensors(path, weights, {"config": config_to_json(cfg)})
-    path.with_suffix(".json").write_text(json.dumps(config_to_json(cfg), indent=1))
+    write_safetensors(path, weights, {"config": config})
+    path.with_suffix(".json").write_text(json.dumps(config, indent=1))
 
 
 def load_model(path: str, cfg: Config, hardware: Hardware) -> GPT:
