@@ -3180,7 +3180,7 @@ class Clock:
 
 
 def log_root(cfg: Config) -> Path:
-    return Path(cfg.log_folder) if cfg.log_folder else Path(__file__).resolve().parent / "logs"
+    return Path(cfg.log_folder or Path(__file__).resolve().parent / "logs")
 
 
 class Log:
@@ -3577,8 +3577,8 @@ def plot_losses(folder: Path) -> str:
     for key, style in (("train_loss", "-"), ("val_loss", "o-")):
         points = np.array([(r["step"], r[key]) for r in rows if key in r and r["step"]]).reshape(-1, 2)
         curves[key.replace("_", " ")] = *points.T, style
-    options = {"xlabel": "step", "ylabel": "loss (nats per token)", "title": folder.name}
-    return write_plot(folder / "loss.png", curves, **options)
+    return write_plot(folder / "loss.png", curves, title=folder.name, xlabel="step",
+                      ylabel="loss (nats per token)")
 
 
 def baseline_line(shards: Shards) -> str:
@@ -3624,11 +3624,10 @@ def validate(val: Validation, model: GPT, rotary: Rotary, step: int, clock: Cloc
     guard.at(step, "validation")
     result = val.run(model, windows, rotary, world, partial(guard.at, step, "validation"))
     lambdas = model.lambdas()
-    average = seconds * 1e3 / max(step, 1)
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
     mtp = f" smear_mtp_lambda:{lambdas['smear_mtp_lambda'][0]:+.4f}" if cfg.smear_mtp else ""
     log.line(f"step:{step}/{cfg.total_steps} val_loss:{result['val_loss']:.4f}{bpb} "
-             f"train_time:{seconds * 1e3:.0f}ms step_avg:{average:.2f}ms{mtp}")
+             f"train_time:{seconds * 1e3:.0f}ms step_avg:{seconds * 1e3 / max(step, 1):.2f}ms{mtp}")
     log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
 
 
@@ -3745,8 +3744,7 @@ def finish(cfg: Config, model: GPT, log: Log, world: World):
     """After training: sample, export, plot; rank 0 only."""
     if world.rank != 0 or log.stopped:
         return
-    tokenizer = optional_tokenizer(cfg)
-    if tokenizer:
+    if tokenizer := optional_tokenizer(cfg):
         text = sample_text(model, tokenizer, cfg.sample or "The", cfg.sample_tokens, cfg.seed)
         log.line("sample:\n" + textwrap.indent(text, "    "))
     if cfg.export:
@@ -3801,9 +3799,8 @@ def evaluate(cfg: Config, hardware: Hardware, world: World):
 
 def help_text() -> str:
     """The docstring and the flags with tiny's defaults; what they mean stands beside them in Config."""
-    flags = {f.name: getattr(TRACKS["tiny"], f.name) for f in dataclasses.fields(Config)}
-    listed = " ".join(f"--{k}={v}" for k, v in flags.items() if not isinstance(v, tuple))
-    return f"{__doc__}\nFlags, with the tiny track's values (see Config here):\n{textwrap.fill(listed, 110)}"
+    flags = " ".join(f"--{name}={getattr(TRACKS['tiny'], name)}" for name in flag_kinds())
+    return f"{__doc__}\nFlags, with the tiny track's values (see Config here):\n{textwrap.fill(flags, 110)}"
 
 
 def run(argv: list[str]):
