@@ -1,7 +1,11 @@
 """The kernels on the CPU, in Triton's interpreter, against float64; its products of bfloat16 are wrong."""
 
+import json
 import os
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,3 +165,22 @@ def test_lookup_adds_the_rows_gradients_to_the_table(rng, V, D, N, dtype):
 def test_branch_and_mixing_have_the_gradients_of_float64(rng, T, D):
     cases.check_branch(rng, T, D)
     cases.check_mixing(rng, T, D)
+
+
+# Bytes of shared memory that a block can have, by compute capability (CUDA programming guide): an A100 and an
+# RTX 3090, 4090, H100, B200 and RTX 5090.
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+COMMON = 86, 90, 120
+
+
+@pytest.mark.parametrize("capability", [c if c in COMMON else pytest.param(c, marks=pytest.mark.slow)
+                                        for c in SHARED_MEMORY])
+def test_kernels_compile_and_fit_without_the_gpu(tmp_path, capability):
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, Path(__file__).with_name("compile_kernels.py"), str(capability)],
+                          env=own | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    launches = json.loads(done.stdout)
+    kernels = {"mlp_kernel", "cross_entropy_kernel", "polynomial_kernel"}
+    assert {name for name, _ in launches} == kernels | ({"transpose_kernel"} if capability >= 89 else set())
+    assert max(taken for _, taken in launches) <= SHARED_MEMORY[capability]
