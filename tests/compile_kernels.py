@@ -42,29 +42,34 @@ def compile_only(kernel, *args, grid, warmup, **options):
     taken.append([kernel.__name__, compiled.metadata.shared])
 
 
-def launch(capability: int):
-    """Each wrapper at the sizes of GPT-2 small, in the mode and the precisions that this GPU would choose."""
-    half, eight, scale, has_float8 = torch.bfloat16, torch.float8_e4m3fn, torch.ones(()), capability >= 89
-    h_TD, weight_FD, r_TF = (torch.zeros(size, dtype=half) for size in ((256, 768), (3072, 768), (256, 3072)))
-    mode = "tma" if capability == 90 else "pointer"
-    t.mlp_forward(h_TD, weight_FD, 0.5, mode)
-    t.mlp_backward(h_TD, weight_FD, r_TF, 0.5, mode)
-    if has_float8:
-        t.mlp_forward(h_TD.to(eight), weight_FD.to(eight), 0.5, mode, scale)
-    logits_TV, softcap = torch.zeros(16, 50304, dtype=half), t.Softcap(11.5, 5.0, 15.0)
-    for dtype in (half, torch.float8_e5m2) if has_float8 else (half,):
+def launch(cfg: t.Config, kernels: str, fp8: bool):
+    """Each wrapper at the sizes of this model, in the mode and the precisions that were chosen."""
+    half, eight, scale = torch.bfloat16, torch.float8_e4m3fn, torch.ones(())
+    T, D, F = 256, cfg.width, cfg.mlp_ratio * cfg.width
+    h_TD, weight_FD, r_TF = (torch.zeros(size, dtype=half) for size in ((T, D), (F, D), (T, F)))
+    t.mlp_forward(h_TD, weight_FD, cfg.leaky_slope, kernels)
+    t.mlp_backward(h_TD, weight_FD, r_TF, cfg.leaky_slope, kernels)
+    if fp8:
+        t.mlp_forward(h_TD.to(eight), weight_FD.to(eight), cfg.leaky_slope, kernels, scale)
+        t.transpose(h_TD.to(eight), kernels)
+    logits_TV = torch.zeros(16, cfg.padded_vocab, dtype=half)
+    for dtype in (half, torch.float8_e5m2) if fp8 else (half,):
         for count in (1, 3):
             targets_TK, weights_K = torch.zeros(16, count, dtype=torch.int64), torch.ones(count)
-            t.cross_entropy(logits_TV, targets_TK, weights_K, softcap, scale, dtype, "pointer")
-    if has_float8:
-        t.transpose(h_TD.to(eight), "pointer")
-    t.polynomial(torch.zeros(2, 768, 768, dtype=half), 8.0, -22.0, 15.0, "pointer")
+            t.cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, scale, dtype, kernels)
+    t.polynomial(torch.zeros(2, D, D, dtype=half), *t.POLAR_EXPRESS[0], kernels)
 
 
 if __name__ == "__main__":
-    torch.Tensor.is_cuda = True  # so that the wrappers choose what they choose on a GPU
+    capability = int(sys.argv[1])
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
+    torch.cuda.get_device_name = lambda device: sys.argv[1]
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-    triton.runtime.driver.set_active(Driver(int(sys.argv[1])))
+    torch.Tensor.is_cuda = True  # so that the wrappers choose what they choose on a GPU
+    triton.runtime.driver.set_active(Driver(capability))
     JITFunction.run = compile_only
-    launch(int(sys.argv[1]))
+    sprint = t.parse_config(["--track=sprint"])
+    hardware = t.choose_hardware(sprint, t.World())
+    launch(sprint, hardware.kernels, hardware.fp8)
     print(json.dumps(taken))

@@ -249,7 +249,7 @@ def check_branch(rng, T, D, regions=t.REGIONS):
 
 
 def check_mixing(rng, T, D, regions=t.REGIONS):
-    """Of bfloat16, against float64: three layers, the second with a skip connection, the last read by none."""
+    """Of bfloat16, against float64: three layers, the second with a skip connection, the last unread."""
     x, bigram = (normal(rng, T, D, dtype=torch.bfloat16, std=std).requires_grad_() for std in (1, 2))
     weights = normal(rng, 3, 4).requires_grad_()
     directions = [normal(rng, T, n) for n in (D, D, 12, D, D, 5, D)]

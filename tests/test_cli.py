@@ -232,7 +232,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
         monkeypatch.setattr(train_gpt, "triton", True)
-        monkeypatch.setattr(train_gpt.importlib.util, "find_spec", lambda name: name == "flash_attn_interface" or None)
+        monkeypatch.setattr(train_gpt.importlib.util, "find_spec",
+                            lambda name: name == "flash_attn_interface" or None)
         monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
         monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active and active[-1])
         monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear)
