@@ -3,7 +3,8 @@
     python data/fineweb.py            # validation and 9 training shards, 2 GB, into data/fineweb10B/
     python data/fineweb.py 2          # validation and 2 training shards
 
-A shard holds 100M tokens. Files that are there and whole are left alone; an interrupted download goes on.
+A shard holds 100M tokens. Files that are there and whole are left alone, so an interrupted run loses one
+file's download at most.
 """
 
 from pathlib import Path
