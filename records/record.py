@@ -31,12 +31,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 
 from runs import (
     LEVEL, NO_WORSE, PER_PLACE, PER_RUN, SET_HERE, TRACKS, Difference, Mismatch, Run, UserError, check_plan,
     check_run, check_same, comparable, expect, expect_text, log_text, mean_curve, paired, parse_flag,
-    parse_log, read, read_json, runs_needed, same_value, sd, seconds_per_loss, sha256, summarise, welch,
+    parse_log, read, read_json, runs_needed, sd, seconds_per_loss, sha256, summarise, welch,
     write,
 )  # fmt: skip
 
@@ -201,7 +202,8 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def check_flags(flags: list[str], track: str):
+def check_flags(flags: list[str], track: str, *scripts: Path):
+    """Raises UserError if a record may not have these flags, or a script refuses them."""
     forbidden = SET_HERE | ({"val_tokens"} if TRACKS[track].val_tokens else set())
     for flag in flags:
         name, value = parse_flag(flag)
@@ -210,6 +212,8 @@ def check_flags(flags: list[str], track: str):
                             f"record sets or rules out: {', '.join(sorted(forbidden))}")
         if name == "data" and not Path(value).is_dir():
             raise UserError(f"{flag}: found no such folder")
+    for script in scripts:
+        config_of(script, track, flags)
 
 
 def find_folder(records: Path, track: str, name: str, date: str) -> Path:
@@ -221,49 +225,26 @@ def find_folder(records: Path, track: str, name: str, date: str) -> Path:
     return begun[0] if begun else parent / f"{date}_{name}"
 
 
-class Entry(NamedTuple):
-    """What `register` writes down."""
-
-    folder: Path
-    name: str
-    script: Path | None  # None: the registered one if there is one, else this repo's
-    plan: dict
-
-
-def is_registered(entry: Entry) -> bool:
-    """Raises UserError if the folder is registered with another plan or script."""
-    if not (entry.folder / "record.json").exists():
-        return False
-    before = load_record(entry.folder)["plan"]
-    for key, value in entry.plan.items():
-        if before.get(key) != value and key != "registered":
-            raise UserError(f"{entry.folder}: is registered with {key} {before.get(key)}, found {value}: "
-                            "give the registered one, or begin another record")
-    if entry.script and sha256(entry.script.read_bytes()) != before["source_sha256"]:
-        raise UserError(f"{entry.script}: isn't the script that {entry.folder} froze: leave it out, or give "
-                        "another name")
-    return True
-
-
-def register(track: str, *entries: Entry):
-    """Freezes the scripts and writes down the plans of those not registered yet: all of them or none."""
-    fresh = [entry._replace(script=entry.script or ROOT / "train_gpt.py") for entry in entries
-             if not is_registered(entry)]
-    for entry in fresh:
-        config = config_of(entry.script, track, entry.plan["flags"])
-        for flag in entry.plan["flags"]:
-            name, value = parse_flag(flag)
-            if not same_value(config.get(name), value):
-                raise UserError(f"{flag}: {entry.script} makes {config.get(name)} of it: give the full name "
-                                "of the flag, and a value that stays as it is")
-    for folder, name, script, plan in fresh:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(script, folder / "train_gpt.py")
-        plan = plan | {"source_sha256": sha256((folder / "train_gpt.py").read_bytes())}
-        rows = [{"seed": seed, "attempts": 0, "started": None} for seed in plan["seeds"]]
-        date = folder.name.partition("_")[0] if folder.name.endswith(f"_{name}") else now()[:10]
-        write(folder / "record.json", dump({"format": 1, "name": name, "date": date, "track": track,
-                                            "plan": plan, "runs": rows}))
+def register(folder: Path, name: str, track: str, script: Path, plan: dict):
+    """Freeze the script and write down the plan; if that has been done, check that they are the same."""
+    frozen = folder / "train_gpt.py"
+    source = sha256(script.read_bytes())
+    if (folder / "record.json").exists():
+        before = load_record(folder)["plan"]
+        for key, value in plan.items():
+            if before.get(key) != value and key != "registered":
+                raise UserError(f"{folder}: is registered with {key} {before.get(key)}, found {value}: give "
+                                "the registered one, or begin another record")
+        if script != frozen and source != before["source_sha256"]:
+            raise UserError(f"{script}: isn't the script that {folder} froze: leave it out, or give another "
+                            "name")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(script, frozen)
+    rows = [{"seed": seed, "attempts": 0, "started": None} for seed in plan["seeds"]]
+    date = folder.name.partition("_")[0] if folder.name.endswith(f"_{name}") else now()[:10]
+    write(folder / "record.json", dump({"format": 1, "name": name, "date": date, "track": track,
+                                        "plan": plan | {"source_sha256": source}, "runs": rows}))
 
 
 CONFIG_OF = """
@@ -342,10 +323,11 @@ def plan_of(runs: int, flags: list[str], gpus: int) -> dict:
 
 def new(options, flags):
     """Registers a record and runs what it lacks of its seeds."""
-    check_flags(flags, options.track)
     folder = find_folder(options.records, options.track, options.name, now()[:10])
-    plan = plan_of(options.runs, flags, options.gpus or 1)
-    register(options.track, Entry(folder, options.name, options.script, plan))
+    known = [path for path in (folder / "train_gpt.py", ROOT / "train_gpt.py") if path.exists()]
+    script = options.script or known[0]
+    check_flags(flags, options.track, script)
+    register(folder, options.name, options.track, script, plan_of(options.runs, flags, options.gpus or 1))
     for seed in range(options.runs):
         run_seed(folder, seed)
     write_record(folder)
@@ -375,7 +357,7 @@ def import_logs(options, flags):
     seeds = [run.config["seed"] for run in runs]
     plan = {"registered": None, "runs": len(runs), "seeds": seeds, "flags": flags_of(script, runs[0].config),
             "gpus": int(runs[0].header["world_size"])}
-    register(track, Entry(folder, options.name, script, plan))
+    register(folder, options.name, track, script, plan)
     for run in runs:
         write(folder / f"seed{run.config['seed']}.txt", log_text(run.path.parent))
     record = load_record(folder)
@@ -390,14 +372,12 @@ def race(options, flags):
 
     With two numbers of runs, A's and B's, those that one has more come last.
     """
-    check_flags(flags, options.track)
+    check_flags(flags, options.track, options.a, options.b)
     place = options.out or ROOT / "logs" / f"race_{options.a.stem}_{options.b.stem}"
     sides = {place / f"A_{options.a.stem}": options.runs[0], place / f"B_{options.b.stem}": options.runs[-1]}
-    entries = []
     for (folder, runs), script in zip(sides.items(), (options.a, options.b)):
         plan = plan_of(runs, flags, options.gpus or 1) | {"interleaved": [side.name for side in sides]}
-        entries.append(Entry(folder, folder.name, script, plan))
-    register(options.track, *entries)
+        register(folder, folder.name, options.track, script, plan)
     for seed in range(max(options.runs)):
         for folder, runs in sides.items():
             if seed < runs:
@@ -674,26 +654,10 @@ def history(records: list, base: Path) -> str:
 # Pictures
 
 
-def figure(columns: int, rows: int = 1, size=(5.0, 3.6)):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
-
-
-def save_figure(picture, path: Path):
-    import matplotlib.pyplot as plt
-
-    picture.tight_layout()
-    picture.savefig(path, dpi=110)
-    plt.close(picture)
-
-
 def draw_losses(groups: dict, path: Path, target: float | None = None):
     """Validation loss of every run by step and by time with the range of each group, and the final losses."""
-    picture, ((by_step, by_time, final),) = figure(3)
+    picture = Figure(figsize=(15, 3.6), layout="tight")
+    by_step, by_time, final = picture.subplots(1, 3)
     for i, (name, runs) in enumerate(groups.items()):
         curves = mean_curve(runs)
         steps = [step for step in curves if step]
@@ -713,7 +677,7 @@ def draw_losses(groups: dict, path: Path, target: float | None = None):
     final.set(xticks=range(len(groups)), title="last validation, bar: mean")
     final.set_xticklabels(groups, fontsize=8)
     by_step.legend(fontsize=8)
-    save_figure(picture, path)
+    picture.savefig(path, dpi=110)
 
 
 def draw_lambdas(runs: list[Run], path: Path):
@@ -721,17 +685,17 @@ def draw_lambdas(runs: list[Run], path: Path):
     names = sorted({name for run in runs for row in run.validations for name in row.get("lambdas", {})})
     if not names:
         return
-    picture, grid = figure(min(3, len(names)), -(-len(names) // 3), size=(4.0, 3.0))
-    for axes, name in zip(grid.flat, names):
+    rows, columns = math.ceil(len(names) / 3), min(3, len(names))
+    picture = Figure(figsize=(4 * columns, 3 * rows), layout="tight")
+    for i, name in enumerate(names):
+        axes = picture.add_subplot(rows, columns, i + 1)
         for run in runs:
-            rows = [(row["step"], row["lambdas"][name]) for row in run.validations if name in row["lambdas"]]
+            learned = {row["step"]: row["lambdas"][name] for row in run.validations if name in row["lambdas"]}
             axes.set_prop_cycle(None)
-            axes.plot([step for step, _ in rows], [values for _, values in rows], lw=0.8)
+            axes.plot(list(learned), list(learned.values()), lw=0.8)
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
-    for axes in grid.flat[len(names):]:
-        axes.axis("off")
-    save_figure(picture, path)
+    picture.savefig(path, dpi=110)
 
 
 def plot(options, flags):

@@ -268,24 +268,21 @@ def unnoticed(folder: Path, name: str, positions: list) -> list:
     return missed
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_every_digit_of_record_json_counts(folder, part):
+def test_every_digit_of_record_json_counts(folder):
     positions = digits_of(folder / "record.json")
     assert len(positions) > 400
-    assert unnoticed(folder, "record.json", positions[part::4]) == []
+    assert unnoticed(folder, "record.json", positions) == []
 
 
-@pytest.mark.parametrize("name", ["seed1.txt", "train_gpt.py"])
-def test_every_digit_of_logs_and_script_counts(folder, name):
-    positions = digits_of(folder / name)
-    assert len(positions) > (80 if name == "train_gpt.py" else 1000)
+@pytest.mark.parametrize("name", ["seed0.txt", "seed1.txt", "seed2.txt", "train_gpt.py", "README.md"])
+def test_digits_of_logs_script_and_generated_readme_count(folder, name):
+    """200 of them, drawn at random; the script has fewer."""
+    text = (folder / name).read_text()
+    start = text.index(record.MARKER) if name == "README.md" else 0
+    positions = [i for i in digits_of(folder / name) if i > start]
+    assert len(positions) > (70 if name == "train_gpt.py" else 200)
+    positions = random.Random(0).sample(positions, min(200, len(positions)))
     assert unnoticed(folder, name, positions) == []
-
-
-def test_every_digit_of_the_generated_readme_counts(folder):
-    path = folder / "README.md"
-    start = path.read_text().index(record.MARKER)
-    assert unnoticed(folder, "README.md", [i for i in digits_of(path) if i > start]) == []
 
 
 def test_author_s_part_of_the_readme_is_kept(folder):
@@ -785,8 +782,10 @@ def test_a_complete_record_without_a_log_is_not_taken_for_one_that_is_only_regis
 
 
 @pytest.mark.parametrize("flag, reason", [
-    ("--smaer=off", "unrecognized arguments: --smaer=off"), ("--muon_lr=fast", "invalid float value: 'fast'"),
-    ("--muon=0.01", "makes None of it: give the full name"), ("--data=/nowhere", "found no such folder"),
+    ("--smaer=off", "unrecognized arguments: --smaer=off"),
+    ("--muon_lr=fast", "invalid float value: 'fast'"),
+    ("--seed=3", "none of those that a record sets"),
+    ("--data=/nowhere", "found no such folder"),
 ])  # fmt: skip
 def test_nothing_is_registered_that_the_script_refuses(made, tmp_path, flag, reason):
     done = cli("new", "idea", "--track=tiny", "--runs=2", f"--script={made.trainer}", f"--records={tmp_path}",
@@ -795,13 +794,11 @@ def test_nothing_is_registered_that_the_script_refuses(made, tmp_path, flag, rea
     assert not [*tmp_path.rglob("*.json"), *tmp_path.rglob("*.py")]
 
 
-def test_scripts_say_what_they_make_of_their_flags():
-    """Also one that was frozen when train_gpt.py had another parser; its log holds its defaults."""
+def test_scripts_frozen_with_another_parser_say_their_defaults():
+    """Those are in the log of a run without flags, too."""
     folder = record.RECORDS / "track_3_tiny" / "2026-11-22_baseline"
     config = parse_log(folder / "seed0.txt").config | {"scheduled_steps": 7, "smear_mtp": False}
     assert record.flags_of(folder / "train_gpt.py", config) == ["--scheduled_steps=7", "--smear_mtp=False"]
-    with pytest.raises(UserError, match="nothing registered: .*--smaer_mtp"):
-        record.config_of(SCRIPT, "tiny", ["--smaer_mtp=off"])
 
 
 def test_single_runs_are_what_their_rows_say():
