@@ -112,7 +112,7 @@ def evidence(record: dict) -> str:
         MARKER, "", "## Evidence", "",
         f"{when}: track {record['track']}, seeds {', '.join(map(str, plan['seeds']))}, flags: {flags}."
         + f" These runs are one side of a race, in which {sides} took turns." * bool(sides), "",
-        f"{results['n']} runs, {env['device']}, world size {env['world_size']}, torch {env['torch']}, "
+        f"{results['n']} run{'s' * (results['n'] > 1)}, {env['device']}, world size {env['world_size']}, torch {env['torch']}, "
         f"CUDA {env['cuda']}:",
         f"validation loss {loss[0]:.5f}, sd {number(loss[1], 5)}; "
         f"training time {seconds[0]:.3f} s, sd {number(seconds[1], 3)} (sd divides by n - 1).",
@@ -226,7 +226,7 @@ def find_folder(records: Path, track: str, name: str, date: str) -> Path:
 
 
 def register(folder: Path, name: str, track: str, script: Path, plan: dict):
-    """Freeze the script and write down the plan; if that has been done, check that they are the same."""
+    """Freezes the script and writes down the plan; if that has been done, checks that they are the same."""
     frozen = folder / "train_gpt.py"
     source = sha256(script.read_bytes())
     if (folder / "record.json").exists():
@@ -295,7 +295,7 @@ def is_done(path: Path, source: str) -> bool:
 
 
 def run_seed(folder: Path, seed: int):
-    """Run one seed of a registered record, unless its log is there and whole."""
+    """Runs one seed of a registered record, unless its log is there and whole."""
     record, path = load_record(folder), folder / f"seed{seed}.txt"
     plan = record["plan"]
     if is_done(path, plan["source_sha256"]):
