@@ -104,7 +104,7 @@ def evidence(record: dict) -> str:
     flags = " ".join(plan["flags"]) or "none"
     when = (f"Registered {plan['registered']}, before the first run" if plan["registered"]
             else "**Not pre-registered**: imported from finished logs")
-    sides = " and ".join(plan.get("interleaved", []))
+    sides, n = " and ".join(plan.get("interleaved", [])), results["n"]
     rows = [f"| {r['seed']} | {r['loss']:.5f} | {r['seconds']:.3f} | {r['steps']} | "
             f"{r['started'] or 'unknown'} | {r['attempts'] or 'unknown'} | [{r['log']}]({r['log']}) |"
             for r in record["runs"]]
@@ -112,7 +112,7 @@ def evidence(record: dict) -> str:
         MARKER, "", "## Evidence", "",
         f"{when}: track {record['track']}, seeds {', '.join(map(str, plan['seeds']))}, flags: {flags}."
         + f" These runs are one side of a race, in which {sides} took turns." * bool(sides), "",
-        f"{results['n']} run{'s' * (results['n'] > 1)}, {env['device']}, world size {env['world_size']}, torch {env['torch']}, "
+        f"{n} run{'s' * (n > 1)}, {env['device']}, world size {env['world_size']}, torch {env['torch']}, "
         f"CUDA {env['cuda']}:",
         f"validation loss {loss[0]:.5f}, sd {number(loss[1], 5)}; "
         f"training time {seconds[0]:.3f} s, sd {number(seconds[1], 3)} (sd divides by n - 1).",

@@ -201,7 +201,7 @@ def test_welch_agrees_with_scipy(seed):
 
 
 def test_known_sd():
-    """By the field's rule, (3.28 - mean) sqrt(n) >= 0.003025 is p <= 0.01 at an sd of 0.0013."""
+    """By modded-nanogpt's rule, (3.28 - mean) sqrt(n) >= 0.003025 is p <= 0.01 at an sd of 0.0013."""
     expected = stats.norm.cdf(-0.00175 * 2**0.5 / 0.0013)
     assert p_below_known([3.278, 3.2785], 3.28, 0.0013) == pytest.approx(expected)
     for n in (1, 4, 9):
@@ -209,7 +209,7 @@ def test_known_sd():
 
 
 @pytest.mark.parametrize("margin, n", [(0.001, 10), (0.0015, 5), (0.002, 3)])
-def test_runs_needed_by_the_field_s_formula(margin, n):
+def test_runs_needed_by_modded_nanogpt_s_formula(margin, n):
     assert runs_needed(margin, 0.0013, power=0.5, known=True) == n
 
 
@@ -666,7 +666,7 @@ def test_net_seconds():
     assert "at 149.0 s per unit of loss (given)" in text
 
 
-def field_log(path: Path, loss: float, seconds: float) -> Path:
+def modded_nanogpt_log(path: Path, loss: float, seconds: float) -> Path:
     """The common form: source, '=' line, environment, '=' line, steps without a training loss, memory."""
     lines = ["import torch", "print('step:1/2 val_loss:1.0 train_time:1ms step_avg:1ms')", "=" * 100,
              "Running Python 3.10.12, PyTorch 2.10.0", "=" * 100,
@@ -679,21 +679,21 @@ def field_log(path: Path, loss: float, seconds: float) -> Path:
     return path
 
 
-def test_the_field_s_logs(tmp_path, folder):
-    logs = [field_log(tmp_path / f"{i}.txt", 3.278 + i / 1000, 128.8 + i) for i in range(3)]
+def test_modded_nanogpt_s_logs(tmp_path, folder):
+    logs = [modded_nanogpt_log(tmp_path / f"{i}.txt", 3.278 + i / 1000, 128.8 + i) for i in range(3)]
     run = parse_log(logs[1])
     assert run.loss == 3.279 and run.seconds == 129.8 and list(run.curve) == [0, 25, 50, 75, 100]
     assert run.source == record.sha256("\n".join(logs[0].read_text().split("\n")[:2]) + "\n")
-    (tmp_path / "field").mkdir()
+    (tmp_path / "modded").mkdir()
     for log in logs:
-        log.rename(tmp_path / "field" / log.name)
-    result = cli("compare", tmp_path / "field", folder)
-    assert result.code == 0 and "A = field: n = 3, loss 3.27900" in result.out and "B = idea" in result.out
-    assert cli("plot", tmp_path / "field", folder, "--out", tmp_path / "both.png", "--target=3.28").code == 0
+        log.rename(tmp_path / "modded" / log.name)
+    result = cli("compare", tmp_path / "modded", folder)
+    assert result.code == 0 and "A = modded: n = 3, loss 3.27900" in result.out and "B = idea" in result.out
+    assert cli("plot", tmp_path / "modded", folder, "--out", tmp_path / "both.png", "--target=3.28").code == 0
     assert (tmp_path / "both.png").stat().st_size > 10_000
-    planned = cli("plan", "--margin=.001", "--from", tmp_path / "field").out
-    assert "sd 0.001000 (of the 3 runs of field)" in planned
-    assert cli("import", tmp_path / "field", "x", "--records", tmp_path).code == 2
+    planned = cli("plan", "--margin=.001", "--from", tmp_path / "modded").out
+    assert "sd 0.001000 (of the 3 runs of modded)" in planned
+    assert cli("import", tmp_path / "modded", "x", "--records", tmp_path).code == 2
 
 
 def test_comparison_names_other_hardware_and_refuses_other_validation_tokens(folder, tmp_path):
