@@ -499,7 +499,7 @@ def region(function=None, **options):
 
     @wraps(function)
     def call(*arguments):
-        if not region.compile:
+        if not region.compile or torch.compiler.is_compiling():  # the latter: within another region
             return function(*arguments)
         torch._dynamo.config.recompile_limit = 64  # of layers' kinds; here, as backward's thread has its own
         for i in token_arguments:
@@ -682,8 +682,8 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
     for k in tl.static_range(K):
         target = tl.load(targets + row * K + k)
         weight = tl.where(target >= 0, tl.load(weights + k), 0.0)
-        z = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
-        value += weight * (lse - HEIGHT * soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE))
+        picked = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
+        value += weight * (lse - HEIGHT * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE))
         weight_sum += weight
     tl.store(loss + row, value)
     inverse = HEIGHT / WIDTH / tl.load(scale)  # the softcap's steepest slope over the scale
@@ -2686,8 +2686,6 @@ def run(argv: list[str]):
         cuda = hardware.device.type == "cuda"
         dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
                                 timeout=timedelta(minutes=10))
-        if not cuda:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
     job, progress, tensors = set_up(cfg, hardware, world)
     for i in range(cfg.runs):
         train(replace(cfg, seed=cfg.seed + i), job, progress, tensors)
