@@ -14,23 +14,24 @@
 
 set -euo pipefail
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-venv=$here/.venv
-python=$venv/bin/python
+venv=$here/.venv python=$here/.venv/bin/python
 stamp=$venv/setup.stamp # what was installed, or 'unfinished' while an installation is under way
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 # 'user = true' in a pip.conf would bypass .venv
 PATH=${PATH//"$venv/bin:"/} # python3 must not mean an activated .venv, which may have to be made anew
 
 die() { echo "run.sh: $*" >&2; exit 2; }
 
+stop() { if [[ ${child-} ]]; then again=1 stopped=1; kill "-$1" "$child"; else exit 130; fi; }
+for name in HUP INT TERM; do trap "stop $name" $name; done
+
 # Runs a command in a process group of its own: Ctrl-C reaches it once, from here, not from the terminal too.
 run() {
-    local name again=1 stopped='' status=0
-    for name in HUP INT TERM; do trap "again=1 stopped=1; kill -$name \$!" $name; done
+    local again=1 stopped='' status=0
     set -m
-    "$@" </dev/null &
+    "$@" </dev/null & child=$!
     set +m
-    while ((again)); do again=0 && wait $! && status=0 || status=$?; done 2>/dev/null # signals end wait early
-    trap - HUP INT TERM
+    while ((again)); do again=0 && wait $child && status=0 || status=$?; done 2>/dev/null # signals end wait
+    child=''
     [[ -z $stopped ]] || exit "$status"
     return "$status"
 }
@@ -39,7 +40,7 @@ installed() { [[ -x $python && $(cat -- "$stamp" 2>/dev/null) == "$kind $hash" ]
 
 # Makes .venv; anew if an installation was interrupted, or was for another kind of machine.
 install() {
-    local cpu_build index
+    local index='' torch found query=("$python" -m pip index versions torch --retries 0 --timeout 5)
     "$outer" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         die "'$outer' is no Python 3.10 or newer: set PYTHON=path to one"
     [[ ! -e $venv/pyvenv.cfg || -e $stamp ]] || die "$venv was not made by run.sh: move it away"
@@ -51,17 +52,17 @@ install() {
         echo unfinished >"$stamp" && find "$venv" -mindepth 1 ! -name 'setup.*' -delete || return
         run "$outer" -m venv "$venv" || return
     fi
+    torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$here/requirements.txt")
+    found=$("${query[@]}" 2>/dev/null) && [[ $found == *"$torch"* ]] || return # no package index answers
     echo unfinished >"$stamp"
     set -- -r "$here/requirements.txt"
     if [[ $kind == cpu ]]; then
         set -- "$@" --no-compile # compiled files serve torch.compile, which only GPUs use
-        cpu_build=$(sed -n 's/^torch==\([0-9.]*\).*/\1+cpu/p' "$here/requirements.txt")
-        for index in '' --extra-index-url=https://download.pytorch.org/whl/cpu; do # PyPI's has 5 GB of CUDA
-            timeout 9 "$python" -m pip index versions torch --retries 0 $index 2>&1 |
-                grep -F "$cpu_build" >/dev/null || continue
-            set -- "$@" "torch==$cpu_build" $index
-            break
-        done
+        if [[ $found != *"$torch+cpu"* ]]; then # PyPI's build brings 5 GB of CUDA libraries
+            index=--extra-index-url=https://download.pytorch.org/whl/cpu
+            found=$(timeout 9 "${query[@]}" $index 2>/dev/null)
+        fi
+        if [[ $found == *"$torch+cpu"* ]]; then set -- "$@" "torch==$torch+cpu" $index; fi
     fi
     run "$python" -m pip install "$@" && echo "$kind $hash" >"$stamp.new" && mv -f -- "$stamp.new" "$stamp"
 }
@@ -99,9 +100,8 @@ case $track in
 esac
 [[ " $* " != *" --track"* ]] || die "the track comes first, without --track=: ./run.sh short"
 case " $* " in *" --help "*) data='' NPROC=1 ;; *" --data"[=\ ]*) data='' ;; esac
-if [[ $gpus != 0 && ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES" && gpus=${#visible[@]}
-fi
+IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES-}"
+[[ $gpus == 0 || -z ${CUDA_VISIBLE_DEVICES+set} ]] || gpus=${#visible[@]}
 asked=${NPROC:-$gpus} processes=1
 [[ $asked =~ ^(0|[1-9][0-9]*)$ ]] || die "NPROC=$asked is no number: try NPROC=1"
 for n in 2 4 $((asked / 8 * 8)); do ((n == 0 || n > asked)) || processes=$n; done
