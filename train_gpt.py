@@ -2393,10 +2393,13 @@ class Log:
         if not self.active:
             return
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(1)))
-        self.folder = next(log_root(cfg) / name for name in names if not (log_root(cfg) / name).exists())
         try:
-            self.folder.mkdir(parents=True)
+            log_root(cfg).mkdir(parents=True, exist_ok=True)
+            for suffix in ("", *(f"-{i}" for i in range(1, 100))):  # of runs that start in the same second
+                self.folder = log_root(cfg) / f"{name}{suffix}"
+                if not self.folder.exists():
+                    break
+            self.folder.mkdir()
             shutil.copy(__file__, self.folder / "train_gpt.py")
         except OSError as error:
             raise UserError(f"can't write {self.folder}: {error.strerror}; give --log_folder=") from None
@@ -2586,6 +2589,7 @@ class Job(NamedTuple):
     val: Validation
     hardware: Hardware
     world: World
+    asked: threading.Event       # by a signal, to stop after the running step
 
 
 def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress, dict]:
@@ -2612,12 +2616,15 @@ def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress
     optimizer = Optimizer(model, optimizer_table(cfg), world)
     if hardware.compile:
         warm_up(model, optimizer, val, hardware, world)
-    return Job(model, optimizer, shards, val, hardware, world), progress, tensors
+    return Job(model, optimizer, shards, val, hardware, world, threading.Event()), progress, tensors
 
 
-def train(cfg: Config, job: Job, progress: Progress, tensors: dict):
-    """One run: steps on the clock, with validations and checkpoints off it. Raises UserError."""
-    model, optimizer, shards, val, hardware, world = job
+def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
+    """One run: steps on the clock, with validations and checkpoints off it. Raises UserError.
+
+    Returns whether a signal ended it.
+    """
+    model, optimizer, shards, val, hardware, world, asked = job
     model.cfg = cfg
     if tensors:
         load_weights(model, tensors, cfg.resume)
@@ -2634,7 +2641,6 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict):
     clock = Clock(hardware, seconds)
     loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
     steps = StepLog(log, clock, model, hardware, world)
-    asked = threading.Event()  # to stop after the running step
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
     stage, unsaved = None, ""
@@ -2675,6 +2681,7 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict):
         log.line(f"plot: {write_plot(log.folder)}")
         log.line(f"log: {log.folder / 'log.txt'}")
     require(not unsaved, f"{unsaved}; --resume=auto goes on from the one before")
+    return steps.stop
 
 
 def run(argv: list[str]):
@@ -2688,7 +2695,9 @@ def run(argv: list[str]):
                                 timeout=timedelta(minutes=10))
     job, progress, tensors = set_up(cfg, hardware, world)
     for i in range(cfg.runs):
-        train(replace(cfg, seed=cfg.seed + i), job, progress, tensors)
+        stopped = train(replace(cfg, seed=cfg.seed + i), job, progress, tensors)
+        if stopped:
+            break
     world.leave()
 
 
