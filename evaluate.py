@@ -352,11 +352,12 @@ class LoRA:
         self.options = options
         self.names = options.lora_matrices.split(",")
         self.first = []
-        generator, rank = torch.Generator().manual_seed(options.seed), options.lora_rank
-        for matrix in (matrices[name] for name in self.names):
-            layers, rows, columns = matrix.shape
-            a = (2 * torch.rand(layers, rank, columns, generator=generator) - 1) / math.sqrt(columns)
-            self.first += [a.to(matrix.device), matrix.new_zeros(layers, rows, rank)]
+        generator = torch.Generator().manual_seed(options.seed)
+        for name in self.names:
+            layers, rows, columns = matrices[name].shape
+            draws = torch.rand(layers, options.lora_rank, columns, generator=generator)
+            self.first.append(((2 * draws - 1) / math.sqrt(columns)).to(model.head.device))
+            self.first.append(model.head.new_zeros(layers, rows, options.lora_rank))
         self.factors = [x.new_zeros(options.slots, *x.shape) for x in self.first]
         self.seconds = [torch.zeros_like(x) for x in self.factors]
         self.steps = model.head.new_zeros(options.slots)
@@ -426,19 +427,20 @@ class Evaluation:
     def strides(self) -> list[list]:
         return self.windows(self.options.context, self.options.stride)
 
-    def score(self, windows: list[Window], rows: int = 0) -> tuple[Tensor, Tensor]:
-        """Run windows as one batch: targets and their cross entropy, (R,) each. rows: see lay_out."""
-        model = self.model
+    def score(self, windows: list[Window], rows: int = 0) -> Tensor:
+        """Run windows as one batch: cross entropy of each target, (R,), 0 for none. rows: see lay_out."""
         batch = lay_out(self.tokens, windows, rows, self.cfg.bos, self.device)
-        model.window_N = batch.window
-        x_TD = model(batch.tokens, batch.docs, final_windows(self.cfg), self.rotary)
+        self.model.window_N = batch.window
+        x_TD = self.model(batch.tokens, batch.docs, final_windows(self.cfg), self.rotary)
         x_RD = x_TD.index_select(0, batch.rows)
         size = LOSS_CHUNK if rows == 0 else len(x_RD)  # adapters of the head need all windows' rows
-        chunks = zip(x_RD.split(size), batch.targets.split(size))
-        losses_R = torch.cat([loss_region(model.products(x), y, self.cfg.logit_cap) for x, y in chunks])
+        losses = []
+        for x, targets in zip(x_RD.split(size), batch.targets.split(size)):
+            losses.append(loss_region(self.model.products(x), targets, self.cfg.logit_cap))
+        losses_R = torch.cat(losses)
         self.nats.index_add_(0, batch.places, losses_R.detach())
         self.times.index_add_(0, batch.places, (batch.targets >= 0).float())
-        return batch.targets, losses_R
+        return losses_R
 
     def collect(self) -> np.ndarray:
         """The nats of each token, over all ranks, (tokens,) float64; 0 for BOS and the first.
@@ -480,22 +482,21 @@ class Evaluation:
         slots = upload([turn.slot for turn in turns], self.device)
         with torch.set_grad_enabled(learning):
             self.model.adapters, leaves = lora.take(slots, self.model.dtype)
-            targets, losses = self.score(windows, self.options.stride)
+            losses_R = self.score(windows, self.options.stride)
             self.model.adapters = {}
-        if learning:  # a document that has ended learns, too, and is then forgotten
-            counts = (targets >= 0).view(len(windows), -1).sum(1).clamp_min(1)
-            means = losses.view(len(windows), -1).sum(1) / counts
-            lora.learn(slots, leaves, torch.autograd.grad(means.sum(), leaves))
+        if learning:  # a document's last window may have fewer targets, but what learns from it is forgotten
+            means = losses_R.sum() / self.options.stride
+            lora.learn(slots, leaves, torch.autograd.grad(means, leaves))
 
     def ttt_sgd(self):
-        options, model, world = self.options, self.model, self.world
+        options, model = self.options, self.model
         kept = {name: p.clone() for name, p in model.state_dict().items()}
         chosen = options.sgd_weights.split(",")
         weights = [p for name, p in model.named_parameters() if name in chosen or chosen == ["all"]]
         optimizer = torch.optim.SGD(weights, lr=options.sgd_lr, momentum=options.sgd_momentum)
         chunks = self.chunks()
         for i, windows in enumerate(chunks):
-            self.score_documents([[window] for window in windows[world.rank :: world.size]])
+            self.score_documents([[window] for window in windows[self.world.rank :: self.world.size]])
             falling = 0.5 * (1 + math.cos(math.pi * i / len(chunks)))
             optimizer.param_groups[0]["lr"] = options.sgd_lr * falling
             for _ in range(options.sgd_epochs if i + 1 < len(chunks) else 0):
@@ -516,7 +517,7 @@ class Evaluation:
         """One step of SGD on a chunk, all of whose targets have been scored."""
         cfg, model, world = self.cfg, self.model, self.world
         size = self.options.sgd_chunk
-        inputs = np.arange(chunk * size, (chunk + 1) * size)
+        inputs = chunk * size + np.arange(size)
         pieces = np.array_split(inputs, max(cfg.micro_batches, world.size))
         plan = plan_step(cfg, cfg.total_steps)
         plan = plan._replace(windows=final_windows(cfg), weights=(1.0,), prefix=False)
@@ -579,19 +580,20 @@ def measure(method: str, model: AdaptedGPT, val: Validation, options: Options, h
     return row | {"peak_mib": memory_mib(hardware)}, nats
 
 
-def result_table(results: dict) -> str:
+def result_table(rows: dict) -> str:
     lines = [f"{'method':10}{'tokens':>11}{'loss':>9}{'bpb':>9}{'gain':>9}{'seconds':>9}{'peak MiB':>10}"]
-    for name, row in results.items():
+    for method, row in rows.items():
         bpb = "-" if row["bpb"] is None else f"{row['bpb']:.4f}"
-        gain = f"{results['stride']['loss'] - row['loss']:+.4f}" if "stride" in results else "-"
-        gain = "-" if name == "packed" else gain  # it scores BOS, too
-        lines.append(f"{name:10}{row['tokens']:>11,}{row['loss']:>9.4f}{bpb:>9}{gain:>9}"
+        gain = "-"
+        if "stride" in rows and method != "packed":  # which scores BOS, too
+            gain = f"{rows['stride']['loss'] - row['loss']:+.4f}"
+        lines.append(f"{method:10}{row['tokens']:>11,}{row['loss']:>9.4f}{bpb:>9}{gain:>9}"
                      f"{row['seconds']:>9.1f}{row['peak_mib']:>10,}")
     return "\n".join(lines)
 
 
-def plot_gains(folder: Path, documents: list, gains: dict) -> str:
-    """Draw gain.png: nats per token gained over stride, by position in the document. Returns the file."""
+def plot_gains(folder: Path, documents: list, nats: dict) -> str:
+    """Draw gain.png: nats per token that methods gain over stride, by position in the document."""
     from matplotlib.figure import Figure
 
     position = np.concatenate([np.arange(hi - lo) for lo, hi in documents])
@@ -600,9 +602,9 @@ def plot_gains(folder: Path, documents: list, gains: dict) -> str:
     some = np.flatnonzero(count)
     figure = Figure(figsize=(7, 4), layout="tight")
     axes = figure.subplots()
-    for name, gain in gains.items():
-        mean = np.bincount(bucket, gain)[some] / count[some]
-        axes.plot(2 ** (some / 2), mean, "o-", label=name, lw=1, ms=3)
+    for method in nats:
+        gain = np.bincount(bucket, nats["stride"] - nats[method])
+        axes.plot(2 ** (some / 2), gain[some] / count[some], "o-", label=method, lw=1, ms=3)
     axes.set(xscale="log", xlabel="position in the document (tokens)", ylabel="nats gained over stride")
     axes.legend()
     figure.savefig(folder / "gain.png", dpi=120)
@@ -611,24 +613,25 @@ def plot_gains(folder: Path, documents: list, gains: dict) -> str:
 
 def evaluate(path: Path, model: AdaptedGPT, options: Options, hardware: Hardware, world: World):
     """Score the validation tokens with each method. A log folder gets the table, metrics.jsonl and a plot."""
-    cfg, val = model.cfg, load_documents(model.cfg, options.every)
+    val = load_documents(model.cfg, options.every)
     facts = {"flags": str(options), "checkpoint": path.name, "validation data": val.sha256}
     check_ranks_agree(facts, world, hardware.device)
-    log = Log(replace(cfg, track=f"{cfg.track}-eval"), world)  # its folder has the track in its name
+    log = Log(replace(model.cfg, track=f"{model.cfg.track}-eval"), world)  # names the folder
     log.line(f"{source()} torch:{torch.__version__} {hardware.name} world_size:{world.size}")
     log.line(f"options {json.dumps(vars(options))}", console=False)
-    documents = find_documents(val.tokens.numpy(), cfg.bos)
+    documents = find_documents(val.tokens.numpy(), model.cfg.bos)
     log.line(f"{path}: {len(documents)} documents, every:{options.every} tokens:{val.count} "
              f"bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
-    results, nats = {}, {}
-    for name in options.methods.split(","):
-        results[name], nats[name] = measure(name, model, val, options, hardware, world)
-        log.line(f"{name}: loss {results[name]['loss']:.4f}, {results[name]['seconds']:.1f} s")
-        log.metric(method=name, **results[name])
-    log.line(result_table(results))
-    gains = {name: nats["stride"] - x for name, x in nats.items() if "stride" in nats and x is not None}
-    if log.active and len(gains) > 1:
-        log.line(f"plot: {plot_gains(log.folder, documents, gains)}")
+    rows, nats = {}, {}
+    for method in options.methods.split(","):
+        row, nats[method] = measure(method, model, val, options, hardware, world)
+        rows[method] = row
+        log.line(f"{method}: loss {row['loss']:.4f}, {row['seconds']:.1f} s")
+        log.metric(method=method, **row)
+    log.line(result_table(rows))
+    nats.pop("packed", None)
+    if log.active and "stride" in nats and len(nats) > 1:
+        log.line(f"plot: {plot_gains(log.folder, documents, nats)}")
     log.line(f"log: {log.folder}")
 
 
