@@ -46,7 +46,7 @@ install() {
     [[ ! -e $venv/pyvenv.cfg || -e $stamp ]] || die "$venv was not made by run.sh: move it away"
     echo "setup: installing into $venv, once (or waiting for another run.sh that does)"
     mkdir -p -- "$venv" && exec 9>>"$venv/setup.lock" || return
-    flock 9 2>/dev/null || true # some systems have none
+    run flock 9 2>/dev/null || true # some systems have none
     if installed; then return; fi
     if [[ ! -x $python || $(cat -- "$stamp" 2>/dev/null) != "$kind "* ]]; then
         echo unfinished >"$stamp" && find "$venv" -mindepth 1 ! -name 'setup.*' -delete || return

@@ -22,7 +22,7 @@ wait_for_signal() {
     local stopped=0 name
     for name in INT TERM; do trap "stopped=1; echo got $name >>\"\$JOURNAL\"" $name; done
     echo ready >>"$JOURNAL"
-    until ((stopped)) || [[ -e $JOURNAL.go ]]; do sleep 0.02; done
+    until ((stopped || SECONDS > 60)) || [[ -e $JOURNAL.go ]]; do sleep 0.02; done
     ((!stopped)) || { sleep 0.2; exit 7; } # time for a second signal
 }
 case "$*" in
