@@ -21,17 +21,16 @@ PATH=${PATH//"$venv/bin:"/} # python3 must not mean an activated .venv, which ma
 
 die() { echo "run.sh: $*" >&2; exit 2; }
 
-stop() { if [[ ${child-} ]]; then again=1 stopped=1; kill "-$1" "$child"; else exit 130; fi; }
+stop() { again=1 stopped=1; kill "-$1" $(jobs -p) 2>/dev/null || exit 130; } # to what `run` runs, if it does
 for name in HUP INT TERM; do trap "stop $name" $name; done
 
 # Runs a command in a process group of its own: Ctrl-C reaches it once, from here, not from the terminal too.
 run() {
     local again=1 stopped='' status=0
     set -m
-    "$@" </dev/null & child=$!
+    "$@" </dev/null &
     set +m
-    while ((again)); do again=0 && wait $child && status=0 || status=$?; done 2>/dev/null # signals end wait
-    child=''
+    while ((again)); do again=0 && wait $! && status=0 || status=$?; done 2>/dev/null # signals end wait
     [[ -z $stopped ]] || exit "$status"
     return "$status"
 }
