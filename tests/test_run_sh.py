@@ -67,7 +67,8 @@ class Sandbox:
     def start(self, *args, **env):
         return subprocess.Popen(
             ["bash", self.repo / "run.sh", *args], cwd=self.here, env=self.env | env, start_new_session=True,
-            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs ignore it
 
     def start_slow(self, *args, **env):
         """Returns once something waits for a signal."""
