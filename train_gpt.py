@@ -390,7 +390,7 @@ def check_config(cfg: Config) -> Config:
     batches = [stage.batch_tokens for stage in cfg.stages]
     require(not any(batch % micro for batch in batches), f"--micro_batches={micro}: must divide {batches}")
     tables = {table for layer in cfg.layers for table in layer.value_embeds}
-    require(tables == set(range(len(tables))), f"layer table: value_embeds {tables} must be 0, 1, .., no gaps")
+    require(tables == set(range(len(tables))), f"layer table: value_embeds {tables} must be 0, 1, ..")
     require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 heads")
     require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
     require(not cfg.late_attention or any(map(cfg.reads_late, cfg.attention_layers)),
