@@ -43,22 +43,11 @@ def atomic_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temp, 0o644)  # mkstemp gives 0600, which other users of a shared data folder cannot read
-        rename(temp, path)
+        os.replace(temp, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temp)
         raise
-
-
-def rename(source, target):
-    """Renames within one file system and makes the new name survive a power cut."""
-    os.replace(source, target)
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and needs no flush
-        folder = os.open(Path(target).parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def sha256_file(path):
@@ -212,22 +201,16 @@ def read_manifest(folder):
     return manifest
 
 
-def check_entry(folder, entry, vocab_size, bos):
-    """Checks one shard against its entry in the manifest. ValueError or OSError if it differs."""
-    path = Path(folder) / entry["file"]
-    count = check_shard(path, vocab_size, bos)
-    if count != entry.get("tokens") or sha256_file(path) != entry.get("sha256"):
-        raise ValueError(f"{path}: {count:,} tokens, but not those that the manifest lists (sha256); "
-                         "delete the file and make or download it again")
-
-
 def check_folder(folder):
-    """Checks every shard that the manifest lists, hashes included, and returns the manifest."""
+    """Returns the manifest after checking every shard in it. ValueError or OSError if one is bad."""
     manifest = read_manifest(folder)
     if not manifest["shards"]:
         raise ValueError(f"{Path(folder) / MANIFEST}: lists no shards; make the data again")
     for entry in manifest["shards"]:
-        check_entry(folder, entry, manifest["vocab_size"], manifest["bos"])
+        path = Path(folder) / entry["file"]
+        check_shard(path, manifest["vocab_size"], manifest["bos"])
+        if sha256_file(path) != entry.get("sha256"):
+            raise ValueError(f"{path}: not the tokens that the manifest lists (sha256); make the data again")
     return manifest
 
 
@@ -252,27 +235,26 @@ def staging(folder):
     for old in folder.glob(".partial-*"):
         if time.time() - old.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(old, ignore_errors=True)
-    stage = tempfile.mkdtemp(prefix=".partial-", dir=folder)
     try:
-        yield Path(stage)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as stage:
+            yield Path(stage)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # succeeds only if nothing came of it
 
 
 def publish(stage, folder, manifest):
-    """Moves the shards that `manifest` lists from `stage` to `folder`, in place of all older ones.
+    """Moves all files from `stage` to `folder` in place of all older shards, and writes `manifest` there.
 
-    The manifest goes first and comes last, so that a folder with a manifest is a finished one.
+    The manifest goes first and comes last, so that a folder with a manifest is a finished one. No shard comes
+    before the tables of its tokenizer.
     """
     folder = Path(folder)
     refuse_other_data(folder, manifest["name"])
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for file in list_shards(folder):
-        (folder / file).unlink()
-    for entry in manifest["shards"]:
-        rename(Path(stage) / entry["file"], folder / entry["file"])
+    for file in (MANIFEST, *list_shards(folder)):
+        (folder / file).unlink(missing_ok=True)
+    for path in sorted(Path(stage).iterdir(), key=lambda path: (path.suffix == ".bin", path.name)):
+        os.replace(path, folder / path.name)
     write_manifest(folder, manifest)
 
 

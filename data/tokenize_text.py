@@ -10,7 +10,6 @@ each row is one. Exact copies and empty documents are left out. A hash of its te
 document goes to, whatever else is in the input and however many processes work.
 """
 
-import base64
 import hashlib
 import json
 import multiprocessing
@@ -19,91 +18,19 @@ import signal
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from shards import (MAX_TOKENS, Parser, ShardWriter, list_shards, main_guard, make_manifest, publish,
                     refuse_other_data, staging)
+from token_tables import write_tables
+from tokenizer import load_tokenizer
 
 TEXT_SUFFIXES, ROW_SUFFIXES = {".txt", ".md"}, {".jsonl", ".parquet"}
 READ_CHARS = 1 << 22  # of a text file that is split into documents
 BATCH_BYTES = 1 << 20  # of text, sent to a process at once
 BATCHES_AHEAD = 4  # per process; bounds the memory when reading outruns tokenizing
-GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # r50k_base.tiktoken
-# GPT-2's rule for cutting text into words; the possessive `++` keeps long runs of one kind from backtracking
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-
-# ------------------------------------------------------------------ tokenizer
-
-
-class Tokenizer:
-    """Encodes documents. `bos` precedes each; `label` goes into the manifest."""
-
-    def __init__(self, label, bos, encode):
-        self.label, self.bos, self.vocab_size, self.encode = label, bos, bos + 1, encode
-
-
-def load_tokenizer(spec):
-    """Returns the Tokenizer for "bytes", "gpt2" or the path of a .tiktoken file. ValueError if none."""
-    if spec == "bytes":
-        return Tokenizer("bytes", 256, lambda text: np.frombuffer(text, np.uint8).astype(np.uint16))
-    tiktoken = import_or_explain("tiktoken", "--tokenizer bytes works without it")
-    if spec == "gpt2":
-        label, encoding = "gpt2", fetch_gpt2(tiktoken)
-    else:
-        label, encoding = load_ranks(tiktoken, Path(spec))
-    # encode_ordinary: special tokens spelled out in the text are only text
-    return Tokenizer(label, encoding.eot_token,
-                     lambda text: np.array(encoding.encode_ordinary(text.decode()), np.uint16))
-
-
-def fetch_gpt2(tiktoken):
-    """Returns tiktoken's own GPT-2 encoding, which it downloads the first time."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever its downloader raises
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"tiktoken cannot download its GPT-2 vocabulary ({reason}); connect to the "
-                         "network, or give --tokenizer FILE.tiktoken or --tokenizer bytes") from None
-
-
-def load_ranks(tiktoken, path):
-    """Returns (label, encoding) of a rank file: lines of a base64 token and its rank, 0 to n-1.
-
-    <|endoftext|> becomes token n, which is 50,256 for GPT-2's file. ValueError if the file is damaged.
-    """
-    if path.suffix != ".tiktoken":
-        raise ValueError(f"unknown tokenizer '{path}'; give bytes, gpt2 or the path of a .tiktoken file")
-    raw, ranks = path.read_bytes(), {}
-    for number, line in enumerate(raw.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            raise ValueError(f"{path}: line {number} is not a base64 token and a rank; "
-                             "use an intact file") from None
-    n = len(ranks)
-    if sorted(ranks.values()) != list(range(n)) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError(f"{path}: its {n} tokens must have ranks 0 to {n - 1} and include all 256 bytes; "
-                         "use an intact file")
-    if n >= 2**16:
-        raise ValueError(f"{path}: {n} tokens, but a shard's tokens have 16 bits; use 65,535 tokens at most")
-    label = "gpt2" if hashlib.sha256(raw).hexdigest() == GPT2_RANKS_SHA256 else f"{path.name}, {n} ranks"
-    return label, tiktoken.Encoding(label, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
-                                    special_tokens={"<|endoftext|>": n})
-
-
-def import_or_explain(module, otherwise):
-    """Imports a package that not every input needs. ValueError with the way out if it is missing."""
-    try:
-        return import_module(module)
-    except ImportError:
-        package = module.split(".")[0]
-        raise ValueError(f"{package} is not installed; pip install {package} ({otherwise})") from None
 
 
 # ---------------------------------------------------------------------- input
@@ -175,7 +102,11 @@ def read_jsonl(path, field):
 
 def read_parquet(path, field):
     """Yields (document, share) of a parquet file, with the text in the column `field`."""
-    parquet = import_or_explain("pyarrow.parquet", "only parquet files need it")
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError("pyarrow is not installed; pip install pyarrow "
+                         "(only parquet files need it)") from None
     try:
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
@@ -229,27 +160,27 @@ def batches(documents):
 worker_tokenizer = None  # one per process: building it anew for every batch would cost more than tokenizing
 
 
-def start_worker(spec):
+def start_worker(source):
     """Prepares a process. It ignores Ctrl-C, which the main process answers for all."""
     global worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    worker_tokenizer = load_tokenizer(spec)
+    worker_tokenizer = load_tokenizer(source)
 
 
 def encode_in_worker(texts):
     """Returns the tokens of each text, (n,) uint16 arrays."""
-    return [worker_tokenizer.encode(text) for text in texts]
+    return [worker_tokenizer.encode(text.decode()) for text in texts]
 
 
-def encode_all(documents, spec, tokenizer, processes):
+def encode_all(documents, source, tokenizer, processes):
     """Yields (tokens, n_bytes, digest) of each document, in order, by several processes if asked."""
     if processes == 1:
         for text, digest in documents:
-            yield tokenizer.encode(text), len(text), digest
+            yield tokenizer.encode(text.decode()), len(text), digest
         return
     # spawn, not fork: tiktoken and the progress bar have threads running by now
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, start_worker, (spec,)) as pool:
+    with ProcessPoolExecutor(processes, context, start_worker, (source,)) as pool:
         waiting = deque()
         try:
             for batch in batches(documents):
@@ -283,10 +214,11 @@ def build(args, files, tokenizer):
         documents = unique_documents(files, args.field, args.split_on, progress)
         for tokens, n_bytes, digest in encode_all(documents, args.tokenizer, tokenizer, args.processes):
             writers[choose_split(digest, args.val_fraction)].add(tokens, n_bytes)
-        for split, writer in writers.items():
+        for writer in writers.values():
             writer.close()
         check_splits(writers, args.val_fraction)
-        manifest = make_manifest(args.name, tokenizer.label, tokenizer.vocab_size, tokenizer.bos, writers,
+        write_tables(stage, tokenizer)
+        manifest = make_manifest(args.name, tokenizer.name, tokenizer.vocab_size, tokenizer.bos, writers,
                                  f"{len(files)} files: {', '.join(file.name for file in files):.200}")
         publish(stage, args.out, manifest)
     return manifest
@@ -306,7 +238,8 @@ def parse_args():
     """Returns the command line's arguments, checked."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("inputs", type=Path, nargs="+", metavar="PATH", help="files or folders")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default), bytes, or a .tiktoken file")
+    parser.add_argument("--tokenizer", default="gpt2",
+                        help="gpt2 (default), bytes, a .tiktoken file, or a data folder that has one")
     parser.add_argument("--name", default="text", help="name of the data set (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder to write (default: NAME, beside this script)")
     parser.add_argument("--field", default="text",

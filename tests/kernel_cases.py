@@ -42,6 +42,7 @@ EXACT, APPROXIMATE = 2e-5, 2e-2
 LOSS = 3e-3  # of the sum over rows
 SOFTCAPS = [t.Softcap(15.0, 0.0, 15.0), t.Softcap(11.5, 5.0, 15.0), t.Softcap(0.0, 5.0, 15.0)]
 
+POLYNOMIAL_TILE = 128  # rows and columns that a program of the kernel computes
 MARGIN = 256  # elements: rows stay aligned, as the copy engine needs
 NAN = float("nan")
 
@@ -210,12 +211,19 @@ def check_transpose(rng, R, C, dtype, mode):
 
 
 def check_polynomial(rng, N, R, coefficients, dtype, mode):
+    """The kernel stores each tile above the diagonal twice: its mirror image has the same bits on any device.
+
+    It computes both halves of a tile on the diagonal. A GPU sums them in the same order. The interpreter
+    multiplies with numpy, and whether both halves get the same bits there depends on the BLAS.
+    """
     x = normal(rng, N, R, R, std=R**-0.5)
     x = within_nan((x + x.mT).to(dtype))
     with poisoned():
         y = t.polynomial(x, *coefficients, mode)
     check(y, t.polynomial(x.double(), *coefficients), dtype)
-    assert torch.equal(y, y.mT)
+    tile = torch.arange(R, device=x.device) // POLYNOMIAL_TILE
+    mirrored = torch.ones_like(x[0], dtype=torch.bool) if x.is_cuda else tile[:, None] != tile
+    assert torch.equal(y[:, mirrored], y.mT[:, mirrored])
 
 
 def check_lookup(rng, V, D, N, dtype, regions=t.REGIONS):

@@ -1,6 +1,7 @@
-"""Tests of data/: the shard format, the offline sample, tokenizing, the FineWeb download. No network."""
+"""Tests of data/: shards, the offline sample, tokenizing, the FineWeb download, the tables. No network."""
 
 import base64
+import inspect
 import json
 import os
 import re
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken.load
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 sys.path.insert(0, str(DATA))
 
 import shards  # noqa: E402
+import token_tables  # noqa: E402
+from token_tables import TABLES  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
 
 
 def run_script(script, *args, code=0, cwd=None, **environment):
@@ -195,8 +200,9 @@ def test_sample_size_and_manifest(sample_folder):
         assert sum(len(text.encode()) for text in texts) == manifest["bytes"][split]
         assert min(len(text.encode()) for text in texts) >= 200
     assert all(1 < model["bpb"] < 3 for model in manifest["baseline"])
-    files = ["manifest.json", "sample_train_000000.bin", "sample_val_000000.bin"]
-    assert sorted(os.listdir(sample_folder)) == files
+    files = ["manifest.json", "sample_train_000000.bin", "sample_val_000000.bin", *TABLES]
+    assert sorted(os.listdir(sample_folder)) == sorted(files)
+    assert load_tokenizer(sample_folder).vocab_size == len(np.load(sample_folder / "token_bytes.npy")) == 257
 
 
 def test_sample_splits_share_nothing_long(sample_folder):
@@ -226,14 +232,35 @@ def test_sample_is_rebuilt_only_if_damaged_and_then_identical(sample_folder):
     shards.check_folder(sample_folder)
 
 
-def test_sample_of_another_version_of_the_script_is_built_again(sample_folder, tmp_path):
+def test_sample_made_before_there_were_tables_gets_them(sample_folder, tmp_path):
     folder = tmp_path / "sample"
     shutil.copytree(sample_folder, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"builder": "another"}))
+    del manifest["version"]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"builder": "a hash"}))
+    for file in TABLES:
+        (folder / file).unlink()
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
     stdout, _ = run_script("sample.py", "--out", folder)
-    assert "another version of sample.py" in stdout and "built" in stdout
-    assert json.loads((folder / "manifest.json").read_text()) == manifest
+    assert "already there and valid" in stdout and "built" not in stdout
+    for file in TABLES:
+        assert (folder / file).read_bytes() == (sample_folder / file).read_bytes()
+    assert before.items() < {path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+                             for path in folder.iterdir()}.items()
+
+
+@pytest.mark.parametrize("changes", [{"version": 1}, {"version": 3}, {"version": None}])
+def test_sample_of_another_version_is_not_taken_for_this_one(sample_folder, tmp_path, capsys, changes):
+    import sample
+
+    folder = tmp_path / "sample"
+    shutil.copytree(sample_folder, folder)
+    assert sample.existing(folder)
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    kept = {key: value for key, value in manifest.items() if value is not None}  # None: drop the key
+    (folder / "manifest.json").write_text(json.dumps(kept))
+    assert sample.existing(folder) is None
+    assert "building again: another version of sample.py" in capsys.readouterr().out
 
 
 def test_sample_ngram_against_a_direct_count():
@@ -311,7 +338,8 @@ def test_tokenize_with_a_rank_file(tmp_path, rank_file):
                "--processes", 2)
     manifest = shards.check_folder(out)
     assert (manifest["vocab_size"], manifest["bos"]) == (264, 263)
-    assert manifest["tokenizer"] == "tiny.tiktoken, 263 ranks"
+    assert manifest["tokenizer"] == "tiny.tiktoken"
+    assert load_tokenizer(out).texts == load_tokenizer(rank_file).texts
     words = [base64.b64decode(line.split()[0]) for line in rank_file.read_bytes().splitlines()]
     documents = documents_of(out, "train") + documents_of(out, "val")
     decoded = [b"".join(words[token] for token in document[1:]).decode() for document in documents]
@@ -334,7 +362,7 @@ def test_tokenize_split_on_a_mark(tmp_path, monkeypatch):
     assert sorted(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == sorted(texts)
 
 
-def test_tokenize_refuses_and_replaces_existing_shards(tmp_path):
+def test_tokenize_refuses_and_replaces_existing_shards(tmp_path, rank_file):
     source, out = write_jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out"
     arguments = [source, "--out", out, "--tokenizer", "bytes", "--processes", 1, "--val-fraction", 0.2]
     run_script("tokenize_text.py", *arguments, "--shard-tokens", 500)
@@ -345,8 +373,33 @@ def test_tokenize_refuses_and_replaces_existing_shards(tmp_path):
     error_of("tokenize_text.py", bad, *arguments, "--force")
     assert sorted(os.listdir(out)) == before and shards.check_folder(out)
     run_script("tokenize_text.py", *arguments, "--force")
-    assert sorted(os.listdir(out)) == ["manifest.json", "text_train_000000.bin", "text_val_000000.bin"]
+    files = ["manifest.json", "text_train_000000.bin", "text_val_000000.bin", *TABLES]
+    assert sorted(os.listdir(out)) == sorted(files)
+    assert len(np.load(out / "token_bytes.npy")) == 257
+    run_script("tokenize_text.py", *arguments, "--force", "--tokenizer", rank_file)  # with its own tables
+    assert sorted(os.listdir(out)) == sorted(files) and len(np.load(out / "token_bytes.npy")) == 264
     assert "another data set" in error_of("tokenize_text.py", *arguments, "--force", "--name", "other")
+
+
+def test_no_shard_is_published_before_the_tables_of_its_tokenizer(tmp_path, monkeypatch):
+    stage, folder = tmp_path / "stage", tmp_path / "folder"
+    for place, tokenizer in ((stage, b"new"), (folder, b"old")):
+        place.mkdir()
+        shards.write_shard(place / "text_train_000000.bin", [256, 1])
+        for file in TABLES:
+            (place / file).write_bytes(tokenizer)
+    shards.write_manifest(folder, {})
+    replace = os.replace
+
+    def fail_at_shards(source, target):
+        if str(target).endswith(".bin"):
+            raise OSError("killed")
+        replace(source, target)
+
+    monkeypatch.setattr(shards.os, "replace", fail_at_shards)
+    with pytest.raises(OSError, match="killed"):
+        shards.publish(stage, folder, {"name": "text"})
+    assert {file: (folder / file).read_bytes() for file in os.listdir(folder)} == dict.fromkeys(TABLES, b"new")
 
 
 MISTAKES = {
@@ -408,53 +461,184 @@ def test_tokenize_parquet(tmp_path):
     assert "x.parquet" in error_of("tokenize_text.py", *arguments, "--force")
 
 
-# -------------------------------------------------------------------- fineweb
-
-FAKE_HUB = '''
-import hashlib, os, pathlib, types
-SOURCE, MODE = pathlib.Path(os.environ["FAKE_SOURCE"]), os.environ["FAKE_MODE"]
-ASKED = open(os.environ["FAKE_LOG"], "a")
-
-def hf_hub_url(repo, file, repo_type):
-    assert (repo, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
-    return file
-
-def get_hf_file_metadata(url, timeout):
-    assert timeout <= 20
-    if MODE == "offline":
-        raise RuntimeError("could not connect\\n\\nmany lines") from OSError("Name or service not known")
-    if not (SOURCE / url).exists():
-        raise RuntimeError("404 Not Found")
-    content = (SOURCE / url).read_bytes()
-    return types.SimpleNamespace(size=len(content), etag=hashlib.sha256(content).hexdigest())
-
-def hf_hub_download(repo, file, repo_type, local_dir):
-    print(file, file=ASKED, flush=True)
-    content, path = (SOURCE / file).read_bytes(), pathlib.Path(local_dir, file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if MODE == "interrupted" and "train_000002" in file:
-        path.with_suffix(".incomplete").write_bytes(content[:-100])
-        raise ConnectionError("connection reset by peer")
-    if MODE == "interrupt" and "train_000002" in file:
-        raise KeyboardInterrupt
-    if MODE == "truncated":
-        content = content[:-2]
-    if MODE == "flipped":
-        content = content[:-1] + bytes([content[-1] ^ 1])
-    path.write_bytes(content)
-    return str(path)
-'''
+# ------------------------------------------------------------- tokenizer, tables
 
 
 @pytest.fixture
-def hub(tmp_path):
-    """A stand-in for the hub: .run(mode, *args) runs fineweb.py, .asked() lists what it downloaded since."""
+def mine(tmp_path, rank_file):
+    """A folder of two shards of the tiny vocabulary, without tables."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    shards.write_shard(folder / "x_train_000000.bin", [263, 258, 97])
+    shards.write_shard(folder / "x_val_000000.bin", [263, 262])
+    return folder
+
+
+@pytest.mark.parametrize("source", ["bytes", "rank_file"])
+def test_tokenizer_round_trip(source, request, tmp_path):
+    given = source if source == "bytes" else request.getfixturevalue(source)
+    token_tables.write_tables(tmp_path, load_tokenizer(given))
+    for tokenizer in (load_tokenizer(given), load_tokenizer(tmp_path)):
+        assert tokenizer.vocab_size == len(tokenizer.texts) == tokenizer.bos + 1
+        assert tokenizer.texts[tokenizer.bos] == b""
+        for text in [*TEXTS, "", " \n", "<|endoftext|> is only text"]:
+            ids = tokenizer.encode(text)
+            assert ids.dtype == np.uint16 and ids.ndim == 1 and (ids < tokenizer.bos).all()
+            assert b"".join(tokenizer.texts[i] for i in ids) == text.encode()
+            assert tokenizer.decode([tokenizer.bos, *ids]) == text
+        assert tokenizer.decode([0xC3]) == "\ufffd"
+    if source == "rank_file":
+        assert tokenizer.encode("the quick fox the").tolist() == [257, 262, *b"ick", 260, *b"x", 258]
+
+
+def test_tables_against_their_definition(tmp_path, rank_file):
+    tokenizer = load_tokenizer(rank_file)
+    token_tables.write_tables(tmp_path, tokenizer)
+    token_bytes, prefixes = (np.load(tmp_path / f"{name}.npy") for name in ("token_bytes", "prefixes"))
+    assert token_bytes.dtype == np.int32 and prefixes.dtype == np.int64
+    assert token_bytes.tolist() == [len(text) for text in tokenizer.texts] and token_bytes[263] == 0
+    texts = tokenizer.texts[:-1]
+    for i, text in enumerate(texts):
+        proper = [other for other in texts if text.startswith(other) and other != text]
+        assert prefixes[i] == (texts.index(max(proper, key=len)) if proper else -1)
+    # th, the, " the" ("th" is no prefix of it), fo, " fo", qu, " qu"; BOS
+    assert prefixes[256:].tolist() == [ord("t"), 256, 32, ord("f"), 32, ord("q"), 32, -1]
+    ranks = tiktoken.load.load_tiktoken_bpe(str(tmp_path / "tokenizer.tiktoken"))
+    assert ranks == {text: i for i, text in enumerate(texts)}
+    assert (tmp_path / "tokenizer.tiktoken").read_bytes() == rank_file.read_bytes()
+
+
+def test_tables_of_bytes(tmp_path):
+    token_tables.write_tables(tmp_path, load_tokenizer("bytes"))
+    assert np.load(tmp_path / "token_bytes.npy").tolist() == [1] * 256 + [0]
+    assert (np.load(tmp_path / "prefixes.npy") == np.full(257, -1)).all()
+    assert (tmp_path / "tokenizer.tiktoken").read_bytes().startswith(b"AA== 0\nAQ== 1\n")
+
+
+def test_tables_command(mine, rank_file):
+    stdout, stderr = run_script("token_tables.py", mine, "--tokenizer", rank_file)
+    assert "264 tokens" in stdout and not stderr
+    assert sorted(os.listdir(mine)) == sorted([*TABLES, "x_train_000000.bin", "x_val_000000.bin"])
+    assert len(np.load(mine / "token_bytes.npy")) == len(np.load(mine / "prefixes.npy")) == 264
+    # a folder's own tokenizer can be named by the folder
+    before = [(mine / file).read_bytes() for file in TABLES]
+    run_script("token_tables.py", mine, "--tokenizer", mine)
+    assert before == [(mine / file).read_bytes() for file in TABLES]
+
+
+TABLES_MISTAKES = {
+    "too few tokens": (["mine", "--tokenizer", "bytes"], r"x_train_000000.bin: token 263 .* 257"),
+    "another tokenizer": (["mine", "--tokenizer", "more.tiktoken"], r"x_train_000000.bin.* 264 \(BOS\) not"),
+    "no shards": (["fake", "--tokenizer", "bytes"], "fake: no shards here"),
+    "no folder": (["nowhere", "--tokenizer", "bytes"], "nowhere: no shards here"),
+    "unknown tokenizer": (["mine", "--tokenizer", "gpt5"], "gpt5.*FILE.tiktoken"),
+    "no network": (["mine", "--tokenizer", "gpt2"], "cannot download GPT-2.*OSError: no network"),
+    "damaged ranks": (["mine", "--tokenizer", "bad.tiktoken"], "bad.tiktoken: line 264 "),
+    "gap in the ranks": (["mine", "--tokenizer", "gap.tiktoken"], "gap.tiktoken: its 263 tokens"),
+    "a folder without": (["mine", "--tokenizer", "mine"], "tiktoken: not found; .*token_tables.py mine"),
+    "no tokenizer": (["mine"], "--tokenizer"),
+}
+
+
+@pytest.mark.parametrize("mistake", TABLES_MISTAKES)
+def test_tables_mistakes_are_one_line(mistake, mine, rank_file, fake_tiktoken, tmp_path):
+    ranks = rank_file.read_bytes()
+    (tmp_path / "bad.tiktoken").write_bytes(ranks + b"what\n")
+    (tmp_path / "more.tiktoken").write_bytes(ranks + b"dGhlcmU= 263\n")
+    (tmp_path / "gap.tiktoken").write_bytes(ranks.replace(b" 262\n", b" 263\n"))
+    arguments, expected = TABLES_MISTAKES[mistake]
+    line = error_of("token_tables.py", *arguments, cwd=tmp_path, **fake_tiktoken("offline"))
+    assert re.search(expected, line), line
+    assert sorted(os.listdir(mine)) == ["x_train_000000.bin", "x_val_000000.bin"]
+
+
+def test_too_many_tokens_for_16_bits(tmp_path):
+    tokens = [bytes([byte]) for byte in range(256)] + [b"%06d" % i for i in range(2**16 - 256)]
+    path = tmp_path / "big.tiktoken"
+    for count, fits in ((2**16 - 1, True), (2**16, False)):
+        path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens[:count])))
+        if fits:
+            assert load_tokenizer(path).bos == 2**16 - 1
+        else:
+            with pytest.raises(ValueError, match="big.tiktoken: 65536 tokens.*16 bits"):
+                load_tokenizer(path)
+
+
+def test_bytes_need_no_tiktoken_and_the_package_can_be_imported_from_the_repository(tmp_path, sample_folder):
+    (tmp_path / "tiktoken.py").write_text("raise ImportError")
+    code = ("import sys; from data.tokenizer import Tokenizer, load_tokenizer\n"
+            "for source in ('bytes', sys.argv[1]): print(load_tokenizer(source).encode('hé').tolist())\n"
+            "load_tokenizer('gpt2')")
+    done = subprocess.run([sys.executable, "-c", code, sample_folder], cwd=DATA.parent, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.stdout == "[104, 195, 169]\n" * 2
+    assert done.stderr.splitlines()[-1].startswith("ValueError: tiktoken is not installed; pip install")
+
+
+# -------------------------------------------------------------------- fineweb
+
+FAKE_TIKTOKEN = """
+import os
+def get_encoding(name):
+    assert name == "gpt2"
+    if os.environ["FAKE_TIKTOKEN"] == "offline":
+        raise OSError("no network\\n" * 50)
+    return Encoding()
+
+class Encoding:
+    eot_token = 50256
+    def decode_single_token_bytes(self, i):
+        return bytes([i]) if i < 256 else b"%d" % i
+"""
+
+FAKE_HUB = """
+import os, pathlib, types
+SOURCE, MODE = pathlib.Path(os.environ["FAKE_SOURCE"]), os.environ["FAKE_MODE"]
+ASKED = open(os.environ["FAKE_LOG"], "a")
+REVISION = "0123456789" * 4
+
+def dataset_info(repo, timeout):
+    assert repo == "kjj0/fineweb10B-gpt2" and timeout <= 20
+    print("info", file=ASKED, flush=True)
+    if MODE == "offline":
+        raise RuntimeError("could not connect\\n\\nmany lines") from OSError("Name or service not known")
+    return types.SimpleNamespace(sha=REVISION)
+
+def hf_hub_download(repo, file, repo_type, revision, local_dir):
+    assert (repo, repo_type, revision) == ("kjj0/fineweb10B-gpt2", "dataset", REVISION)
+    print(file, file=ASKED, flush=True)
+    if not (SOURCE / file).exists():
+        raise RuntimeError("404 Not Found")
+    content, path = (SOURCE / file).read_bytes(), pathlib.Path(local_dir, file)
+    assert not path.exists()  # what is damaged is gone: the real one may take it for a finished download
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if MODE == "interrupted" and "train_000002" in file:
+        raise ConnectionError("connection reset by peer")
+    if MODE == "interrupt" and "train_000002" in file:
+        raise KeyboardInterrupt
+    path.write_bytes(content[:-2] if MODE == "truncated" else content)
+    return str(path)
+"""
+
+
+@pytest.fixture
+def fake_tiktoken(tmp_path):
+    """Makes stand-ins for tiktoken and the hub; returns a function of the environment that uses them."""
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "tiktoken.py").write_text(FAKE_TIKTOKEN)
+    (tmp_path / "fake" / "huggingface_hub.py").write_text(FAKE_HUB)
+    return lambda mode: {"PYTHONPATH": str(tmp_path / "fake"), "FAKE_TIKTOKEN": mode}
+
+
+@pytest.fixture
+def hub(tmp_path, fake_tiktoken):
+    """A stand-in for the hub: .run(mode, *args) runs fineweb.py, .asked() lists what it was asked since."""
 
     class Hub:
         source, out, log = tmp_path / "source", tmp_path / "out", tmp_path / "log"
 
         def environment(self, mode):
-            return {"PYTHONPATH": str(tmp_path / "fake"), "FAKE_SOURCE": str(self.source), "FAKE_MODE": mode,
+            return {**fake_tiktoken(mode), "FAKE_SOURCE": str(self.source), "FAKE_MODE": mode,
                     "FAKE_LOG": str(self.log)}
 
         def run(self, mode, *args):
@@ -468,8 +652,6 @@ def hub(tmp_path):
             self.log.write_text("")
             return [re.sub("fineweb_|.bin", "", file) for file in files]
 
-    (tmp_path / "fake").mkdir()
-    (tmp_path / "fake" / "huggingface_hub.py").write_text(FAKE_HUB)
     Hub.source.mkdir()
     for i, file in enumerate(["val_000000", "train_000001", "train_000002"]):
         shards.write_shard(Hub.source / f"fineweb_{file}.bin", np.append(50256, np.arange(1000 + i)))
@@ -477,78 +659,82 @@ def hub(tmp_path):
 
 
 ALL = ["val_000000", "train_000001", "train_000002"]
+ALL_FILES = [f"fineweb_{file}.bin" for file in ALL]
 
 
 def test_fineweb_download(hub):
-    hub.run("good", "1")
-    assert hub.asked() == ALL[:2]
-    hub.run("good", "--shards", "2")
-    assert hub.asked() == ALL[2:]
-    manifest = shards.check_folder(hub.out)
-    assert [entry["tokens"] for entry in manifest["shards"]] == [1002, 1003, 1001]
-    assert manifest["documents"] == {"train": 2, "val": 1} and manifest["tokenizer"] == "gpt2"
-    assert sorted(os.listdir(hub.out)) == sorted([f"fineweb_{file}.bin" for file in ALL] + ["manifest.json"])
+    assert "1 training shards, 2 of them downloaded" in hub.run("good", "1")
+    assert hub.asked() == ["info", *ALL[:2]]
+    hub.run("good", "2")
+    assert hub.asked() == ["info", ALL[2]]
+    assert sorted(os.listdir(hub.out)) == sorted([*ALL_FILES, *TABLES])
+    for file in ALL_FILES:
+        assert (hub.out / file).read_bytes() == (hub.source / file).read_bytes()
+    assert len(np.load(hub.out / "token_bytes.npy")) == load_tokenizer(hub.out).vocab_size == 50257
     hub.run("offline", "2")  # all there: no question asked
-    hub.run("offline", "2", "--verify")
-    (hub.out / "manifest.json").unlink()
-    hub.run("offline", "2")  # found good, listed anew
-    assert shards.check_folder(hub.out) == manifest and not hub.asked()
+    assert not hub.asked()
+
+
+def test_fineweb_calls_the_hub_as_it_wants_to_be_called():
+    hub = pytest.importorskip("huggingface_hub")
+    inspect.signature(hub.dataset_info).bind("owner/name", timeout=10)
+    inspect.signature(hub.hf_hub_download).bind("owner/name", "file", repo_type="dataset", revision="0" * 40,
+                                                local_dir=Path("folder"))
+
+
+def test_fineweb_without_the_tokenizer(hub):
+    environment = {**hub.environment("good"), "FAKE_TIKTOKEN": "offline"}
+    stdout, stderr = run_script("fineweb.py", "--out", hub.out, "1", **environment)
+    assert sorted(os.listdir(hub.out)) == sorted(ALL_FILES[:2]) and not stderr
+    line = stdout.splitlines()[-1]
+    assert "no network" in line and "token_bytes.npy" in line
+    assert f"python data/token_tables.py {hub.out} --tokenizer gpt2" in line
+    hub.run("good", "1")  # the next run makes up for it, and downloads nothing
+    assert hub.asked() == ["info", *ALL[:2]] and set(TABLES) < set(os.listdir(hub.out))
 
 
 def test_fineweb_offline_and_missing(hub):
     for shown in (hub.fail("offline"), hub.fail("good", "3")):
         assert "--track=tiny" in shown and "run the same command again" in shown
-    assert "Name or service not known" in hub.fail("offline", "5")  # the cause, not the library's paragraph
-    assert "1 to 103" in hub.fail("good", "104") and "1 to 103" in hub.fail("good", "1", "--shards", "2")
-    assert not [file for file in os.listdir(hub.out) if "000003" in file]
+    assert hub.asked() == ["info", "info", *ALL, "train_000003"]
+    assert "could not connect many lines" in hub.fail("offline", "5")
+    for count in ("104", "0"):
+        assert f"1 to 103, got {count}" in hub.fail("good", count)
+    assert sorted(os.listdir(hub.out)) == sorted(ALL_FILES)
 
 
 def test_fineweb_interrupted_goes_on(hub):
     assert "connection reset" in hub.fail("interrupted", "2")
-    assert hub.asked() == ALL
-    assert not (hub.out / "fineweb_train_000002.bin").exists()
-    assert len(shards.check_folder(hub.out)["shards"]) == 2
+    assert hub.asked() == ["info", *ALL] and sorted(os.listdir(hub.out)) == sorted(ALL_FILES[:2])
     _, stderr = run_script("fineweb.py", "--out", hub.out, "2", code=130, **hub.environment("interrupt"))
-    assert stderr.count("\n") == 1 and hub.asked() == ALL[2:]
+    assert stderr.count("\n") == 1 and hub.asked() == ["info", ALL[2]]
     hub.run("good", "2")
-    assert hub.asked() == ALL[2:] and not (hub.out / ".partial").exists()
+    assert hub.asked() == ["info", ALL[2]] and set(ALL_FILES) < set(os.listdir(hub.out))
 
 
-@pytest.mark.parametrize("mode", ["truncated", "flipped"])
-def test_fineweb_bad_download_is_never_kept(hub, mode):
-    line = hub.fail(mode, "1")
-    assert "fineweb_val_000000.bin" in line and "announced" in line
-    assert not shards.list_shards(hub.out) and not shards.list_shards(hub.out / ".partial")
-    hub.run("good", "1")
-    assert len(shards.check_folder(hub.out)["shards"]) == 2
-
-
-def test_fineweb_bad_shard_at_the_source(hub):
-    shards.write_shard(hub.source / "fineweb_val_000000.bin", [50256, 50257])
-    assert "50257" in hub.fail("good", "1")
-    assert not shards.list_shards(hub.out)
-
-
-def test_fineweb_mends_a_corrupt_file(hub):
-    hub.run("good", "2")
+def test_fineweb_downloads_a_truncated_file_again(hub):
+    line = hub.fail("truncated", "1")
+    assert "fineweb_val_000000.bin: 1,001 tokens need 3,026 bytes, found 3,024" in line
     hub.asked()
-    path = hub.out / "fineweb_train_000001.bin"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + b"\x01")  # a flipped bit that only the sha256 shows
-    assert path.name in hub.fail("good", "--verify")
-    hub.fail("truncated", "2")
-    assert path.exists() and path.read_bytes() != content  # not lost before a better one is there
-    assert path.name in hub.run("good", "2")
-    assert path.read_bytes() == content and hub.asked() == [ALL[1]] * 2
-    path.unlink()
-    assert path.name in hub.fail("good", "--verify")
+    assert ALL_FILES[0] in hub.run("good", "1")  # says which file, and why
+    assert hub.asked() == ["info", *ALL[:2]]
+    assert (hub.out / ALL_FILES[0]).read_bytes() == (hub.source / ALL_FILES[0]).read_bytes()
+
+
+def test_fineweb_does_not_mix_with_other_data(hub):
+    hub.out.mkdir()
+    shards.write_shard(hub.out / "mine_train_000000.bin", [256, 1])
+    assert "another data set" in hub.fail("good", "1")
+    assert os.listdir(hub.out) == ["mine_train_000000.bin"] and not hub.asked()
 
 
 # ----------------------------------------------------------------- every script
 
 
-@pytest.mark.parametrize("script", ["sample.py", "fineweb.py", "tokenize_text.py"])
-def test_help_and_unknown_flags(script, tmp_path):
+@pytest.mark.parametrize("script, arguments", [
+    ("sample.py", []), ("fineweb.py", ["1"]), ("tokenize_text.py", ["1"]),
+    ("token_tables.py", ["1", "--tokenizer", "bytes"])])
+def test_help_and_unknown_flags(script, arguments, tmp_path):
     stdout, stderr = run_script(script, "--help", cwd=tmp_path)
-    assert "--out" in stdout and not stderr
-    assert "--nonsense" in error_of(script, "1", "--nonsense", cwd=tmp_path)
+    assert stdout.startswith(f"usage: {script}") and not stderr
+    assert "--nonsense" in error_of(script, *arguments, "--nonsense", cwd=tmp_path)

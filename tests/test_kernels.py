@@ -137,7 +137,7 @@ def test_transpose_keeps_every_bit(rng, R, C, dtype):
 @pytest.mark.parametrize("coefficients", [(8.16, -22.5, 15.9), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N, R", [(3, 1), (2, 37), (1, 128), (2, 131), (1, 300)])
-def test_polynomial_equals_float64_and_is_symmetric_to_the_bit(rng, N, R, dtype, coefficients):
+def test_polynomial_equals_float64_and_its_tiles_mirror_each_other_to_the_bit(rng, N, R, dtype, coefficients):
     cases.check_polynomial(rng, N, R, coefficients, dtype, "pointer")
 
 
