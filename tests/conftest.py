@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def process_as_before():
-    """A test that trains leaves signals handled and, if it wants regions compiled, the switch as they were."""
+    """A test that trains leaves signals and, if it wants regions compiled, the switch as they were."""
     import train_gpt
 
     numbers = signal.SIGTERM, signal.SIGINT

@@ -185,7 +185,8 @@ def check_cross_entropy(rng, T, V, weights, softcap, dtype, grad_dtype, mode, st
     assert grad.dtype == grad_dtype and grad.shape == (T, V) and grad.is_contiguous()
     present = targets >= 0
     counted = weights.double() * present
-    terms = counted.sum(1, keepdim=True) * t.cap(logits, softcap).double().softmax(1)  # whose difference it is
+    capped = t.cap(logits, softcap).double()
+    terms = counted.sum(1, keepdim=True) * capped.softmax(1)  # what the gradient is the difference of
     terms.scatter_add_(1, targets.clamp_min(0), counted)
     smallest = torch.finfo(grad_dtype).tiny * torch.finfo(grad_dtype).eps
     bound = bound_of(grad)
