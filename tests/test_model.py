@@ -211,7 +211,7 @@ def micro_backward(model, batch, step=0, weights=None):
 def values_added(cfg, text):
     """What a model with these layers adds to v, and its tables: both (.., T, H, E)."""
     model = make_silent_model(cfg)
-    tables = model.value_embeds.detach().view(-1, cfg.padded_vocab, cfg.heads, cfg.head_dim)
+    tables = model.value_embeds.detach().view(-1, cfg.padded_vocab, cfg.heads, cfg.width // cfg.heads)
     traces = Trace(model, *text).heads, Trace(make_silent_model(cfg, value_embeds=0), *text).heads
     return zip(*traces, strict=True), tables[:, text[0]]
 

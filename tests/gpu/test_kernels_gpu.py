@@ -384,7 +384,7 @@ def test_a_micro_batch_with_and_without_graph_has_nearly_the_gradients_of_plain_
         return t.backward_micro_batch(model, t.to_device(batch, cuda), plan, rotary, weights)
 
     def replayed(model):
-        t.add_graph(model, batch, plan, rotary, weights)
+        model.graphs.add(model, batch, plan, rotary, weights)
         model.graphs.capture()
         return t.run_micro_batch(model, batch, plan, rotary, weights)
 
