@@ -101,9 +101,9 @@ class Bench:
         self.batches = [tg.MicroBatch(t.pin_memory() if self.cuda else t, docs) for t, docs in batches]
 
     def train(self, plan: tg.StepPlan) -> torch.Tensor:
-        loss, _ = tg.train_step(self.model, self.optimizer, self.batches, plan, self.rotary, self.step)
+        report = tg.train_step(self.model, self.optimizer, self.batches, plan, self.rotary, self.step)
         self.step += 1
-        return loss
+        return report["train_loss"]
 
     def time(self, plan: tg.StepPlan, steps: int) -> dict:
         """Milliseconds per micro-batch over `steps` steps, timed in pairs: Adam works at every other one."""

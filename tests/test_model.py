@@ -48,6 +48,7 @@ NEW = {**RESCALED, "late_attention": True, "prefix_weight": 0.25, "bigram_ratio"
 ALL_ON = replace(CFG, key_offset="all", mtp_heads=2, leaky_slope=0.5, cut_documents=True, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
+NO_REPORT = {"loss": torch.zeros(())}  # of an optimizer's step
 MECHANISM_TESTS = {}
 INERT = {}
 
@@ -553,7 +554,7 @@ def test_a_shifted_and_wider_softcap_is_a_sigmoid_up_to_a_constant():
     check_scores_and_losses(cfg, x, 23 * torch.sigmoid((z + 5) / 7.5) - 11.5)
 
 
-@mechanism("smear_mtp", final_region={"mtp_lambda": None})
+@mechanism("smear_mtp", final_region={"smear_mtp_lambda": None})
 def test_smear_mtp_adds_lambda_times_the_previous_latent():
     text = packed(9, 12)
     y = latents(make_model(replace(CFG, smear_mtp=False)), *text)
@@ -630,7 +631,7 @@ def test_mtp_heads_learn_reach_the_trunk_and_can_be_left_out():
     assert attn == embed == 0 and heads > 0
     for step in range(cfg.scheduled_steps):
         micro_backward(model, batch)
-        optimizer.step(step, plan.lr, plan.momentum, torch.zeros(2))
+        optimizer.step(step, plan.lr, plan.momentum, NO_REPORT)
     assert all(norm > 0 for norm in from_heads_alone())
     with torch.no_grad():
         x = latents(model, batch.tokens[:-1], batch.docs)
@@ -775,7 +776,7 @@ def test_head_and_embedding_are_one_weight_until_they_are_untied_with_the_moment
                 rest = lr, *biases, 0.65, 0.95, 150 * decay * lr
                 for name in names:
                     t.adam_update(expected[name], grads[name], *moments[name], *rest)
-            optimizer.step(step, 1.0, 0.9, torch.zeros(2))
+            optimizer.step(step, 1.0, 0.9, NO_REPORT)
             for name in names:
                 assert_close(model.get_parameter(name).detach(), expected[name], rtol=1e-5, atol=1e-8)
             tied = updates[step // 2] == "tied" if step % 2 else step == 0 or updates[step // 2 - 1] == "tied"
@@ -807,7 +808,7 @@ def test_heads_of_q_and_k_are_orthogonalised_by_themselves_and_v_and_o_whole():
     optimizer.reset()
     model.attn_bank.grad.copy_(torch.randn(3, 4, 16, 32).repeat(1, 1, 2, 1))
     before = model.attn_bank.detach().clone()
-    optimizer.step(0, 1.0, 0.9, torch.zeros(2))
+    optimizer.step(0, 1.0, 0.9, NO_REPORT)
     moved = (model.attn_bank.detach() - before).norm(dim=(2, 3)) / (cfg.attn_lr_ratio * cfg.muon_lr)
     assert_close(moved, torch.tensor([32, 32, 16, 16]).sqrt().expand(3, 4), rtol=0.1, atol=0)
 
@@ -820,7 +821,7 @@ def test_smooth_scalars_average_over_more_steps_but_for_factors_on_x0_and_bigram
     optimizer.reset()
     for p in model.parameters():
         p.grad.fill_(1.0)
-    optimizer.step(1, 1.0, 0.9, torch.zeros(2))
+    optimizer.step(1, 1.0, 0.9, NO_REPORT)
     found = {part.row.name: part.moments["first"].mean().item() for part in optimizer.parts
              if part.row.algorithm is t.Adam}  # fmt: skip
     smooth = {"attn_gate", "smear_gate", "attn_lambdas", "resid_lambdas", "smear_lambda", "skip_lambdas",
@@ -1283,7 +1284,7 @@ def test_every_parameter_receives_a_gradient_within_four_steps():
         for name, p in model.named_parameters():
             parts = p.grad.reshape(shapes.get(name, (-1, 1))).any(-1)
             reached[name] = parts | reached[name]
-        optimizer.step(step, 1.0, 0.9, torch.zeros(2))
+        optimizer.step(step, 1.0, 0.9, NO_REPORT)
     assert {name: parts.all().item() for name, parts in reached.items()} == dict.fromkeys(reached, True)
 
 
