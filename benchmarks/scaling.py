@@ -75,7 +75,7 @@ def train_traced(trace: str, flags: list):
     """The script's main(), in a rank, with a trace of some steps, from the third on, that rank 0 writes."""
     inner, first_rank = tg.train_step, os.environ["RANK"] == "0"
     profiler = torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=2, warmup=0, active=PROFILED, repeat=1), acc_events=True,
+        schedule=torch.profiler.schedule(wait=2, warmup=0, active=PROFILED, repeat=1),
         on_trace_ready=lambda profile: profile.export_chrome_trace(trace) if first_rank else None)
 
     def train_step(*args):
