@@ -100,7 +100,7 @@ def flag(default, help: str, least: float = 0, choices: tuple = ()):
 @dataclass(frozen=True)
 class Config:
     # run
-    track: str = flag("tiny", "what decides the other defaults", choices=("tiny", "sprint", "short", "medium"))
+    track: str = flag("tiny", "decides the other defaults", choices=("tiny", "sprint", "short", "medium"))
     seed: int = flag(0, "of the initial weights")
     runs: int = flag(1, "train this many times with seeds seed, seed + 1, .. after one compilation", 1)
     resume: str = flag("", "checkpoint to continue, or auto: the last one of an unfinished run like this")
@@ -138,8 +138,8 @@ class Config:
     yarn: bool = flag(True, "stretch rotary embeddings as windows grow")
     value_embeds: bool = flag(True, "value embeddings")
     value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
-    key_offset: str = flag("table", "partial key offset in the layers that the layer table marks, there in all "
-                           "dimensions, in all layers, or off", choices=("table", "table-full", "all", "off"))
+    key_offset: str = flag("table", "partial key offset in the marked layers, there in all dims, in all layers",
+                           choices=("table", "table-full", "all", "off"))
     x0_mix: bool = flag(True, "add the input embedding before each layer, with a learned weight")
     smear: bool = flag(True, "add the previous token's embedding, gated")
     skip: bool = flag(True, "skip connections of the layer table")
@@ -169,10 +169,6 @@ class Config:
     smooth_scalars: bool = flag(False, "betas of scalars and gates: 0.9, 0.99, not 0.65, 0.95 (record 52)")
 
     @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // 128) * 128
 
@@ -194,8 +190,8 @@ class Config:
 
     @property
     def value_tables(self) -> int:
-        """Number of value-embedding tables that some layer reads."""
-        return len({table for layer in self.layers for table in layer.value_embeds}) if self.value_embeds else 0
+        tables = {table for layer in self.layers for table in layer.value_embeds}
+        return len(tables) if self.value_embeds else 0
 
     @property
     def skips(self) -> list[int]:
@@ -204,7 +200,7 @@ class Config:
 
     @property
     def bigram_rows(self) -> int:
-        return max(2, round(self.bigram_ratio * self.padded_vocab)) if self.bigram_ratio else 0
+        return round(self.bigram_ratio * self.padded_vocab)
 
     def micro_tokens(self, stage: Stage) -> int:
         """Tokens of a micro-batch."""
@@ -213,9 +209,6 @@ class Config:
     def reads_late(self, i: int) -> bool:
         """Whether attention in layer i reads the output of backout_from."""
         return self.late_attention and 0 <= self.backout_from < i and i in self.attention_layers
-
-    def offsets_keys(self, i: int) -> bool:
-        return self.key_offset == "all" or (self.key_offset != "off" and self.layers[i].key_offset)
 
 
 def short_layers(*tables: int) -> tuple:
@@ -335,38 +328,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def on_or_off(text: str) -> bool:
-    switches = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
-    if text.lower() not in switches:
-        raise ValueError(text)
-    return switches[text.lower()]
+    return {"on": True, "off": False}.get(text.lower()) or json.loads(text.lower())
 
 
 def parse_flags(argv: list[str]) -> dict:
-    """The flags that are given, by name. Raises UserError."""
+    """The flags that are given, by name; --name alone means on. Raises UserError."""
     parser = Parser(usage="train_gpt.py [--flag=value ..]", description=f"{__doc__}\nDefaults are tiny's.",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     fields = [field for field in dataclasses.fields(Config) if field.metadata]
     for field in fields:
-        options = {"type": field.type}
-        if field.type is bool:  # --name alone means on
-            options = {"type": on_or_off, "nargs": "?", "const": True}
-        default = getattr(TRACKS["tiny"], field.name)
-        choices = ", ".join(field.metadata["choices"])
-        parser.add_argument(f"--{field.name}", metavar=choices or field.type.__name__,
-                            help=f"{field.metadata['help']} [{default}]", **options)
+        kind = {"type": on_or_off, "nargs": "?", "const": True} if field.type is bool else {"type": field.type}
+        parser.add_argument(
+            f"--{field.name}", **kind, choices=field.metadata["choices"] or None, default=argparse.SUPPRESS,
+            metavar=field.type.__name__, help=f"{field.metadata['help']} [{getattr(TRACKS['tiny'], field.name)}]")
     given = vars(parser.parse_args(argv))
     for field in fields:
-        value, least, choices = given.get(field.name), field.metadata["least"], field.metadata["choices"]
-        if choices and value not in (None, *choices):
-            raise UserError(f"--{field.name}={value}: expected one of {', '.join(choices)}")
+        value, least = given.get(field.name), field.metadata["least"]
         if field.type in (int, float) and value is not None and not least <= value < 1e12:
             raise UserError(f"--{field.name}={value}: expected a number from {least} to 1e12")
     return given
 
 
 def parse_config(argv: list[str], ranks: int = 1) -> Config:
-    """The chosen track with --name=value overrides (`--name` alone means on). Raises UserError.
+    """The chosen track with the given flags. Raises UserError.
 
     With --resume the checkpoint's own configuration, of which only RUN_FLAGS can be overridden.
     """
@@ -392,17 +376,17 @@ def check_config(cfg: Config) -> Config:
     if not cfg.vocab_size:
         table = load_token_table(cfg, "token_bytes.npy")
         cfg = replace(cfg, vocab_size=50_257 if table is None else len(table))
-    bad = [stage.batch_tokens for stage in cfg.stages if stage.batch_tokens % cfg.micro_batches]
-    if bad:
-        raise UserError(f"--micro_batches={cfg.micro_batches}: don't divide a batch of {bad[0]} tokens")
-    if cfg.width % cfg.heads or cfg.head_dim % 4:
-        raise UserError(f"--width={cfg.width} --heads={cfg.heads}: width/heads must be a multiple of 4")
-    if cfg.backout_from >= len(cfg.layers):
-        raise UserError(f"--backout_from={cfg.backout_from}: the model has layers 0 to {len(cfg.layers) - 1}")
-    if cfg.late_attention and not any(map(cfg.reads_late, cfg.attention_layers)):
-        raise UserError(f"--late_attention: no attention after --backout_from={cfg.backout_from}; turn it off")
-    if cfg.muon_heads and cfg.heads % cfg.muon_heads:
-        raise UserError(f"--muon_heads={cfg.muon_heads}: must divide the {cfg.heads} heads")
+    batches = [stage.batch_tokens for stage in cfg.stages if stage.batch_tokens % cfg.micro_batches]
+    late = [i for i in cfg.attention_layers if cfg.reads_late(i)]
+    for wrong, what in (
+        (batches, f"--micro_batches={cfg.micro_batches}: must divide the batches of {batches} tokens"),
+        (cfg.width % (4 * cfg.heads), f"--width={cfg.width}: must be a multiple of 4 * --heads={cfg.heads}"),
+        (cfg.backout_from >= len(cfg.layers), f"--backout_from: the last layer is {len(cfg.layers) - 1}"),
+        (cfg.late_attention and not late, "--late_attention: no attention after --backout_from; turn it off"),
+        (cfg.muon_heads and cfg.heads % cfg.muon_heads, f"--muon_heads: must divide --heads={cfg.heads}"),
+    ):
+        if wrong:
+            raise UserError(what)
     return cfg
 
 
@@ -1108,7 +1092,7 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
 
     The longer windows of the final validation are used without a change of tables.
     """
-    half = cfg.head_dim // 2
+    half = cfg.width // cfg.heads // 2
     moving = round(half * ROTARY_FRACTION)
     frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, moving), torch.zeros(half - moving)]).double()
     scale = cfg.attn_scale
@@ -1121,7 +1105,7 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
         frequency = frequency * (1 / stretch + keep * (1 - 1 / stretch))
         scale *= 1 + 0.2 * math.log(stretch)
     angle_PJ = torch.arange(positions).double()[:, None] * frequency
-    offset_E = ((frequency == 0) | (cfg.key_offset == "table-full")).repeat(2)
+    offset_E = ((frequency == 0) | (cfg.key_offset == "table-full")).repeat(2) & (cfg.key_offset != "off")
     tables = angle_PJ.cos().float(), angle_PJ.sin().float(), torch.tensor(scale).float(), offset_E
     return Rotary(*(table.to(device) for table in tables))
 
@@ -1237,7 +1221,8 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K) -> tuple[Tensor, Tenso
     if model.fp8 == "off":
         (weight_VD,) = model.compute_weights["head", k]
         one = torch.ones((), device=x_TD.device)
-        loss_T, grad_TV = cross_entropy(x_TD @ weight_VD.T, targets_TK, weights_K, cfg.logit_cap, one, mode=mode)
+        logits_TV = x_TD @ weight_VD.T
+        loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, one, mode=mode)
         add_product(grad_VD, grad_TV, x_TD)
         return loss_T.sum(), grad_TV @ weight_VD
     weight8_VD, weight8_DV, scale = model.compute_weights["head", k]
@@ -1262,59 +1247,19 @@ def unbind(p: nn.Parameter | None, count: int) -> tuple:
     return (None,) * count if p is None else p.unbind()
 
 
-def parameter_shapes(cfg: Config) -> dict:
-    """Shape of every parameter by name; None for those of mechanisms that are off."""
-    L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
-    return {
-        "embed": (V, D),
-        "head": (V, D),
-        "value_embeds": (cfg.value_tables * V, D) if cfg.value_tables else None,
-        "bigram_embed": (cfg.bigram_rows, D) if cfg.bigram_rows else None,
-        "mtp_heads": (cfg.mtp_heads, V, D) if cfg.mtp_heads else None,
-        "attn_bank": (A, 4, D, D),
-        "mlp_bank": (L, 2, MLP_RATIO * D, D),
-        "attn_gate": (A, cfg.heads, GATE_INPUTS) if cfg.attn_gate else None,
-        "attn_lambdas": (A, 2),
-        "resid_lambdas": (L,) if cfg.x0_mix else None,
-        "x0_lambdas": (L,) if cfg.x0_mix else None,
-        "bigram_lambdas": (L,) if cfg.bigram_rows else None,
-        "smear_gate": (GATE_INPUTS,) if cfg.smear else None,
-        "smear_lambda": () if cfg.smear else None,
-        "skip_lambdas": (len(cfg.skips),) if cfg.skips else None,
-        "backout_lambda": () if cfg.backout_from >= 0 else None,
-        "smear_mtp_lambda": () if cfg.smear_mtp else None,
-    }
-
-
 class GPT(nn.Module):
-    """Parameters are float32; forward runs in `dtype`. Mechanisms that are off have no parameters.
-
-    | parameter                 | initial value                                               |
-    |---------------------------|-------------------------------------------------------------|
-    | embed                     | normal(0, 1); with untie_at normal(0, 0.005)                |
-    | value_embeds              | normal(0, value_std)                                        |
-    | head, mtp_heads           | 0; with untie_at the head is embed                          |
-    | bigram_embed              | 0                                                           |
-    | attn_bank: Q, K, V, O     | uniform, std 0.5 / sqrt(D); O 0 but for draw_output         |
-    | mlp_bank: up, down^T      | up uniform, std 0.5 / sqrt(D); down 0                       |
-    | attn_gate, smear_gate     | 0: every gate starts at 1/2                                 |
-    | attn_lambdas              | 0.5 on v, 1 on the output                                   |
-    | resid_lambdas, x0_lambdas | 1.1 on the stream, 0 on x0                                  |
-    | skip_lambdas              | -1.5, before a sigmoid                                      |
-    | other lambdas             | bigrams 0.1, backout 0.5, smear 0, smear-MTP 0              |
-    """
+    """The parameters are those of parameter_table, float32 and 0 until `initialise`; forward runs in `dtype`."""
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attention: str = "reference",
                  kernels: str = "reference", fp8: str = "off"):
-        """Parameters are 0 until `initialise`."""
         super().__init__()
         self.cfg, self.dtype, self.kernels, self.fp8 = cfg, dtype, kernels, fp8
         self.attention = attention_reference if attention == "reference" else attention_varlen
         self.compute_weights, self.graphs = {}, None
         self.prefix_V = None  # of every token, for prefix_weight: set before training
         self.tap_layers = {layer.skip_from for layer in cfg.layers} | {cfg.backout_from}
-        for name, shape in parameter_shapes(cfg).items():
-            self.register_parameter(name, None if shape is None else nn.Parameter(torch.zeros(shape)))
+        for row in parameter_table(cfg):
+            self.register_parameter(row.name, nn.Parameter(torch.zeros(row.shape)) if row.used else None)
         scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # y + lambda * shift(y) fits while |lambda| <= 1
         self.register_buffer("latent_scale", scale, persistent=False)
         if cfg.bigram_rows:  # +-1 by a seed of their own: they aren't saved
@@ -1325,32 +1270,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int):
-        """Draw the initial weights of the table above. They depend on the seed alone: drawn on the CPU."""
-        cfg = self.cfg
+        """Give parameters their initial values, which depend on the seed alone: drawn on the CPU."""
         random = torch.Generator().manual_seed(seed)
-        bound = math.sqrt(3) * 0.5 / math.sqrt(cfg.width)
-
-        def normal(p: nn.Parameter, std: float):
-            p.copy_(torch.randn(p.shape, generator=random, device="cpu") * std)
-
-        def uniform(p: Tensor):
-            p.copy_(torch.empty(p.shape, device="cpu").uniform_(-bound, bound, generator=random))
-
-        for p in self.parameters():
-            p.zero_()
-        normal(self.embed, 0.005 if cfg.untie_at else 1)
-        if cfg.untie_at:
+        for row in optimizer_table(self.cfg):
+            p = getattr(self, row.name)
+            if callable(row.start):
+                row.start(p.zero_(), random)
+            else:
+                p.copy_(torch.tensor(row.start))
+        if self.cfg.untie_at:
             self.head.copy_(self.embed)
-        uniform(self.attn_bank[:, : 4 if cfg.draw_output else 3])
-        uniform(self.mlp_bank[:, 0])
-        if cfg.value_tables and cfg.value_std:
-            normal(self.value_embeds, cfg.value_std)
-        self.attn_lambdas[:, 0] = 0.5
-        self.attn_lambdas[:, 1] = 1
-        constants = {"resid_lambdas": 1.1, "bigram_lambdas": 0.1, "skip_lambdas": -1.5, "backout_lambda": 0.5}
-        for name, value in constants.items():
-            if getattr(self, name) is not None:
-                getattr(self, name).fill_(value)
 
     def forward(self, tokens_T, docs: Documents, windows: dict, rotary: Rotary) -> Tensor:
         """Final latents (T, D) of packed tokens (T,) int64, in `dtype`; the head is applied by the caller.
@@ -1387,7 +1316,7 @@ class GPT(nn.Module):
                 value_TD = sum(rows[1:], rows[0]) if rows else None
                 q_THE, k_THE, v_THE = qkv_region(
                     qkv_TC, lambdas[2 * a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale,
-                    rotary.offset_E if cfg.offsets_keys(i) else None, edges_T, cfg.heads)
+                    rotary.offset_E if cfg.key_offset == "all" or layer.key_offset else None, edges_T, cfg.heads)
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, windows[layer.window])
                 y_TD = gate_region(y_THE, lead_TG, gates[a], lambdas[2 * a + 1])
                 o_TD = self.project("o", a, y_TD)
@@ -1440,7 +1369,7 @@ class GPT(nn.Module):
                 old.copy_(new)
 
     def float8_head(self, head_VD) -> tuple:
-        """What the head's products read: (V, D) in the activations' dtype, or as float8, that and transposed."""
+        """What the head's products read: (V, D) in the activations' dtype; or as float8, also transposed."""
         if self.fp8 == "off":
             return (head_VD.detach().to(self.dtype),)
         weight8_VD, scale = as_float8(head_VD)
@@ -1598,18 +1527,21 @@ def scalar(value: float) -> Tensor:
 
 
 class Row(NamedTuple):
-    """How one parameter is trained: one row of the optimizer table."""
+    """One parameter: its shape, its initial value and how it is trained."""
 
-    name: str                    # of the model's parameter
+    name: str
+    shape: tuple
     algorithm: type              # NorMuon or Adam
     comms: str                   # "sharded" (reduce-scatter, update own part, all-gather) or "replicated"
     lr: tuple                    # effective learning rates, one per matrix of a bank's layer, or one
+    start: object = 0.0          # a number, numbers that broadcast, or a function that draws: normal, uniform
     betas: tuple = (0.0, 0.95)   # of the moments; NorMuon's first is the schedule's momentum instead
     weight_decay: float = 0.0
     every: int = 1               # steps between updates; gradients add up meanwhile
     groups: tuple = ()           # of rows, orthogonalised apart: as many for each matrix as lr; (): one
     copy_of: str = ""            # a row of the same shape, of which this is a copy, moments and all ..
     copy_until: int = 0          # .. until this step; its gradient is added to that row's
+    used: bool = True            # False: its mechanism is off
 
 
 class Part:
@@ -1712,51 +1644,76 @@ class Adam(Part):
         update(p, grad, self.moments["first"], self.moments["second"], lr, bias1, bias2, *row.betas, decay)
 
 
-def optimizer_table(cfg: Config) -> list[Row]:
-    """One row per parameter; the learning rates here are final: no shape multiplies them later.
+def normal(std: float):
+    def draw(p: Tensor, random: torch.Generator):
+        p.copy_(torch.randn(p.shape, generator=random, device="cpu") * std)
 
-    NorMuon's rates: 1 x for square matrices, 2 x for the MLP's up, 4 x for its down projection.
+    return draw
+
+
+def uniform(std: float, matrices: int):
+    """The first `matrices` of each layer of a bank; the others stay 0."""
+
+    def draw(p: Tensor, random: torch.Generator):
+        values, bound = torch.empty(p[:, :matrices].shape, device="cpu"), math.sqrt(3) * std
+        p[:, :matrices] = values.uniform_(-bound, bound, generator=random).to(p.device)
+
+    return draw
+
+
+def parameter_table(cfg: Config) -> list[Row]:
+    """Every parameter there can be. The learning rates here are final: no shape multiplies them later.
+
+    NorMuon's rates: 1 x for square matrices, 2 x for the MLP's up, 4 x for its down projection. Banks:
+    Q, K, V, O of each layer with attention; up and down^T of each layer.
     """
-    muon, adam = cfg.muon_lr, cfg.adam_lr
+    L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
+    muon, adam, std = cfg.muon_lr, cfg.adam_lr, 0.5 / math.sqrt(cfg.width)
 
-    def table(name: str, ratio: float = 1.0, decay: float = 1.0, betas: tuple = (0.65, 0.95)) -> Row:
+    def table(name: str, shape: tuple, ratio: float = 1.0, decay: float = 1.0, betas: tuple = (0.65, 0.95), **more):
         lr = ratio * adam
-        return Row(name, Adam, "sharded", (lr,), betas, decay * cfg.adam_weight_decay * lr, ADAM_EVERY)
+        return Row(name, shape, Adam, "sharded", (lr,), betas=betas, weight_decay=decay * cfg.adam_weight_decay * lr,
+                   every=ADAM_EVERY, **more)
+
+    def bank(name: str, shape: tuple, lr: tuple, **more):
+        return Row(name, shape, NorMuon, "sharded", lr, weight_decay=cfg.muon_weight_decay, **more)
 
     smooth = (0.9, 0.99) if cfg.smooth_scalars else (0.65, 0.95)
 
-    def scalars(name: str, lr: float = 5 * adam, betas: tuple = smooth) -> Row:
-        return Row(name, Adam, "replicated", (lr,), betas, every=ADAM_EVERY)
+    def scalars(name: str, shape: tuple, start=0.0, lr: float = 5 * adam, betas: tuple = smooth, used: bool = True):
+        return Row(name, shape, Adam, "replicated", (lr,), start, betas, every=ADAM_EVERY, used=used)
 
-    def bank(name: str, lr: tuple, groups: tuple = ()) -> Row:
-        return Row(name, NorMuon, "sharded", lr, weight_decay=cfg.muon_weight_decay, groups=groups)
-
-    groups = (cfg.heads // cfg.muon_heads,) * 2 + (1, 1) if cfg.muon_heads else ()
-    embed = table("embed", EMBED_LR_RATIO)
-    if cfg.untie_at:  # from then on a weight of its own, at the head's rate and decay (record 53)
+    embed = {"ratio": EMBED_LR_RATIO, "start": normal(1)}
+    if cfg.untie_at:  # a copy of the head, at its rate and decay, until it gets a life of its own (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
-        embed = table("embed", decay=150)._replace(copy_of="head", copy_until=untied)
-    rows = [
-        embed,
-        table("value_embeds", EMBED_LR_RATIO, decay=5),
-        table("bigram_embed", EMBED_LR_RATIO, decay=5, betas=(0.75, 0.95)),
-        table("head", decay=150),
-        table("mtp_heads", decay=150),
-        scalars("attn_gate", lr=adam),
-        scalars("smear_gate", lr=adam),
-        scalars("attn_lambdas"),
-        scalars("resid_lambdas"),
-        scalars("x0_lambdas", betas=(0.65, 0.95)),  # never smoothed (record 52)
-        scalars("bigram_lambdas", betas=(0.65, 0.95)),
-        scalars("smear_lambda"),
-        scalars("skip_lambdas"),
-        scalars("backout_lambda"),
-        scalars("smear_mtp_lambda"),
-        bank("attn_bank", lr=(cfg.attn_lr_ratio * muon,) * 4, groups=groups),
-        bank("mlp_bank", lr=(2 * muon, 4 * muon)),
+        embed = {"decay": 150, "start": normal(0.005), "copy_of": "head", "copy_until": untied}
+    pairs = bool(cfg.bigram_rows)
+    return [
+        table("embed", (V, D), **embed),
+        table("head", (V, D), decay=150),
+        bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, start=uniform(std, 3 + cfg.draw_output),
+             groups=(cfg.heads // cfg.muon_heads,) * 2 + (1, 1) if cfg.muon_heads else ()),
+        bank("mlp_bank", (L, 2, MLP_RATIO * D, D), (2 * muon, 4 * muon), start=uniform(std, 1)),
+        table("value_embeds", (cfg.value_tables * V, D), EMBED_LR_RATIO, 5, start=cfg.value_std and normal(cfg.value_std),
+              used=cfg.value_tables > 0),
+        table("bigram_embed", (cfg.bigram_rows, D), EMBED_LR_RATIO, 5, (0.75, 0.95), used=pairs),
+        table("mtp_heads", (cfg.mtp_heads, V, D), decay=150, used=cfg.mtp_heads > 0),
+        scalars("attn_gate", (A, cfg.heads, GATE_INPUTS), lr=adam, used=cfg.attn_gate),
+        scalars("smear_gate", (GATE_INPUTS,), lr=adam, used=cfg.smear),
+        scalars("attn_lambdas", (A, 2), (0.5, 1.0)),  # on v, on the output
+        scalars("resid_lambdas", (L,), 1.1, used=cfg.x0_mix),
+        scalars("x0_lambdas", (L,), betas=(0.65, 0.95), used=cfg.x0_mix),  # never smoothed (record 52)
+        scalars("bigram_lambdas", (L,), 0.1, betas=(0.65, 0.95), used=pairs),
+        scalars("smear_lambda", (), used=cfg.smear),
+        scalars("skip_lambdas", (len(cfg.skips),), -1.5, used=bool(cfg.skips)),  # before a sigmoid
+        scalars("backout_lambda", (), 0.5, used=cfg.backout_from >= 0),
+        scalars("smear_mtp_lambda", (), used=cfg.smear_mtp),
     ]
-    shapes = parameter_shapes(cfg)
-    return [row for row in rows if shapes[row.name] is not None]
+
+
+def optimizer_table(cfg: Config) -> list[Row]:
+    """The parameters of this configuration."""
+    return [row for row in parameter_table(cfg) if row.used]
 
 
 class Optimizer:
@@ -1776,7 +1733,8 @@ class Optimizer:
             wrong = set(parameters) ^ set(names) or [name for name in names if names.count(name) > 1]
             raise ValueError(f"optimizer table: missing, unknown or there twice: {wrong}")
         self.world = world
-        self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in table]
+        adam_first = sorted(table, key=lambda row: row.algorithm is NorMuon)
+        self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in adam_first]
 
     def due(self, step: int) -> tuple[list[Part], list[tuple]]:
         """Parts to update at the end of `step` (0, 1, ..), and those still a copy, each with its original."""
@@ -1905,7 +1863,7 @@ class Shards:
     def __init__(self, paths: list[Path], cfg: Config):
         self.paths, self.cfg, self.opened = paths, cfg, {}
         counts = [(path.stat().st_size - 1024) // 2 for path in paths]  # 1,024 bytes of header, 2 a token
-        self.edges = [0, *np.cumsum(counts).tolist()]  # shard i: edges[i] to edges[i + 1]
+        self.edges = [0, *itertools.accumulate(counts)]  # shard i: edges[i] to edges[i + 1]
 
     def sha256(self) -> str:
         """Of names, sizes and document starts of the shards opened so far: those that the schedule needs."""
@@ -1927,7 +1885,7 @@ class Shards:
         """Where the first document after token `offset` starts; where the tokens end if there is none."""
         for i in range(max(bisect.bisect_right(self.edges, offset) - 1, 0), len(self.paths)):
             starts = self[i][1]
-            following = int(np.searchsorted(starts, offset - self.edges[i], side="right"))
+            following = np.searchsorted(starts, offset - self.edges[i], side="right")
             if following < len(starts):
                 return self.edges[i] + int(starts[following])
         return self.edges[-1]
@@ -1962,8 +1920,8 @@ class DocumentStream:
         if lo == self.shards.edges[-1]:
             epoch, lo = epoch + 1, self.shards.next_start(-1)
         if epoch >= self.cfg.epochs:
-            raise UserError(f"{self.shards.edges[-1]:,} training tokens in {epoch} epochs don't last: add shards, "
-                            "raise --epochs or lower --scheduled_steps")
+            raise UserError(f"{self.shards.edges[-1]:,} training tokens don't last for {epoch} epochs: "
+                            "add shards, raise --epochs or lower --scheduled_steps")
         end = self.shards.next_start(lo)
         hi = min(lo + limit, end)
         self.position = Position(epoch, end if self.cfg.document_rest == "skip" else hi)
@@ -2046,8 +2004,8 @@ def check_supply(cfg: Config, world: World, shards: Shards):
     Packs them as the loader does, but reads no tokens: some 1.5 s for the short track, 5 s for medium.
     """
     if cfg.micro_batches % world.size:
-        raise UserError(f"{world.size} processes don't divide the {cfg.micro_batches} micro-batches of a step: "
-                        f"start a divisor of {cfg.micro_batches}")
+        raise UserError(f"{world.size} processes don't divide --micro_batches={cfg.micro_batches}: start a "
+                        "divisor of it")
     stream = DocumentStream(shards, cfg)
     for step in range(cfg.total_steps):
         stage = plan_step(cfg, step).stage
@@ -2439,15 +2397,14 @@ class Log:
         self.active, self.folder = world.rank == 0, None
         if not self.active:
             return
-        root, name = log_root(cfg), f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(1)))
+        self.folder = next(log_root(cfg) / name for name in names if not (log_root(cfg) / name).exists())
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(1)))
-            self.folder = next(root / name for name in names if not (root / name).exists())
-            self.folder.mkdir()
+            self.folder.mkdir(parents=True)
             shutil.copy(__file__, self.folder / "train_gpt.py")
         except OSError as error:
-            raise UserError(f"can't write logs in {root}: {error.strerror}; give --log_folder=") from None
+            raise UserError(f"can't write logs in {self.folder}: {error.strerror}; give --log_folder=") from None
         self.text = open(self.folder / "log.txt", "w", buffering=1)
         self.metrics = open(self.folder / "metrics.jsonl", "w", buffering=1)
 
@@ -2493,12 +2450,8 @@ def log_header(log: Log, hardware: Hardware, world: World, model: GPT, shards: S
 
 
 def memory_mib(hardware: Hardware) -> int:
-    """Peak memory of this process: on a GPU what was allocated there."""
-    if hardware.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(hardware.device) // 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 1024)
+    """Peak memory allocated on the GPU; 0 without one."""
+    return torch.cuda.max_memory_allocated(hardware.device) // 2**20 if hardware.device.type == "cuda" else 0
 
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
@@ -2508,11 +2461,10 @@ def step_metrics(model: GPT, hardware: Hardware, world: World, tokens: int, seco
     """Tokens per second and, on a known GPU, the share of its peak that the weights' products use."""
     rate = tokens / max(seconds, 1e-9)
     metrics = {"tokens_per_s": round(rate)}
-    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in hardware.name), None)
-    if peak:
-        heads = model.head.numel() * (1 + model.cfg.mtp_heads)
-        flops = 6 * (model.attn_bank.numel() + model.mlp_bank.numel() + heads) * rate
-        metrics["mfu"] = round(flops / world.size / (peak * 1e12), 4)
+    for name, tflops in PEAK_TFLOPS.items():
+        if name in hardware.name:
+            weights = model.attn_bank.numel() + model.mlp_bank.numel() + model.head.numel()
+            metrics["mfu"] = round(6 * weights * rate / world.size / (tflops * 1e12), 4)
     return metrics
 
 
@@ -2545,20 +2497,21 @@ class StepLog:
         if event is not None:
             event.synchronize()
         loss, stop = report.tolist()
-        loss /= sum(plan.weights)
         self.stop = self.stop or stop > 0
-        total, every, now = self.model.cfg.total_steps, self.model.cfg.val_every, self.clock.read()
+        self.print(step, loss / sum(plan.weights), plan)
+
+    def print(self, step: int, loss: float, plan: StepPlan):
+        total, now = self.model.cfg.total_steps, self.clock.read()
         seconds, self.before = now - self.before, now
         speed = step_metrics(self.model, self.hardware, self.world, plan.stage.batch_tokens, seconds)
         line = f"step:{step}/{total} train_loss:{loss:.4f}"
         self.log.line(f"{line} train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms", console=False)
-        self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
-                        **speed)
+        self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), **speed)
         terminal = sys.stdout.isatty()
-        if self.log.active and (terminal or step % max(every // 5, 1) == 0):
+        if self.log.active and (terminal or step % max(self.model.cfg.val_every // 5, 1) == 0):
             rates = [f"{name}:{value:,}" for name, value in speed.items()]
-            eta = f"eta:{now / step * (total - step):.0f}s"
-            print(line, *rates, eta, end=" \r" if terminal else "\n", flush=True)
+            left = f"eta:{now / step * (total - step):.0f}s"
+            print(line, *rates, left, end=" \r" if terminal else "\n", flush=True)
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the training loss is {loss}: lower the learning rates, or go on "
                             "from the last checkpoint with --resume=auto")
@@ -2685,8 +2638,8 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict):
     log_header(log, hardware, world, model, shards, val)
     start, position, seconds = progress
     if start:
-        log.line(f"resumed: {cfg.resume} at step {start}; the clock goes on from {seconds:.1f} s: later steps "
-                 "of the earlier run don't count")
+        log.line(f"resumed: {cfg.resume} at step {start}; the clock goes on from {seconds:.1f} s: later "
+                 "steps of the earlier run don't count")
     clock = Clock(hardware, seconds)
     loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
     steps = StepLog(log, clock, model, hardware, world)

@@ -1,4 +1,4 @@
-"""Records that prove themselves: register runs, freeze the script, keep the logs, verify all of it from them.
+"""Keeps records of training runs: registers them, runs them, and verifies every figure from their logs.
 
     python records/record.py new NAME --track short --runs 5 --gpus 8 [-- --flag=value ..]
     python records/record.py import LOG_FOLDER.. NAME      # finished runs; marked as not pre-registered
@@ -6,19 +6,18 @@
     python records/record.py compare A B [--threshold .005] [--seconds_per_loss 164]
     python records/record.py plan --margin .0015 [--sd .0013 | --from FOLDER]
     python records/record.py race A.py B.py --runs 3       # A, B, A, B, .. on one machine; 3,5: two more of B
-    python records/record.py keep FOLDER NAME              # a side of a race becomes a record
-    python records/record.py reproduce FOLDER [--data=DIR] [--tokenizer=FILE]  # runs the frozen script again
-    python records/record.py refresh FOLDER..              # README and pictures anew, from logs that verify
-    python records/record.py table [--file README.md]      # history, between the file's markers
+    python records/record.py keep FOLDER NAME              # one side of a race becomes a record
+    python records/record.py reproduce FOLDER [--data=DIR] # runs the frozen script again
+    python records/record.py refresh FOLDER..              # rewrites README and pictures from the logs
+    python records/record.py table [--file README.md]      # rewrites the tables between the file's markers
     python records/record.py plot FOLDER.. [--out FILE]
 
-compare and plot take records, folders of this repo's logs, and logs in the field's common form (source, a
-line of '=', step lines). Standard deviations divide by n - 1.
+compare and plot take records, folders of this repo's logs, and logs of modded-nanogpt (the source, a line of
+'=', step lines). Standard deviations divide by n - 1.
 Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -32,12 +31,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 
 from runs import (
     LEVEL, NO_WORSE, PER_PLACE, PER_RUN, SET_HERE, TRACKS, Difference, Mismatch, Run, UserError, check_plan,
-    check_run, check_same, comparable, expect, expect_same, expect_text, log_text, mean_curve,
-    paired, parse_log, read, read_json, runs_needed, sd, seconds_per_loss, sha256, summarise, welch, write,
+    check_run, check_same, comparable, expect, expect_text, log_text, mean_curve, paired, parse_flag,
+    parse_log, read, read_json, runs_needed, sd, seconds_per_loss, sha256, summarise, welch,
+    write,
 )  # fmt: skip
 
 RECORDS = Path(__file__).resolve().parent
@@ -85,7 +86,7 @@ def target_text(results: dict) -> str:
     text = f"Target {results['target']}: "
     text += "no t-test with one run" if p is None else f"one-sided t-test p = {p:.4g}"
     if "known_sd" in results:
-        text += f"; with the field's known sd of {results['known_sd']}: p = {results['p_known_sd']:.4g}"
+        text += f"; with modded-nanogpt's sd of {results['known_sd']}: p = {results['p_known_sd']:.4g}"
     verdict = "Reached" if results["reached"] else "**Not shown to be reached**"
     return f"{text}. {verdict} (t-test, p < {LEVEL})."
 
@@ -103,15 +104,15 @@ def evidence(record: dict) -> str:
     flags = " ".join(plan["flags"]) or "none"
     when = (f"Registered {plan['registered']}, before the first run" if plan["registered"]
             else "**Not pre-registered**: imported from finished logs")
-    sides = " and ".join(plan.get("interleaved", []))
+    sides, n = " and ".join(plan.get("interleaved", [])), results["n"]
     rows = [f"| {r['seed']} | {r['loss']:.5f} | {r['seconds']:.3f} | {r['steps']} | "
             f"{r['started'] or 'unknown'} | {r['attempts'] or 'unknown'} | [{r['log']}]({r['log']}) |"
             for r in record["runs"]]
     return "\n".join([
         MARKER, "", "## Evidence", "",
         f"{when}: track {record['track']}, seeds {', '.join(map(str, plan['seeds']))}, flags: {flags}."
-        + f" A race: the runs of {sides}, so called there, alternated while both had any." * bool(sides), "",
-        f"{results['n']} runs, {env['device']}, world size {env['world_size']}, torch {env['torch']}, "
+        + f" These runs are one side of a race, in which {sides} took turns." * bool(sides), "",
+        f"{n} run{'s' * (n > 1)}, {env['device']}, world size {env['world_size']}, torch {env['torch']}, "
         f"CUDA {env['cuda']}:",
         f"validation loss {loss[0]:.5f}, sd {number(loss[1], 5)}; "
         f"training time {seconds[0]:.3f} s, sd {number(seconds[1], 3)} (sd divides by n - 1).",
@@ -124,11 +125,8 @@ def evidence(record: dict) -> str:
         "`reproduce FOLDER` runs the script again.", ""])
 
 
-def write_record(folder: Path, shown: Path | None = None):
-    """Check the logs, then write record.json, README.md and the pictures. Raises Mismatch.
-
-    shown: the folder's name for the reader, if it isn't there yet.
-    """
+def write_record(folder: Path):
+    """Checks the logs, then writes record.json, README.md and the pictures. Raises Mismatch."""
     record = load_record(folder)
     runs = [parse_log(folder / f"seed{seed}.txt") for seed in record["plan"]["seeds"]]
     check_plan(runs, record["plan"], record["track"])
@@ -140,7 +138,7 @@ def write_record(folder: Path, shown: Path | None = None):
     draw_losses({record["name"]: runs}, folder / "loss.png", TRACKS[record["track"]].target)
     draw_lambdas(runs, folder / "lambdas.png")
     write(folder / "record.json", dump(record))
-    print(f"{shown or folder}: n = {len(runs)}, loss {statistics_of(record, 'loss')[0]:.5f}. "
+    print(f"{folder}: n = {len(runs)}, loss {statistics_of(record, 'loss')[0]:.5f}. "
           f"{target_text(record['results'])}")
 
 
@@ -150,13 +148,20 @@ def check_script(folder: Path, plan: dict):
     expect(folder / "train_gpt.py", "sha256", found, plan["source_sha256"])
 
 
-def check_rows(runs: list[Run], rows: list[dict], plan: dict, place: Path):
-    """Raises Mismatch unless these are the logs that the rows name, of runs begun after the registration."""
-    for run, row in zip(runs, rows):
-        expect(run.path, "sha256", run.sha256, row.get("log_sha256"))
+def check_logs(folder: Path, record: dict, rows: list[dict]) -> list[Run]:
+    """The runs of these rows. Raises Mismatch unless script and logs are those that the record names."""
+    plan = record["plan"]
+    check_script(folder, plan)
+    runs = []
+    for row in rows:
+        runs.append(parse_log(folder / f"seed{row['seed']}.txt"))
+        expect(runs[-1].path, "sha256", runs[-1].sha256, row.get("log_sha256"))
         if plan["registered"] and row["started"] < plan["registered"]:
-            raise Mismatch(f"{place}: start of seed {row['seed']}: found {row['started']}, expected one "
+            raise Mismatch(f"{folder}: start of seed {row['seed']}: found {row['started']}, expected one "
                            f"after the registration, {plan['registered']}")
+    if runs:
+        check_plan(runs, plan | {"seeds": [row["seed"] for row in rows]}, record["track"])
+    return runs
 
 
 def verify(folder: Path, readme: bool = True) -> dict:
@@ -170,18 +175,14 @@ def verify(folder: Path, readme: bool = True) -> dict:
         if folder.resolve().parent.name.startswith("track_"):
             expect(folder, "place", "/".join(folder.resolve().parts[-2:]),
                    f"{TRACKS[record['track']].folder}/{record['date']}_{record['name']}")
-        check_script(folder, plan)
         expect(place, "number of seeds", len(plan["seeds"]), plan["runs"])
         if plan["registered"]:
             expect(place, "seeds", plan["seeds"], list(range(plan["runs"])))
+        expect(place, "seeds of the runs", [row["seed"] for row in record["runs"]], plan["seeds"])
         logs = sorted(path.name for path in folder.glob("*.txt"))
         expect(folder, "logs", logs, sorted(f"seed{seed}.txt" for seed in plan["seeds"]))
-        runs = [parse_log(folder / f"seed{seed}.txt") for seed in plan["seeds"]]
-        check_rows(runs, record["runs"], plan, place)
-        check_plan(runs, plan, record["track"])
+        runs = check_logs(folder, record, record["runs"])
         rebuilt = complete(record, runs)
-        expect_same(place, "", {k: v for k, v in record.items() if k != "sha256"}, rebuilt)
-        expect(place, "sha256 of its contents", record["sha256"], json.loads(dump(rebuilt))["sha256"])
         expect_text(place, read(place), dump(rebuilt))
         if readme:
             generated = "".join(read(folder / "README.md").partition(MARKER)[1:])
@@ -201,13 +202,18 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def check_flags(flags: list[str], track: str):
+def check_flags(flags: list[str], track: str, *scripts: Path):
+    """Raises UserError if a record may not have these flags, or a script refuses them."""
     forbidden = SET_HERE | ({"val_tokens"} if TRACKS[track].val_tokens else set())
     for flag in flags:
-        name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+        name, value = parse_flag(flag)
         if not flag.startswith("--") or name in forbidden:
             raise UserError(f"flag {flag!r}: expected --name=value of train_gpt.py, but none of those that a "
                             f"record sets or rules out: {', '.join(sorted(forbidden))}")
+        if name == "data" and not Path(value).is_dir():
+            raise UserError(f"{flag}: found no such folder")
+    for script in scripts:
+        config_of(script, track, flags)
 
 
 def find_folder(records: Path, track: str, name: str, date: str) -> Path:
@@ -219,40 +225,48 @@ def find_folder(records: Path, track: str, name: str, date: str) -> Path:
     return begun[0] if begun else parent / f"{date}_{name}"
 
 
-def register(folder: Path, name: str, track: str, script: Path | None, plan: dict):
-    """Freeze the script and write down the plan; if that has been done, check that the plan is the same."""
+def register(folder: Path, name: str, track: str, script: Path, plan: dict):
+    """Freezes the script and writes down the plan; if that has been done, checks that they are the same."""
+    frozen = folder / "train_gpt.py"
+    source = sha256(script.read_bytes())
     if (folder / "record.json").exists():
-        before = load_record(folder)
+        before = load_record(folder)["plan"]
         for key, value in plan.items():
-            if before["plan"].get(key) != value and key != "registered":
-                raise UserError(f"{folder}: is registered with {key} {before['plan'].get(key)}, found "
-                                f"{value}: give the registered one, or begin another record")
-        if script and sha256(script.read_bytes()) != before["plan"]["source_sha256"]:
+            if before.get(key) != value and key != "registered":
+                raise UserError(f"{folder}: is registered with {key} {before.get(key)}, found {value}: give "
+                                "the registered one, or begin another record")
+        if script != frozen and source != before["source_sha256"]:
             raise UserError(f"{script}: isn't the script that {folder} froze: leave it out, or give another "
                             "name")
         return
-    script = script or ROOT / "train_gpt.py"
-    if not script.is_file():
-        raise UserError(f"{script}: found no such file: give the path of a train_gpt.py")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(script, folder / "train_gpt.py")
-    try_out(folder / "train_gpt.py", track, plan["flags"])
-    plan = plan | {"source_sha256": sha256((folder / "train_gpt.py").read_bytes())}
+    shutil.copyfile(script, frozen)
     rows = [{"seed": seed, "attempts": 0, "started": None} for seed in plan["seeds"]]
     date = folder.name.partition("_")[0] if folder.name.endswith(f"_{name}") else now()[:10]
-    write(folder / "record.json", dump({"format": 1, "name": name, "date": date, "track": track, "plan": plan,
-                                        "runs": rows}))
+    write(folder / "record.json", dump({"format": 1, "name": name, "date": date, "track": track,
+                                        "plan": plan | {"source_sha256": source}, "runs": rows}))
 
 
-def try_out(script: Path, track: str, flags: list[str]):
-    """Raise UserError, and remove the copy, if it refuses its flags or data: before they are binding."""
-    run = subprocess.run([sys.executable, script, "--check=on", f"--track={track}", *flags], text=True,
+CONFIG_OF = """
+import dataclasses, importlib.util, json, sys
+sys.argv = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("train_gpt", sys.argv[0])
+script = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+print(json.dumps(dataclasses.asdict(script.parse_config(sys.argv[1:])), default=str))
+"""
+
+
+def config_of(script: Path, track: str, flags: list[str] = ()) -> dict:
+    """The configuration that a script makes of its flags. Raises UserError with the reason if it refuses."""
+    if not script.is_file():
+        raise UserError(f"{script}: found no such file: give the path of a train_gpt.py")
+    run = subprocess.run([sys.executable, "-c", CONFIG_OF, script, f"--track={track}", *flags], text=True,
                          capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
     if run.returncode:
-        script.unlink()
-        with contextlib.suppress(OSError):  # not empty
-            script.parent.rmdir()
-        raise UserError(f"nothing registered: {(run.stderr.strip() or 'no reason given').splitlines()[-1]}")
+        reason = (run.stderr.strip() or "no reason given").splitlines()[-1]
+        raise UserError(f"nothing registered: {reason.removeprefix('train_gpt.UserError: ')}")
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def train(script: Path, gpus: int, flags: list[str], work: Path) -> Path:
@@ -281,7 +295,7 @@ def is_done(path: Path, source: str) -> bool:
 
 
 def run_seed(folder: Path, seed: int):
-    """Run one seed of a registered record, unless its log is there and whole."""
+    """Runs one seed of a registered record, unless its log is there and whole."""
     record, path = load_record(folder), folder / f"seed{seed}.txt"
     plan = record["plan"]
     if is_done(path, plan["source_sha256"]):
@@ -309,27 +323,21 @@ def plan_of(runs: int, flags: list[str], gpus: int) -> dict:
 
 def new(options, flags):
     """Registers a record and runs what it lacks of its seeds."""
-    check_flags(flags, options.track)
     folder = find_folder(options.records, options.track, options.name, now()[:10])
-    register(folder, options.name, options.track, options.script, plan_of(options.runs, flags, options.gpus))
+    known = [path for path in (folder / "train_gpt.py", ROOT / "train_gpt.py") if path.exists()]
+    script = options.script or known[0]
+    check_flags(flags, options.track, script)
+    register(folder, options.name, options.track, script, plan_of(options.runs, flags, options.gpus or 1))
     for seed in range(options.runs):
         run_seed(folder, seed)
     write_record(folder)
 
 
-CONFIG_OF = "import json, sys, train_gpt as t; print(json.dumps(t.config_to_json(t.TRACKS[sys.argv[1]])))"
-
-
 def flags_of(script: Path, config: dict) -> list[str]:
     """The flags that turn the script's defaults into this configuration."""
-    run = subprocess.run([sys.executable, "-c", CONFIG_OF, config["track"]], cwd=script.parent, text=True,
-                         capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
-    if run.returncode:
-        raise UserError(f"{script}: can't be asked for its defaults: {run.stderr.strip().splitlines()[-1]}")
-    defaults = json.loads(run.stdout)
-    derived = SET_HERE | {"vocab_size"}
-    return [f"--{k}={v}" for k, v in config.items() if v != defaults.get(k) and k not in derived
-            and not isinstance(v, list)]
+    defaults = config_of(script, config["track"])
+    return [f"--{name}={value}" for name, value in config.items() if value != defaults.get(name)
+            and name not in SET_HERE | {"vocab_size"} and not isinstance(value, list)]
 
 
 def import_logs(options, flags):
@@ -364,18 +372,12 @@ def race(options, flags):
 
     With two numbers of runs, A's and B's, those that one has more come last.
     """
-    check_flags(flags, options.track)
+    check_flags(flags, options.track, options.a, options.b)
     place = options.out or ROOT / "logs" / f"race_{options.a.stem}_{options.b.stem}"
     sides = {place / f"A_{options.a.stem}": options.runs[0], place / f"B_{options.b.stem}": options.runs[-1]}
-    new_here = [folder for folder in sides if not folder.exists()]
-    try:
-        for (folder, runs), script in zip(sides.items(), (options.a, options.b)):
-            plan = plan_of(runs, flags, options.gpus) | {"interleaved": [side.name for side in sides]}
-            register(folder, folder.name, options.track, script, plan)
-    except UserError:
-        for folder in new_here:  # both or none
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    for (folder, runs), script in zip(sides.items(), (options.a, options.b)):
+        plan = plan_of(runs, flags, options.gpus or 1) | {"interleaved": [side.name for side in sides]}
+        register(folder, folder.name, options.track, script, plan)
     for seed in range(max(options.runs)):
         for folder, runs in sides.items():
             if seed < runs:
@@ -386,7 +388,7 @@ def race(options, flags):
 
 
 def keep(options, flags):
-    """Takes a record from elsewhere, such as a side of a race, into the records under a name; copies it."""
+    """Copies a record from elsewhere, such as a side of a race, into the records under a name."""
     if unfinished := only_registered(options.folder):
         raise UserError(f"{options.folder}: {unfinished}: give the command again that made it")
     record = verify(options.folder)
@@ -395,20 +397,15 @@ def keep(options, flags):
     if folder.exists() or twins:
         raise UserError(f"{folder}: is there already: give another name" if folder.exists() else
                         f"{twins[0]}: has these runs already")
-    options.records.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".keep_", dir=options.records) as work:
-        draft = Path(work) / folder.name
-        draft.mkdir()
-        for name in ["train_gpt.py", *(row["log"] for row in record["runs"])]:
-            shutil.copyfile(options.folder / name, draft / name)
-        readme, title = read(options.folder / "README.md"), f"# {record['name']}\n"
-        if readme.startswith(title):
-            readme = f"# {options.name}\n" + readme.removeprefix(title)
-        write(draft / "README.md", readme)
-        write(draft / "record.json", dump(record | {"name": options.name}))
-        write_record(draft, shown=folder)
-        folder.parent.mkdir(exist_ok=True)
-        draft.rename(folder)
+    folder.mkdir(parents=True)
+    for name in ["train_gpt.py", *(row["log"] for row in record["runs"])]:
+        shutil.copyfile(options.folder / name, folder / name)
+    readme, title = read(options.folder / "README.md"), f"# {record['name']}\n"
+    if readme.startswith(title):
+        readme = f"# {options.name}\n" + readme.removeprefix(title)
+    write(folder / "README.md", readme)
+    write(folder / "record.json", dump(record | {"name": options.name}))
+    write_record(folder)
 
 
 def reproduce(options, flags):
@@ -423,15 +420,12 @@ def reproduce(options, flags):
         raise UserError(f"{options.folder}: has one run: to judge a reproduction, a record needs 2 or more")
     old = parse_log(options.folder / record["runs"][0]["log"])
     seed = old.config["seed"] if options.seed is None else options.seed
-    data = options.data or old.config["data"] or str(ROOT / "data" / old.config["dataset"])
-    tokenizer = options.tokenizer or old.config.get("tokenizer", "")
-    places = [f"--data={data}"] + [f"--tokenizer={tokenizer}"] * bool(tokenizer)
+    flags = [f"--track={record['track']}", *record["plan"]["flags"], f"--seed={seed}"]
+    flags += [f"--{name}={value}" for name in ("data", "tokenizer") if (value := getattr(options, name))]
     gpus = options.gpus or record["plan"]["gpus"]
     with tempfile.TemporaryDirectory() as work:
-        script = Path(work) / "train_gpt.py"
-        shutil.copyfile(options.folder / "train_gpt.py", script)
-        given = [f"--track={record['track']}", *record["plan"]["flags"], f"--seed={seed}", *places]
-        again = parse_log(train(script, gpus, given, Path(work) / "logs") / "log.txt")
+        logs = train(options.folder / "train_gpt.py", gpus, flags, Path(work) / "logs")
+        again = parse_log(logs / "log.txt")
     check_run(again)
     before, after = comparable(old, PER_PLACE), comparable(again, PER_PLACE)
     for name in sorted(before.keys() | after.keys()):
@@ -503,7 +497,7 @@ def net_seconds(timing: Difference, gap: Difference, slope: float) -> Difference
 def comparison(a: Group, b: Group, threshold: float | None = None, slope: float | None = None) -> str:
     """Plain words on B against the baseline A. `slope`: seconds per unit of loss; None: A's at its end."""
     out, n, (first, other) = [], len(a.runs), (group.runs[0].header for group in (a, b))
-    if first and other:  # the field's logs have no header
+    if first and other:  # modded-nanogpt's logs have no header
         expect(b.runs[0].path, "validation", other["validation"], first["validation"])
         out = [f"times don't compare: {name} of A is {first[name]}, of B {other[name]}"
                for name in ("device", "world_size", "torch") if first[name] != other[name]]
@@ -564,7 +558,7 @@ def plan(options, flags):
         spread = sd([run.loss for run in group.runs])
         origin = f"of the {len(group.runs)} runs of {group.name}"
     elif spread is None:
-        spread, origin = TRACKS["short"].sd, "the field's on the short track"
+        spread, origin = TRACKS["short"].sd, "modded-nanogpt's on the short track"
     if not spread or not 0 < spread < math.inf or not 0 < options.margin < math.inf:
         raise UserError(f"margin {options.margin}, sd {spread}: expected both above 0 (an sd needs 2 runs)")
     rows = [[f"{power:.0%}", *(runs_needed(options.margin, spread, power, *how)
@@ -587,17 +581,11 @@ def only_registered(folder: Path) -> str:
     one registered, or a log isn't what its run left.
     """
     record = load_record(folder)
-    plan = record.get("plan", {})
-    if "results" in record or not plan.get("registered"):
+    if "results" in record or not record.get("plan", {}).get("registered"):
         return ""
-    check_script(folder, plan)
-    rows = [row for row in record["runs"] if "log_sha256" in row]
-    runs = [parse_log(folder / f"seed{row['seed']}.txt") for row in rows]
-    check_rows(runs, rows, plan, folder / "record.json")
-    if runs:
-        check_plan(runs, plan | {"seeds": [row["seed"] for row in rows]}, record["track"])
+    runs = check_logs(folder, record, [row for row in record["runs"] if "log_sha256" in row])
     expect(folder, "sha256 of record.json's contents", record["sha256"], json.loads(dump(record))["sha256"])
-    return f"{len(runs)} of {plan.get('runs')} runs done"
+    return f"{len(runs)} of {record['plan']['runs']} runs done"
 
 
 def verify_all(options, flags):
@@ -626,23 +614,22 @@ def refresh(options, flags):
 
 def table(options, flags):
     """Writes the history of each track that the file has markers for."""
-    text = read(options.file)
-    tracks = re.findall(r"<!-- records:(\w+) -->\n", text)
-    for track in tracks:
-        start, end = f"<!-- records:{track} -->\n", f"<!-- /records:{track} -->"
-        before, _, rest = text.partition(start)
-        if track not in TRACKS or end not in rest:
-            raise UserError(f"{options.file}: markers of {track!r}: expected one of {', '.join(TRACKS)} and "
-                            f"the end {end} after it")
+    def rows(match) -> str:
+        track = match[2]
+        if track not in TRACKS:
+            raise UserError(f"{options.file}: marker of {track!r}: expected one of {', '.join(TRACKS)}")
         parent = options.records / TRACKS[track].folder
         paths = [path for path in all_records(options.records) if path.parent == parent]
         records = [(path, verify(path)) for path in paths if not only_registered(path)]
-        rows = history(records, options.file.resolve().parent)
-        text = before + start + rows + end + rest.partition(end)[2]
-    if not tracks:
-        raise UserError(f"{options.file}: found no line <!-- records:TRACK -->: put one where a table goes")
+        return match[1] + history(records, options.file.resolve().parent) + match[3]
+
+    old = read(options.file)
+    text, tables = re.subn(r"(<!-- records:(\w+) -->\n).*?(<!-- /records:\2 -->)", rows, old, flags=re.S)
+    if not tables or tables != old.count("<!-- records:"):
+        raise UserError(f"{options.file}: found {tables} tables: each needs a line <!-- records:TRACK --> "
+                        "and, below it, <!-- /records:TRACK -->")
     write(options.file, text)
-    print(f"{options.file}: tables of {', '.join(tracks)}")
+    print(f"{options.file}: {tables} tables")
 
 
 def history(records: list, base: Path) -> str:
@@ -667,26 +654,10 @@ def history(records: list, base: Path) -> str:
 # Pictures
 
 
-def figure(columns: int, rows: int = 1, size=(5.0, 3.6)):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
-
-
-def save_figure(picture, path: Path):
-    import matplotlib.pyplot as plt
-
-    picture.tight_layout()
-    picture.savefig(path, dpi=110)
-    plt.close(picture)
-
-
 def draw_losses(groups: dict, path: Path, target: float | None = None):
     """Validation loss of every run by step and by time with the range of each group, and the final losses."""
-    picture, ((by_step, by_time, final),) = figure(3)
+    picture = Figure(figsize=(15, 3.6), layout="tight")
+    by_step, by_time, final = picture.subplots(1, 3)
     for i, (name, runs) in enumerate(groups.items()):
         curves = mean_curve(runs)
         steps = [step for step in curves if step]
@@ -706,7 +677,7 @@ def draw_losses(groups: dict, path: Path, target: float | None = None):
     final.set(xticks=range(len(groups)), title="last validation, bar: mean")
     final.set_xticklabels(groups, fontsize=8)
     by_step.legend(fontsize=8)
-    save_figure(picture, path)
+    picture.savefig(path, dpi=110)
 
 
 def draw_lambdas(runs: list[Run], path: Path):
@@ -714,17 +685,17 @@ def draw_lambdas(runs: list[Run], path: Path):
     names = sorted({name for run in runs for row in run.validations for name in row.get("lambdas", {})})
     if not names:
         return
-    picture, grid = figure(min(3, len(names)), -(-len(names) // 3), size=(4.0, 3.0))
-    for axes, name in zip(grid.flat, names):
+    rows, columns = math.ceil(len(names) / 3), min(3, len(names))
+    picture = Figure(figsize=(4 * columns, 3 * rows), layout="tight")
+    for i, name in enumerate(names):
+        axes = picture.add_subplot(rows, columns, i + 1)
         for run in runs:
-            rows = [(row["step"], row["lambdas"][name]) for row in run.validations if name in row["lambdas"]]
+            learned = {row["step"]: row["lambdas"][name] for row in run.validations if name in row["lambdas"]}
             axes.set_prop_cycle(None)
-            axes.plot([step for step, _ in rows], [values for _, values in rows], lw=0.8)
+            axes.plot(list(learned), list(learned.values()), lw=0.8)
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
-    for axes in grid.flat[len(names):]:
-        axes.axis("off")
-    save_figure(picture, path)
+    picture.savefig(path, dpi=110)
 
 
 def plot(options, flags):
@@ -761,8 +732,8 @@ def parser() -> Parser:
     top = Parser("record.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(function, name: str, *positional: str, **flags):
-        """A positional argument is `name:nargs`; a flag is a type, or a default of that type."""
+    def command(name: str, function, *positional: str, **flags):
+        """Positional arguments are name or name:nargs. A flag has a type, or a default of that type."""
         sub = commands.add_parser(name)
         sub.set_defaults(run=function)
         for argument in positional:
@@ -773,24 +744,23 @@ def parser() -> Parser:
             sub.add_argument(f"--{flag}", default=default, type=kind if default is None else type(default))
         return sub
 
-    def runs_of(sub, track: str | None, number=at_least_one):
-        sub.add_argument("--track", choices=TRACKS, default=track, required=track is None)
-        sub.add_argument("--runs", type=number, required=True)
-        sub.add_argument("--gpus", type=at_least_one, default=1)
-
-    runs_of(command(new, "new", "name", script=Path, records=RECORDS), None)
-    runs_of(command(race, "race", "a", "b", out=Path), "sprint", one_or_two)
-    command(import_logs, "import", "logs:+", "name", records=RECORDS)
-    command(verify_all, "verify", "folders:*", records=RECORDS)
-    command(refresh, "refresh", "folders:+")
-    command(compare, "compare", "a", "b", threshold=float, seconds_per_loss=float)
-    command(keep, "keep", "folder", "name", records=RECORDS)
-    planner = command(plan, "plan", sd=float)
-    planner.add_argument("--margin", type=float, required=True)
-    planner.add_argument("--from", type=Path, dest="source")
-    command(reproduce, "reproduce", "folder", data=str, tokenizer=str, seed=int, gpus=at_least_one)
-    command(table, "table", file=ROOT / "README.md", records=RECORDS)
-    command(plot, "plot", "folders:+", out=Path("plot.png"), target=float)
+    sub = command("new", new, "name", script=Path, gpus=at_least_one, records=RECORDS)
+    sub.add_argument("--track", choices=TRACKS, required=True)
+    sub.add_argument("--runs", type=at_least_one, required=True)
+    sub = command("race", race, "a", "b", gpus=at_least_one, out=Path)
+    sub.add_argument("--track", choices=TRACKS, default="sprint")
+    sub.add_argument("--runs", type=one_or_two, required=True)
+    sub = command("plan", plan, sd=float)
+    sub.add_argument("--margin", type=float, required=True)
+    sub.add_argument("--from", type=Path, dest="source")
+    command("import", import_logs, "logs:+", "name", records=RECORDS)
+    command("verify", verify_all, "folders:*", records=RECORDS)
+    command("refresh", refresh, "folders:+")
+    command("compare", compare, "a", "b", threshold=float, seconds_per_loss=float)
+    command("keep", keep, "folder", "name", records=RECORDS)
+    command("reproduce", reproduce, "folder", data=str, tokenizer=str, seed=int, gpus=at_least_one)
+    command("table", table, file=ROOT / "README.md", records=RECORDS)
+    command("plot", plot, "folders:+", out=Path("plot.png"), target=float)
     return top
 
 

@@ -1,4 +1,4 @@
-"""Logs of training runs, what must hold for them, and the statistics over them: what record.py builds on."""
+"""Reads the logs of training runs, checks them, and computes the statistics that record.py reports."""
 
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ from scipy import stats
 class Track(NamedTuple):
     folder: str
     target: float | None = None   # validation loss that the mean must be shown to be below
-    sd: float | None = None       # run-to-run, known from the field's logs
+    sd: float | None = None       # run-to-run, known from modded-nanogpt's logs
     val_tokens: int | None = None # on which the target is defined
 
 
@@ -30,7 +30,7 @@ LEVEL = 0.01      # p below which a target counts as reached
 NO_WORSE = 0.005  # nats: "no worse" means that the upper 95 % bound of the difference is below this
 PER_RUN = {"seed", "log_folder"}  # fields of a run's configuration that may differ within a record
 PER_PLACE = PER_RUN | {"data", "tokenizer", "save_every"}  # ... and between a record and its reproduction
-SET_HERE = PER_RUN | {"track", "save_every", "checkpoint", "resume", "check", "stop_after", "export"}
+SET_HERE = PER_RUN | {"track", "runs", "save_every", "resume"}  # flags that nobody may pass on
 
 
 class UserError(Exception):
@@ -49,18 +49,6 @@ def expect(where, what: str, found, expected):
 def expect_text(place, found: str, expected: str):
     for line, pair in enumerate(itertools.zip_longest(found.split("\n"), expected.split("\n")), 1):
         expect(place, f"generated text, line {line}", *map(repr, pair))
-
-
-def expect_same(place, name: str, found, expected):
-    """Raises Mismatch that names the first value in which two trees of JSON differ."""
-    if isinstance(found, dict) and isinstance(expected, dict) and found.keys() == expected.keys():
-        for key in expected:
-            expect_same(place, f"{name}.{key}".lstrip("."), found[key], expected[key])
-    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        for i, pair in enumerate(zip(found, expected)):
-            expect_same(place, f"{name}[{i}]", *pair)
-    else:
-        expect(place, name, found, expected)
 
 
 def sha256(content: bytes | str) -> str:
@@ -90,13 +78,13 @@ class Step(NamedTuple):
     step: int
     total: int
     kind: str     # train or val
-    loss: float   # nan where the field's logs state none
+    loss: float   # nan where modded-nanogpt's logs state none
     ms: int
     average: float
 
 
 class Run(NamedTuple):
-    """A parsed log, this repo's or the field's; the latter has neither header nor config."""
+    """A parsed log. One of modded-nanogpt has neither header nor config."""
 
     path: Path
     sha256: str
@@ -139,7 +127,7 @@ def parse_log(path: Path) -> Run:
     """Raises UserError if there is no step line with a validation loss."""
     beside = path.name == "log.txt" and (path.parent / "metrics.jsonl").exists()
     text = log_text(path.parent) if beside else read(path)
-    parts = re.split(r"^={50,}$\n", text, maxsplit=1, flags=re.M)  # the field's logs begin with the source
+    parts = re.split(r"^={50,}$\n", text, maxsplit=1, flags=re.M)  # modded-nanogpt's logs begin so
     source, rest = parts if len(parts) == 2 else ("", text)
     header, config, steps, validations = {}, {}, [], []
     for line in rest.split("\n"):
@@ -239,14 +227,21 @@ def check_plan(runs: list[Run], plan: dict, track: str):
             found = run.header["validation"].split()[0]
             expect(run.path, "validation tokens", found, f"tokens:{spec.val_tokens}")
         for flag in plan["flags"]:
-            name, given, text = flag.removeprefix("--").partition("=")
-            if not same_value(run.config.get(name.replace("-", "_")), text if given else "on"):
+            name, value = parse_flag(flag)
+            if not same_value(run.config.get(name), value):
                 raise Mismatch(f"{run.path}: config.{name}: found {run.config.get(name)}, expected {flag}")
     expect("the logs", "seeds", [run.config["seed"] for run in runs], plan["seeds"])
     check_same(runs)
 
 
+def parse_flag(flag: str) -> tuple[str, str]:
+    """Name and value of --name=value; --name alone means on."""
+    name, _, text = flag.removeprefix("--").partition("=")
+    return name.replace("-", "_"), text if "=" in flag else "on"
+
+
 def same_value(value, text: str) -> bool:
+    """Whether a configuration's value is what a flag's text says."""
     if isinstance(value, bool):
         return text.lower() in (("true", "on", "1") if value else ("false", "off", "0"))
     try:
