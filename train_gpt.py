@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track=short    # 3.28 on FineWeb
     python train_gpt.py --help                                             # every flag and what it does
 
-`./run.sh [track]` sets everything up first. `evaluate.py` evaluates, samples from and exports a checkpoint.
+evaluate.py evaluates a checkpoint, samples from it and exports it.
 
 Shape suffixes: x_TD is (T, D).   T tokens of one packed micro-batch   D model width   H heads   E head width
     F hidden width of the MLP   V padded vocabulary   L layers   A layers with attention   K targets per token
@@ -57,6 +57,12 @@ except ImportError:  # torch's CPU builds come without it
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
+
+
+def require(condition, message: str):
+    """Raise UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -115,7 +121,7 @@ class Config:
     # data
     data: str = flag("data/sample", "folder with NAME_train_000000.bin, NAME_val_000000.bin, ..")
     vocab_size: int = flag(0, "tokens; 0: as many as the data's token_bytes.npy lists, or GPT-2's 50257")
-    document_rest: str = flag("skip", "what follows where a document is cut", choices=("skip", "keep"))
+    document_rest: str = flag("skip", "what follows the cut of a long document", choices=("skip", "keep"))
     epochs: int = flag(1, "passes over the training data that the schedule may use", 1)
     micro_batches: int = flag(8, "micro-batches of a step over all ranks; more need less memory", 1)
     val_tokens: int = flag(0, "validation tokens; 0: all")
@@ -138,7 +144,7 @@ class Config:
     yarn: bool = flag(True, "stretch rotary embeddings as windows grow")
     value_embeds: bool = flag(True, "value embeddings")
     value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
-    key_offset: str = flag("table", "partial key offset in the marked layers, there in all dims, in all layers",
+    key_offset: str = flag("table", "partial key offset: in marked layers, there of all dims, in all layers",
                            choices=("table", "table-full", "all", "off"))
     x0_mix: bool = flag(True, "add the input embedding before each layer, with a learned weight")
     smear: bool = flag(True, "add the previous token's embedding, gated")
@@ -328,7 +334,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def on_or_off(text: str) -> bool:
-    return {"on": True, "off": False}.get(text.lower()) or json.loads(text.lower())
+    if text not in ("on", "off", "true", "false", "1", "0"):
+        raise ValueError(text)
+    return text in ("on", "true", "1")
 
 
 def parse_flags(argv: list[str]) -> dict:
@@ -337,15 +345,17 @@ def parse_flags(argv: list[str]) -> dict:
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     fields = [field for field in dataclasses.fields(Config) if field.metadata]
     for field in fields:
-        kind = {"type": on_or_off, "nargs": "?", "const": True} if field.type is bool else {"type": field.type}
-        parser.add_argument(
-            f"--{field.name}", **kind, choices=field.metadata["choices"] or None, default=argparse.SUPPRESS,
-            metavar=field.type.__name__, help=f"{field.metadata['help']} [{getattr(TRACKS['tiny'], field.name)}]")
+        options = {"type": field.type, "choices": field.metadata["choices"] or None}
+        if field.type is bool:
+            options = {"type": on_or_off, "nargs": "?", "const": True}
+        default = getattr(TRACKS["tiny"], field.name)
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
+                            help=f"{field.metadata['help']} [{default}]", **options)
     given = vars(parser.parse_args(argv))
     for field in fields:
         value, least = given.get(field.name), field.metadata["least"]
-        if field.type in (int, float) and value is not None and not least <= value < 1e12:
-            raise UserError(f"--{field.name}={value}: expected a number from {least} to 1e12")
+        if field.type in (int, float) and value is not None:
+            require(least <= value < 1e12, f"--{field.name}={value}: expected a number from {least} to 1e12")
     return given
 
 
@@ -361,12 +371,11 @@ def parse_config(argv: list[str], ranks: int = 1) -> Config:
         cfg = replace(cfg, resume=find_unfinished(cfg))
     if not cfg.resume:
         return cfg
-    if cfg.runs > 1:
-        raise UserError("--runs: a resumed run is one; leave --resume out or give --runs=1")
+    require(cfg.runs == 1, "--runs: a resumed run is one; leave --resume out or give --runs=1")
     saved = read_checkpoint(cfg.resume)[1]["config"]
     for name, value in given.items():
-        if name not in RUN_FLAGS and value != getattr(saved, name):
-            raise UserError(f"--{name}: {cfg.resume} has {getattr(saved, name)}; leave the flag out")
+        kept = getattr(saved, name)
+        require(name in RUN_FLAGS or value == kept, f"--{name}: {cfg.resume} has {kept}; leave the flag out")
     fresh = {name: getattr(cfg, name) for name in RUN_FLAGS if name != "data" or "data" in given}
     return replace(saved, **fresh)
 
@@ -376,17 +385,15 @@ def check_config(cfg: Config) -> Config:
     if not cfg.vocab_size:
         table = load_token_table(cfg, "token_bytes.npy")
         cfg = replace(cfg, vocab_size=50_257 if table is None else len(table))
-    batches = [stage.batch_tokens for stage in cfg.stages if stage.batch_tokens % cfg.micro_batches]
-    late = [i for i in cfg.attention_layers if cfg.reads_late(i)]
-    for wrong, what in (
-        (batches, f"--micro_batches={cfg.micro_batches}: must divide the batches of {batches} tokens"),
-        (cfg.width % (4 * cfg.heads), f"--width={cfg.width}: must be a multiple of 4 * --heads={cfg.heads}"),
-        (cfg.backout_from >= len(cfg.layers), f"--backout_from: the last layer is {len(cfg.layers) - 1}"),
-        (cfg.late_attention and not late, "--late_attention: no attention after --backout_from; turn it off"),
-        (cfg.muon_heads and cfg.heads % cfg.muon_heads, f"--muon_heads: must divide --heads={cfg.heads}"),
-    ):
-        if wrong:
-            raise UserError(what)
+    micro, last = cfg.micro_batches, len(cfg.layers) - 1
+    batches = [stage.batch_tokens for stage in cfg.stages]
+    require(not any(batch % micro for batch in batches), f"--micro_batches={micro}: must divide {batches}")
+    require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 heads")
+    require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
+    require(not cfg.late_attention or any(map(cfg.reads_late, cfg.attention_layers)),
+            "--late_attention: no attention after --backout_from; turn it off")
+    require(not cfg.muon_heads or cfg.heads % cfg.muon_heads == 0,
+            f"--muon_heads={cfg.muon_heads}: must divide --heads={cfg.heads}")
     return cfg
 
 
@@ -458,9 +465,8 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     """The fastest that this machine has of what the flags allow. Raises UserError if a rank has no GPU."""
     if not torch.cuda.is_available():
         return Hardware(torch.device("cpu"), torch.float32, False, "reference", "reference", "off", False)
-    if torch.cuda.device_count() <= world.local_rank:
-        raise UserError(f"process {world.local_rank + 1} has no GPU, {torch.cuda.device_count()} found: "
-                        "start one process per GPU")
+    found = torch.cuda.device_count()
+    require(world.local_rank < found, f"process {world.local_rank + 1} has no GPU: start {found} processes")
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)  # where Triton launches
     capability = torch.cuda.get_device_capability(device)
@@ -493,7 +499,7 @@ def region(function=None, **options):
 
     @wraps(function)
     def call(*arguments):
-        if not region.compile:
+        if not region.compile or torch.compiler.is_compiling():  # the latter: within another region
             return function(*arguments)
         torch._dynamo.config.recompile_limit = 64  # of layers' kinds; here, as backward's thread has its own
         for i in token_arguments:
@@ -676,8 +682,8 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
     for k in tl.static_range(K):
         target = tl.load(targets + row * K + k)
         weight = tl.where(target >= 0, tl.load(weights + k), 0.0)
-        z = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
-        value += weight * (lse - HEIGHT * soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE))
+        picked = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
+        value += weight * (lse - HEIGHT * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE))
         weight_sum += weight
     tl.store(loss + row, value)
     inverse = HEIGHT / WIDTH / tl.load(scale)  # the softcap's steepest slope over the scale
@@ -807,7 +813,7 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
-def shift(x: Tensor, edges_T: Tensor | None = None) -> Tensor:
+def shift(x: Tensor, edges_T=None) -> Tensor:
     """x[t-1] at position t; zero at t = 0 and, if edges_T (bool) is given, where it is true."""
     previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
     if edges_T is None:
@@ -850,7 +856,7 @@ def add_product(grad_RC, a_TR, b_TC):
 
 
 @region
-def rows_region(tokens_T, table_VD, dtype) -> Tensor:
+def rows_region(tokens_T, table_VD, dtype):
     return F.embedding(tokens_T, table_VD).to(dtype)
 
 
@@ -971,7 +977,7 @@ class Mixing(torch.autograd.Function):
 
 
 @region
-def float8_region(x_TD, scale) -> Tensor:
+def float8_region(x_TD, scale):
     """x / scale as float8 of four exponent bits, largest value 448."""
     return (x_TD.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
 
@@ -991,7 +997,7 @@ def branch_region(x_TD, o_TD, scale8):
 
 
 @region
-def branch_backward_region(h_TD, scale_T1, grad_TD, h_grad_TD) -> Tensor:
+def branch_backward_region(h_TD, scale_T1, grad_TD, h_grad_TD):
     """Gradient of the sum: its own, plus what comes back through the norm."""
     return (grad_TD + norm_backward(h_TD, scale_T1, h_grad_TD)).type_as(grad_TD)
 
@@ -1115,7 +1121,7 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
 
 
 @region
-def embed_region(embed_TD, gate_G, smear_lambda, edges_T) -> Tensor:
+def embed_region(embed_TD, gate_G, smear_lambda, edges_T):
     """Token embeddings smeared with their predecessor, normed: (T, D)."""
     if gate_G is not None:
         gate = torch.sigmoid(embed_TD[:, : gate_G.numel()] @ gate_G.to(embed_TD.dtype))
@@ -1141,7 +1147,7 @@ def bigram_region(tokens_T, edges_T, rows: int):
 
 
 @region
-def sign_region(rows_TD, signs_SD, sign_T) -> Tensor:
+def sign_region(rows_TD, signs_SD, sign_T):
     """Rows with their signs: pairs that share a row are told apart by them."""
     return rows_TD * signs_SD[sign_T]
 
@@ -1172,7 +1178,7 @@ def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, offset_E, edge
 
 
 @region
-def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
+def gate_region(y_THE, lead_TG, gate_HG, out_lambda):
     """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D)."""
     factor_TH = out_lambda.expand(y_THE.size(0), 1)
     if gate_HG is not None:
@@ -1181,7 +1187,7 @@ def gate_region(y_THE, lead_TG, gate_HG, out_lambda) -> Tensor:
 
 
 @region
-def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, edges_T) -> Tensor:
+def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, edges_T):
     """Latents that the head reads: backout, norm, and smear-MTP y'[t] = y[t] + lambda y[t-1] (PR 151)."""
     if backout_TD is not None:
         x_TD = (x_TD - backout_lambda.expand(x_TD.size(0), 1) * backout_TD).type_as(x_TD)
@@ -1197,7 +1203,7 @@ def cap(logits: Tensor, softcap: Softcap) -> Tensor:
 
 
 @region
-def loss_region(logits_TV, targets_T, softcap: Softcap) -> Tensor:
+def loss_region(logits_TV, targets_T, softcap: Softcap):
     """Cross entropy of logits before the soft cap: (T,) float32, 0 where the target is -1."""
     return F.cross_entropy(cap(logits_TV, softcap), targets_T, ignore_index=-1, reduction="none")
 
@@ -1248,7 +1254,7 @@ def unbind(p: nn.Parameter | None, count: int) -> tuple:
 
 
 class GPT(nn.Module):
-    """The parameters are those of parameter_table, float32 and 0 until `initialise`; forward runs in `dtype`."""
+    """Parameters: see parameter_table; float32, and 0 until `initialise`. forward runs in `dtype`."""
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attention: str = "reference",
                  kernels: str = "reference", fp8: str = "off"):
@@ -1316,7 +1322,8 @@ class GPT(nn.Module):
                 value_TD = sum(rows[1:], rows[0]) if rows else None
                 q_THE, k_THE, v_THE = qkv_region(
                     qkv_TC, lambdas[2 * a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale,
-                    rotary.offset_E if cfg.key_offset == "all" or layer.key_offset else None, edges_T, cfg.heads)
+                    rotary.offset_E if layer.key_offset or cfg.key_offset == "all" else None, edges_T,
+                    cfg.heads)
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, windows[layer.window])
                 y_TD = gate_region(y_THE, lead_TG, gates[a], lambdas[2 * a + 1])
                 o_TD = self.project("o", a, y_TD)
@@ -1670,19 +1677,21 @@ def parameter_table(cfg: Config) -> list[Row]:
     L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
     muon, adam, std = cfg.muon_lr, cfg.adam_lr, 0.5 / math.sqrt(cfg.width)
 
-    def table(name: str, shape: tuple, ratio: float = 1.0, decay: float = 1.0, betas: tuple = (0.65, 0.95), **more):
+    def table(name: str, shape: tuple, ratio: float = 1.0, decay: float = 1.0, betas=(0.65, 0.95), **more):
         lr = ratio * adam
-        return Row(name, shape, Adam, "sharded", (lr,), betas=betas, weight_decay=decay * cfg.adam_weight_decay * lr,
-                   every=ADAM_EVERY, **more)
+        decay *= cfg.adam_weight_decay * lr
+        return Row(name, shape, Adam, "sharded", (lr,), betas=betas, weight_decay=decay, every=ADAM_EVERY, **more)
 
     def bank(name: str, shape: tuple, lr: tuple, **more):
         return Row(name, shape, NorMuon, "sharded", lr, weight_decay=cfg.muon_weight_decay, **more)
 
     smooth = (0.9, 0.99) if cfg.smooth_scalars else (0.65, 0.95)
 
-    def scalars(name: str, shape: tuple, start=0.0, lr: float = 5 * adam, betas: tuple = smooth, used: bool = True):
+    def scalars(name: str, shape: tuple, start=0.0, lr: float = 5 * adam, betas=smooth, used: bool = True):
         return Row(name, shape, Adam, "replicated", (lr,), start, betas, every=ADAM_EVERY, used=used)
 
+    groups = (cfg.heads // cfg.muon_heads,) * 2 + (1, 1) if cfg.muon_heads else ()
+    values = normal(cfg.value_std) if cfg.value_std else 0.0
     embed = {"ratio": EMBED_LR_RATIO, "start": normal(1)}
     if cfg.untie_at:  # a copy of the head, at its rate and decay, until it gets a life of its own (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
@@ -1691,10 +1700,10 @@ def parameter_table(cfg: Config) -> list[Row]:
     return [
         table("embed", (V, D), **embed),
         table("head", (V, D), decay=150),
-        bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, start=uniform(std, 3 + cfg.draw_output),
-             groups=(cfg.heads // cfg.muon_heads,) * 2 + (1, 1) if cfg.muon_heads else ()),
+        bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, groups=groups,
+             start=uniform(std, 3 + cfg.draw_output)),
         bank("mlp_bank", (L, 2, MLP_RATIO * D, D), (2 * muon, 4 * muon), start=uniform(std, 1)),
-        table("value_embeds", (cfg.value_tables * V, D), EMBED_LR_RATIO, 5, start=cfg.value_std and normal(cfg.value_std),
+        table("value_embeds", (cfg.value_tables * V, D), EMBED_LR_RATIO, 5, start=values,
               used=cfg.value_tables > 0),
         table("bigram_embed", (cfg.bigram_rows, D), EMBED_LR_RATIO, 5, (0.75, 0.95), used=pairs),
         table("mtp_heads", (cfg.mtp_heads, V, D), decay=150, used=cfg.mtp_heads > 0),
@@ -1834,8 +1843,7 @@ def load_token_table(cfg: Config, name: str) -> np.ndarray | None:
 def find_shards(cfg: Config, split: str) -> list[Path]:
     """Shards of a split, in order. Raises UserError if there are none."""
     shards = sorted(data_folder(cfg).glob(f"[!.]*_{split}_*.bin"))
-    if not shards:
-        raise UserError(f"no *_{split}_*.bin in {data_folder(cfg)}: make them, or give another --data=")
+    require(shards, f"no *_{split}_*.bin in {data_folder(cfg)}: make them, or give another --data=")
     return shards
 
 
@@ -1845,15 +1853,13 @@ def open_shard(path: Path, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
     Raises UserError that names the file.
     """
     header = np.fromfile(path, "<i4", 256)
-    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-        raise UserError(f"{path}: not a version 1 token shard: fetch or make it again")
-    count = (path.stat().st_size - 1024) / 2
-    if count != header[2] or count < 1:
-        raise UserError(f"{path}: header says {header[2]} tokens, the file has {count:g}: make it again")
+    known = len(header) == 256 and header[0] == 20240520 and header[1] == 1
+    require(known, f"{path}: not a version 1 token shard: fetch or make it again")
+    count, named = (path.stat().st_size - 1024) / 2, int(header[2])
+    require(count == named > 0, f"{path}: header says {named} tokens, the file has {count:g}: make it again")
     tokens = np.memmap(path, "<u2", "r", offset=1024)
-    if tokens.max() >= cfg.vocab_size:
-        raise UserError(f"{path}: token {tokens.max()}, but the vocabulary has {cfg.vocab_size}: damaged, or "
-                        "token_bytes.npy beside it is of another tokenizer")
+    require(tokens.max() < cfg.vocab_size, f"{path}: token {tokens.max()}, but the vocabulary has "
+            f"{cfg.vocab_size}: damaged, or token_bytes.npy beside it is of another tokenizer")
     return tokens, np.flatnonzero(tokens == cfg.bos)
 
 
@@ -1876,9 +1882,8 @@ class Shards:
         """Tokens of shard i and where its documents start."""
         if i not in self.opened:
             self.opened[i] = open_shard(self.paths[i], self.cfg)
-            if not len(self.opened[i][1]):
-                raise UserError(f"{self.paths[i]}: no document start, token {self.cfg.bos}; python "
-                                "data/token_tables.py FOLDER --tokenizer=.. says what the tokens are")
+            require(len(self.opened[i][1]), f"{self.paths[i]}: no document start, token {self.cfg.bos}; "
+                    "python data/token_tables.py FOLDER --tokenizer=.. says what the tokens are")
         return self.opened[i]
 
     def next_start(self, offset: int) -> int:
@@ -1910,18 +1915,16 @@ class DocumentStream:
         self.shards, self.cfg, self.position = shards, cfg, position
         if position == Position():
             self.position = Position(0, shards.next_start(-1))
-        if position.offset > shards.edges[-1]:
-            raise UserError(f"training goes on at token {position.offset:,}, the shards have "
-                            f"{shards.edges[-1]:,}: are they those that it began with?")
+        require(position.offset <= shards.edges[-1], f"training goes on at token {position.offset:,} of "
+                f"{shards.edges[-1]:,}: are the shards those that it began with?")
 
     def advance(self, limit: int) -> tuple[int, int]:
         """First and end of the next piece, at most `limit` tokens. Raises UserError after the last epoch."""
         epoch, lo = self.position
         if lo == self.shards.edges[-1]:
             epoch, lo = epoch + 1, self.shards.next_start(-1)
-        if epoch >= self.cfg.epochs:
-            raise UserError(f"{self.shards.edges[-1]:,} training tokens don't last for {epoch} epochs: "
-                            "add shards, raise --epochs or lower --scheduled_steps")
+        require(epoch < self.cfg.epochs, f"{self.shards.edges[-1]:,} training tokens don't last for {epoch} "
+                "epochs: add shards, raise --epochs or lower --scheduled_steps")
         end = self.shards.next_start(lo)
         hi = min(lo + limit, end)
         self.position = Position(epoch, end if self.cfg.document_rest == "skip" else hi)
@@ -2003,9 +2006,8 @@ def check_supply(cfg: Config, world: World, shards: Shards):
 
     Packs them as the loader does, but reads no tokens: some 1.5 s for the short track, 5 s for medium.
     """
-    if cfg.micro_batches % world.size:
-        raise UserError(f"{world.size} processes don't divide --micro_batches={cfg.micro_batches}: start a "
-                        "divisor of it")
+    require(cfg.micro_batches % world.size == 0,
+            f"{world.size} processes don't divide --micro_batches={cfg.micro_batches}: start a divisor of it")
     stream = DocumentStream(shards, cfg)
     for step in range(cfg.total_steps):
         stage = plan_step(cfg, step).stage
@@ -2121,6 +2123,16 @@ def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: 
     return total
 
 
+def graph_inputs(batch: MicroBatch, weights) -> list | None:
+    """What changes from one micro-batch to the next, in fixed shapes; None if it has too many documents."""
+    tokens, starts = len(batch.tokens) - 1, batch.docs.cu_seqlens
+    room = max(64, tokens // 256)
+    if len(starts) > room:
+        return None
+    padded = F.pad(starts, (0, room - len(starts)), value=tokens)  # with documents of no tokens
+    return [batch.tokens, padded, *weights]
+
+
 class Graphs:
     """CUDA graphs of micro-batches, one per kind of step, in one pool of memory, as one runs at a time.
 
@@ -2130,20 +2142,26 @@ class Graphs:
     def __init__(self):
         self.recipes, self.captured = {}, {}
 
-    def add(self, key, function, inputs: list):
-        """Have function(*inputs), which must have run before, recorded by capture()."""
-        self.recipes[key] = function, [x.to("cuda", copy=True) for x in inputs]
+    def add(self, model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights):
+        """Have micro-batches of this plan's kind, of which one must have run, recorded by capture()."""
+        inputs = [x.to("cuda", copy=True) for x in graph_inputs(batch, weights)]
+
+        def run():
+            tokens, cu_seqlens, *own_weights = inputs
+            packed = MicroBatch(tokens, Documents(cu_seqlens, batch.docs.longest))
+            return backward_micro_batch(model, packed, plan, rotary, own_weights)
+
+        self.recipes[plan.kind] = run, inputs
 
     def capture(self):
-        """Record what was added, unless it is. What the functions read stays alive: graphs know addresses."""
-        if self.captured:
-            return
+        """Record what was added, unless it is."""
         pool = torch.cuda.graph_pool_handle()
-        for key, (function, inputs) in self.recipes.items():  # the largest was added first: others fit in
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                output = function(*inputs)
-            self.captured[key] = graph, output
+        for key, (run, _) in self.recipes.items():  # the largest was added first: others fit in
+            if key not in self.captured:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    output = run()
+                self.captured[key] = graph, output
 
     def release(self):
         """Give the memory back until the next capture()."""
@@ -2160,34 +2178,13 @@ class Graphs:
         return output
 
 
-def graph_inputs(batch: MicroBatch, weights) -> list | None:
-    """What changes from one micro-batch to the next, in fixed shapes; None if it has too many documents."""
-    tokens, starts = len(batch.tokens) - 1, batch.docs.cu_seqlens
-    room = max(64, tokens // 256)
-    if len(starts) > room:
-        return None
-    padded = F.pad(starts, (0, room - len(starts)), value=tokens)  # with documents of no tokens
-    return [batch.tokens, padded, *weights]
-
-
-def add_graph(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights):
-    """Have micro-batches of this plan's kind run as a graph from the next capture() on."""
-
-    def run(tokens, cu_seqlens, *weights):
-        packed = MicroBatch(tokens, Documents(cu_seqlens, batch.docs.longest))
-        return backward_micro_batch(model, packed, plan, rotary, weights)
-
-    model.graphs.add(plan.kind, run, graph_inputs(batch, weights))
-
-
 def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
     """backward_micro_batch, as a graph where there is one."""
-    if model.graphs and plan.kind in model.graphs.captured:
-        inputs = graph_inputs(batch, weights)
-        if inputs is not None:
-            tokens, cu_seqlens, *rest = inputs
-            return model.graphs.replay(plan.kind, [tokens, cu_seqlens.pin_memory(), *rest])
-    return backward_micro_batch(model, to_device(batch, model.embed.device), plan, rotary, weights)
+    inputs = graph_inputs(batch, weights) if model.graphs and plan.kind in model.graphs.captured else None
+    if inputs is None:
+        return backward_micro_batch(model, to_device(batch, model.embed.device), plan, rotary, weights)
+    inputs[1] = inputs[1].pin_memory()
+    return model.graphs.replay(plan.kind, inputs)
 
 
 def train_step(model: GPT, optimizer: Optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int,
@@ -2219,14 +2216,12 @@ class Validation:
     def load(cls, cfg: Config):
         """The first val_tokens of the validation shards. Raises UserError if there are fewer."""
         token_bytes = load_token_table(cfg, "token_bytes.npy")
-        if token_bytes is not None and len(token_bytes) != cfg.vocab_size:
-            raise UserError(f"token_bytes.npy lists {len(token_bytes)} tokens, not {cfg.vocab_size}: "
-                            f"is {data_folder(cfg)} of another tokenizer?")
+        require(token_bytes is None or len(token_bytes) == cfg.vocab_size,
+                f"token_bytes.npy is of another vocabulary than {cfg.vocab_size} tokens: wrong --data?")
         shards = [open_shard(path, cfg)[0] for path in find_shards(cfg, "val")]
         have = sum(map(len, shards)) - 1
         count = cfg.val_tokens or have
-        if not 0 < count <= have:
-            raise UserError(f"--val_tokens={cfg.val_tokens}: the validation shards hold only {have}")
+        require(0 < count <= have, f"--val_tokens={cfg.val_tokens}: the validation shards hold only {have}")
         tokens = np.concatenate([shard[: count + 1] for shard in shards])[: count + 1]
         return cls(cfg, tokens, token_bytes)
 
@@ -2398,13 +2393,16 @@ class Log:
         if not self.active:
             return
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(1)))
-        self.folder = next(log_root(cfg) / name for name in names if not (log_root(cfg) / name).exists())
         try:
-            self.folder.mkdir(parents=True)
+            log_root(cfg).mkdir(parents=True, exist_ok=True)
+            for suffix in ("", *(f"-{i}" for i in range(1, 100))):  # of runs that start in the same second
+                self.folder = log_root(cfg) / f"{name}{suffix}"
+                if not self.folder.exists():
+                    break
+            self.folder.mkdir()
             shutil.copy(__file__, self.folder / "train_gpt.py")
         except OSError as error:
-            raise UserError(f"can't write logs in {self.folder}: {error.strerror}; give --log_folder=") from None
+            raise UserError(f"can't write {self.folder}: {error.strerror}; give --log_folder=") from None
         self.text = open(self.folder / "log.txt", "w", buffering=1)
         self.metrics = open(self.folder / "metrics.jsonl", "w", buffering=1)
 
@@ -2512,9 +2510,8 @@ class StepLog:
             rates = [f"{name}:{value:,}" for name, value in speed.items()]
             left = f"eta:{now / step * (total - step):.0f}s"
             print(line, *rates, left, end=" \r" if terminal else "\n", flush=True)
-        if not math.isfinite(loss):
-            raise UserError(f"step {step}: the training loss is {loss}: lower the learning rates, or go on "
-                            "from the last checkpoint with --resume=auto")
+        require(math.isfinite(loss), f"step {step}: the training loss is {loss}: lower the learning rates, "
+                "or go on from the last checkpoint with --resume=auto")
 
 
 def write_plot(folder: Path) -> str:
@@ -2555,7 +2552,7 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
             train_step(model, optimizer, [batch], plan, rotary, step)
         weights = loss_weights(cfg, plan, hardware.device)
         if model.graphs and graph_inputs(batch, weights):
-            add_graph(model, batch, plan, rotary, weights)
+            model.graphs.add(model, batch, plan, rotary, weights)
     chunk = min(cfg.val_chunk, val.count)
     synthetic = Validation(cfg, np.resize(tokens, chunk * world.size + 1))
     synthetic.run(model, final_windows(cfg), rotary, world)
@@ -2579,8 +2576,8 @@ def check_ranks_agree(facts: dict, world: World, device):
     hashes = [int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) for text in facts.values()]
     found = world.all_gather(torch.tensor(hashes, device=device))
     for name, column in zip(facts, found.T.tolist()):
-        if others := [rank for rank, value in enumerate(column) if value != column[0]]:
-            raise UserError(f"{name}: ranks {others} have another than rank 0: start all with the same")
+        others = [rank for rank, value in enumerate(column) if value != column[0]]
+        require(not others, f"{name}: ranks {others} have another than rank 0: start all with the same")
 
 
 class Job(NamedTuple):
@@ -2592,6 +2589,7 @@ class Job(NamedTuple):
     val: Validation
     hardware: Hardware
     world: World
+    asked: threading.Event       # by a signal, to stop after the running step
 
 
 def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress, dict]:
@@ -2602,11 +2600,9 @@ def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress
     progress, tensors = Progress(), {}
     if cfg.resume:
         tensors, meta = read_checkpoint(cfg.resume, tensors=True)
-        if "progress" not in meta:
-            raise UserError(f"{cfg.resume}: an export, which has no optimizer state: give a checkpoint")
+        require("progress" in meta, f"{cfg.resume}: an export, which can't be trained on: give a checkpoint")
         progress = meta["progress"]
-        if progress.step >= cfg.total_steps:
-            raise UserError(f"{cfg.resume}: is at step {progress.step} of {cfg.total_steps}: nothing left")
+        require(progress.step < cfg.total_steps, f"{cfg.resume}: is at step {progress.step}: nothing left")
     flags = vars(cfg) | dict.fromkeys(("data", "log_folder", "resume"))  # paths may differ between hosts
     facts = {"flags": json.dumps(flags), "train_gpt.py": source().split()[1], "checkpoint": str(progress),
              "training data": shards.sha256(), "validation data": val.sha256}
@@ -2614,19 +2610,21 @@ def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress
     model = new_model(cfg, hardware)
     if cfg.prefix_weight:
         prefixes = load_token_table(cfg, "prefixes.npy")
-        if prefixes is None or (prefixes < 0).all():
-            raise UserError("--prefix_weight: needs prefixes.npy beside the shards, with a token that begins "
-                            "with another; python data/token_tables.py writes it; or give --prefix_weight=0")
+        require(prefixes is not None and (prefixes >= 0).any(), "--prefix_weight: needs prefixes.npy beside "
+                "the shards (data/token_tables.py writes it) and a token that begins with another; or give 0")
         model.prefix_V = torch.from_numpy(prefixes).to(hardware.device)
     optimizer = Optimizer(model, optimizer_table(cfg), world)
     if hardware.compile:
         warm_up(model, optimizer, val, hardware, world)
-    return Job(model, optimizer, shards, val, hardware, world), progress, tensors
+    return Job(model, optimizer, shards, val, hardware, world, threading.Event()), progress, tensors
 
 
-def train(cfg: Config, job: Job, progress: Progress, tensors: dict):
-    """One run: steps on the clock, with validations and checkpoints off it. Raises UserError."""
-    model, optimizer, shards, val, hardware, world = job
+def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
+    """One run: steps on the clock, with validations and checkpoints off it. Raises UserError.
+
+    Returns whether a signal ended it.
+    """
+    model, optimizer, shards, val, hardware, world, asked = job
     model.cfg = cfg
     if tensors:
         load_weights(model, tensors, cfg.resume)
@@ -2643,7 +2641,6 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict):
     clock = Clock(hardware, seconds)
     loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
     steps = StepLog(log, clock, model, hardware, world)
-    asked = threading.Event()  # to stop after the running step
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
     stage, unsaved = None, ""
@@ -2683,8 +2680,8 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict):
     if log.active:
         log.line(f"plot: {write_plot(log.folder)}")
         log.line(f"log: {log.folder / 'log.txt'}")
-    if unsaved:
-        raise UserError(f"{unsaved}; --resume=auto goes on from the one before")
+    require(not unsaved, f"{unsaved}; --resume=auto goes on from the one before")
+    return steps.stop
 
 
 def run(argv: list[str]):
@@ -2696,11 +2693,11 @@ def run(argv: list[str]):
         cuda = hardware.device.type == "cuda"
         dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
                                 timeout=timedelta(minutes=10))
-        if not cuda:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
     job, progress, tensors = set_up(cfg, hardware, world)
     for i in range(cfg.runs):
-        train(replace(cfg, seed=cfg.seed + i), job, progress, tensors)
+        stopped = train(replace(cfg, seed=cfg.seed + i), job, progress, tensors)
+        if stopped:
+            break
     world.leave()
 
 
