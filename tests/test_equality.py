@@ -83,9 +83,10 @@ def train_as_rank(rank, folder, job, root):
         return step(*args)
 
     def train_and_save(cfg, run, *args):
-        train(cfg, run, *args)
+        stopped = train(cfg, run, *args)
         numbers = {"train": torch.tensor(losses), "val": torch.tensor(validations, dtype=torch.float64)}
         save_file(weights_of(run.model) | numbers, folder / f"rank{rank}")
+        return stopped
 
     train_gpt.train_step, train_gpt.train = keep_results(step_or_die, losses), train_and_save
     Validation.run = keep_results(Validation.run, validations)

@@ -2,14 +2,16 @@
 
 import os
 import signal
+import types
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
-from small import SMALL, assert_refused, checkpoint_of, random_tokens, train_gpt, write_corpus, write_split
+from small import SMALL, assert_refused, random_tokens, train_gpt, write_corpus, write_split
 from train_gpt import UserError, read_checkpoint
-from training import Runs, assert_same_checkpoint, fork_ranks, run_main
+from training import Runs, assert_same_checkpoint, fork_ranks, metrics_of, run_main
 
 NAN = float("nan")
 
@@ -50,15 +52,18 @@ def finite(path):
     return all(x.isfinite().all() for x in read_checkpoint(str(path), tensors=True)[0].values())
 
 
-# What isn't finite, in which step, and the last step of which something is saved. Banks change at once, other
-# parameters in steps 2, 4 and 6; a gradient that waits is saved with the rest.
+# What isn't finite, in which step, and what the run ends with. Banks change at once, other parameters in steps
+# 2, 4 and 6; a gradient that waits is saved with the rest. The last row of a table is padding, which is never
+# looked up: the loss doesn't show it.
+LOSS, SAVE = "the training loss is nan", "checkpoint of step 6 not written: not finite"
 STRUCK = {
-    "the loss": ("loss", 4, 3),
-    "a bank's gradient": ("mlp_bank", 3, 2),
-    "a gradient that waits": ("attn_lambdas", 3, 2),
-    "a table's gradient": ("head", 4, 3),
-    "a gradient of the last step": ("attn_bank", 6, 5),
-    "the last loss": ("loss", 6, 5),
+    "the loss": ("loss", 4, LOSS),
+    "a bank's gradient": ("mlp_bank", 3, LOSS),
+    "a gradient that waits": ("attn_lambdas", 3, LOSS),
+    "a table's gradient": ("head", 4, LOSS),
+    "a gradient that no loss shows": ("embed", 4, SAVE),
+    "a gradient of the last step": ("attn_bank", 6, SAVE),
+    "the last loss": ("loss", 6, LOSS),
 }
 
 
@@ -74,18 +79,61 @@ def poisoned(monkeypatch, runs):
     return strike
 
 
+class OnGPU(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def late(monkeypatch, runs):
+    """From its call on, what a step reports is read while the next one runs, as on a GPU."""
+
+    def call():
+        event = types.SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+        step = train_gpt.train_step
+        monkeypatch.setattr(train_gpt, "train_step", lambda *args: step(*args).as_subclass(OnGPU))
+
+    return call
+
+
+@pytest.mark.parametrize("device", ["CPU", "GPU"])
 @pytest.mark.parametrize("struck", STRUCK)
-def test_what_is_not_finite_ends_the_run_and_reaches_no_checkpoint(cli, runs, poisoned, tmp_path, monkeypatch, struck):
+def test_what_is_not_finite_ends_the_run_and_reaches_no_checkpoint(
+    cli, runs, poisoned, late, tmp_path, monkeypatch, struck, device
+):
     monkeypatch.setattr(train_gpt, "KEEP_CHECKPOINTS", 9)
-    name, at, last = STRUCK[struck]
+    name, at, words = STRUCK[struck]
     poisoned(name, at)
+    if device == "GPU":
+        late()
     result = cli(f"--data={runs.data}", f"--log_folder={tmp_path / 'logs'}", "--save_every=1")
-    assert_refused(result, "not finite" if at == 6 and name != "loss" else "the training loss is nan")
+    assert_refused(result, words)
     (folder,) = (tmp_path / "logs").iterdir()
     saved = train_gpt.checkpoints(folder)
-    assert [int(path.stem[-6:]) for path in saved] == list(range(1, last + 1))
-    assert all(map(finite, saved))
-    assert not [*folder.glob("*.tmp")]
+    assert [int(path.stem[-6:]) for path in saved] == list(range(1, at))
+    assert all(map(finite, saved)) and not [*folder.glob("*.tmp")]
+
+
+def test_without_checkpoints_a_loss_read_late_ends_the_run_as_well(cli, runs, poisoned, late, tmp_path):
+    poisoned("loss", 2)
+    late()
+    result = cli(f"--data={runs.data}", f"--log_folder={tmp_path / 'logs'}", "--save_every=-1")
+    assert_refused(result, "step 2: ", LOSS)
+    assert "train_loss:" not in result[1].partition("step:3/6")[2]
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_signal_that_is_seen_late_is_answered_with_a_save_too(runs, late, stop):
+    """Also where the step after it is one that is validated."""
+    late()
+    begun = runs("--val_every=2", at_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == stop else None)
+    done = len(begun.losses)
+    assert done <= min(stop + 2, 6)
+    assert [int(path.stem[-6:]) for path in begun.saved] == [done]
+    assert ("stopped after step" in begun.log) == (done < 6)
+    assert [step for step, _ in metrics_of(begun.folder, "train_loss")] == list(range(1, done + 1))
 
 
 def test_diverged_training_is_one_line_that_says_what_to_do(cli, runs, tmp_path):
@@ -205,6 +253,31 @@ def test_fault_of_one_rank_ends_all_with_a_line(data, tmp_path, fault, words):
     saved = sorted((tmp_path / fault).glob("logs/*/checkpoint_*"))
     assert [path.stem[-1] for path in saved] == (["1", "2"] if fault == "gradient" else [])
     assert all(map(finite, saved))
+
+
+def die_as_rank(rank, folder, data, at):
+    """Rank 1 is killed in a step, if it is there."""
+    train_gpt.TRACKS["tiny"], step = SMALL, train_gpt.train_step
+
+    def train_step(*args):
+        if (rank, args[5] + 1) == (1, at):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*args)
+
+    train_gpt.train_step = train_step
+    logs = folder.parent / ("logs" if at != 9 else "undisturbed")
+    run_main(f"--data={data}", f"--log_folder={logs}", "--save_every=2", "--resume=auto")
+
+
+def test_kill_of_a_rank_ends_the_other_and_the_run_goes_on_from_its_last_checkpoint(data, tmp_path):
+    codes, errors = fork_ranks(2, tmp_path / "begun", die_as_rank, data, 4)
+    assert codes == [1, -signal.SIGKILL] and errors[0]
+    ends = []
+    for name, at in (("resumed", 7), ("whole", 9)):  # neither comes so far
+        assert fork_ranks(2, tmp_path / name, die_as_rank, data, at) == ([0, 0], ["", ""])
+        ends.append(*tmp_path.glob(f"{'undisturbed' if name == 'whole' else 'logs'}/*/checkpoint_000006*"))
+    assert_same_checkpoint(*ends)
+    assert "at step 2; " in (ends[0].parent / "log.txt").read_text()
 
 
 def refuse_as_rank(rank, folder, data, others):

@@ -282,6 +282,54 @@ def test_shards_are_memory_maps_opened_when_they_are_needed(tmp_path):
     assert shards.read(0, 600).tolist() == tokens[:600].tolist()  # what is mapped stays
 
 
+def mutated(rng, data, within):
+    """The bytes with some of the first `within` changed, or an end cut off or added."""
+    data = bytearray(data)
+    for at in rng.integers(0, min(within, len(data)), rng.integers(1, 4)):
+        data[at] = rng.choice([0, 1, 255, data[at] ^ (1 << int(rng.integers(8))), int(rng.integers(256))])
+    kind = rng.integers(6)
+    return bytes(data[: rng.integers(len(data))] if kind == 0 else data + rng.bytes(3) if kind == 1 else data)
+
+
+def random_shard(rng, good):
+    kind = rng.integers(4)
+    if kind == 0:
+        return rng.bytes(rng.integers(0, 1100))
+    if kind == 1:  # a good beginning, so that what follows is looked at
+        count = int(rng.choice([rng.integers(-3, 12), rng.integers(-(2**31), 2**31)]))
+        header = np.array([20240520, rng.choice([1, 1, 1, 2]), count], "<i4").tobytes()
+        letters = [0, 1, BOS, BOS, rng.choice([BOS - 1, BOS + 1])]
+        tokens = rng.choice(letters, rng.integers(0, 12)).astype("<u2")
+        return header.ljust(1024, b"\0") + tokens.tobytes()
+    return mutated(rng, good, 12 if kind == 2 else 1024)
+
+
+def is_shard(data, vocab_size):
+    """What the format says, in other words than the script's."""
+    magic, version, count = np.frombuffer(data[:12].ljust(12, b"\0"), "<i4").tolist()
+    tokens = np.frombuffer(data[1024 : len(data) & ~1], "<u2")
+    fits = len(data) >= 1024 and len(data) == 1024 + 2 * count
+    return (magic, version) == (20240520, 1) and fits and BOS in tokens and bool((tokens < vocab_size).all())
+
+
+def test_a_thousand_damaged_shards_are_refused_in_a_line_or_are_good(tmp_path):
+    rng, path, opened = np.random.default_rng(0), tmp_path / "x_train_000.bin", 0
+    (good,) = write_split(tmp_path / "good", "train", [GOOD])
+    good = good.read_bytes()
+    for _ in range(1000):
+        data = random_shard(rng, good)
+        path.write_bytes(data)
+        try:
+            tokens, starts = Shards([path], SMALL)[0]
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error) and not is_shard(data, SMALL.vocab_size)
+        else:
+            opened += 1
+            assert is_shard(data, SMALL.vocab_size) and tokens[:].tobytes() == data[1024:]
+            assert starts.tolist() == np.flatnonzero(tokens[:] == BOS).tolist()
+    assert 50 < opened < 950
+
+
 def test_hash_of_the_data_is_that_of_what_the_schedule_reads(tmp_path):
     tokens = random_tokens(np.random.default_rng(8), 600)
     moved = tokens.copy()

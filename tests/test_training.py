@@ -21,7 +21,7 @@ from train_gpt import (
     TRACKS, GPT, Loader, Optimizer, Position, Progress, UserError, Validation, World, build_rotary, cap,
     optimizer_table, plan_step, read_checkpoint,
 )  # fmt: skip
-from training import Runs, assert_equal, metrics_of, randomise, weights_of
+from training import Runs, assert_equal, fork_ranks, metrics_of, randomise, run_main, weights_of
 
 
 # ------------------------------------------------------------------- schedule
@@ -274,6 +274,29 @@ def test_warm_up_runs_each_kind_of_step_and_reset_clears_what_it_left():
     assert_equal(weights_of(model), weights_of(train_gpt.build_model(cfg, CPU)))
     assert not any(moment.any() for part in optimizer.parts for moment in part.moments.values())
     assert not any(p.grad.any() for p in model.parameters())
+
+
+def compile_as_rank(rank, folder, data):
+    """With dynamo's own backend, which makes the graphs and their guards but generates no code."""
+    train_gpt.TRACKS["tiny"] = SMALL
+    train_gpt.choose_hardware = lambda cfg, world: CPU._replace(compile=True)
+    compile, warm_up, graphs = torch.compile, train_gpt.warm_up, torch._dynamo.utils.counters["stats"]
+    torch.compile = partial(compile, backend="eager")
+
+    def warm_up_and_count(*args):
+        warm_up(*args)
+        (folder / "before").write_text(str(graphs["unique_graphs"]))
+
+    train_gpt.warm_up = warm_up_and_count
+    run_main(f"--data={data}", f"--log_folder={folder / 'logs'}", "--mtp_heads=1", "--bigram_ratio=1.5")
+    (folder / "after").write_text(str(graphs["unique_graphs"]))
+
+
+def test_after_the_warm_up_nothing_is_compiled(corpus, tmp_path):
+    codes, errors = fork_ranks(1, tmp_path, compile_as_rank, corpus)
+    assert codes == [0], errors
+    before, after = (int((tmp_path / name).read_text()) for name in ("before", "after"))
+    assert before == after > 20
 
 
 # --------------------------------------------------------------------- graphs
