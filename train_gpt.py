@@ -1680,7 +1680,8 @@ def parameter_table(cfg: Config) -> list[Row]:
     def table(name: str, shape: tuple, ratio: float = 1.0, decay: float = 1.0, betas=(0.65, 0.95), **more):
         lr = ratio * adam
         decay *= cfg.adam_weight_decay * lr
-        return Row(name, shape, Adam, "sharded", (lr,), betas=betas, weight_decay=decay, every=ADAM_EVERY, **more)
+        return Row(name, shape, Adam, "sharded", (lr,), betas=betas, weight_decay=decay, every=ADAM_EVERY,
+                   **more)
 
     def bank(name: str, shape: tuple, lr: tuple, **more):
         return Row(name, shape, NorMuon, "sharded", lr, weight_decay=cfg.muon_weight_decay, **more)
@@ -2428,25 +2429,6 @@ def source() -> str:
     return f"source sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} git:{commit}"
 
 
-def log_header(log: Log, hardware: Hardware, world: World, model: GPT, shards: Shards, val: Validation):
-    """What a reader needs to judge and repeat the run. records/ parses these lines and those of the steps."""
-    cfg = model.cfg
-    log.line(source(), console=False)
-    log.line(f"config {json.dumps(vars(cfg))}", console=False)
-    log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
-             f"world_size:{world.size} seed:{cfg.seed}")
-    log.line(f"device: {hardware.device.type} ({hardware.name})")
-    log.line(f"hardware: {str(hardware.dtype)[6:]}, compile {hardware.compile}, kernels {hardware.kernels}, "
-             f"attention {hardware.attention}, float8 {hardware.fp8}, CUDA graphs {hardware.graphs}")
-    log.line(f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}")
-    log.line(f"validation: tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
-    size = sum(p.numel() for p in model.parameters())
-    log.line(f"model: {size:,} parameters, {len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}")
-    log.line("timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses")
-    log.line("untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
-             "checkpoints")
-
-
 def memory_mib(hardware: Hardware) -> int:
     """Peak memory allocated on the GPU; 0 without one."""
     return torch.cuda.max_memory_allocated(hardware.device) // 2**20 if hardware.device.type == "cuda" else 0
@@ -2592,6 +2574,29 @@ class Job(NamedTuple):
     asked: threading.Event       # by a signal, to stop after the running step
 
 
+def log_header(log: Log, job: Job, progress: Progress):
+    """What a reader needs to judge and repeat the run. records/ parses these lines and those of the steps."""
+    model, _, shards, val, hardware, world, _ = job
+    cfg = model.cfg
+    log.line(source(), console=False)
+    log.line(f"config {json.dumps(vars(cfg))}", console=False)
+    log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
+             f"world_size:{world.size} seed:{cfg.seed}")
+    log.line(f"device: {hardware.device.type} ({hardware.name})")
+    log.line(f"hardware: {str(hardware.dtype)[6:]}, compile {hardware.compile}, kernels {hardware.kernels}, "
+             f"attention {hardware.attention}, float8 {hardware.fp8}, CUDA graphs {hardware.graphs}")
+    log.line(f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}")
+    log.line(f"validation: tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
+    size = sum(p.numel() for p in model.parameters())
+    log.line(f"model: {size:,} parameters, {len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}")
+    log.line("timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses")
+    log.line("untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
+             "checkpoints")
+    if progress.step:
+        log.line(f"resumed: {cfg.resume} at step {progress.step}; the clock goes on from "
+                 f"{progress.train_seconds:.1f} s: later steps of the earlier run don't count")
+
+
 def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress, dict]:
     """Check the data, build and compile. Returns also how far a resumed run is, and its tensors."""
     shards = Shards(find_shards(cfg, "train"), cfg)
@@ -2633,16 +2638,11 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
         model.initialise(cfg.seed)
         optimizer.reset()
     log = Log(cfg, world)
-    log_header(log, hardware, world, model, shards, val)
+    log_header(log, job, progress)
     start, position, seconds = progress
-    if start:
-        log.line(f"resumed: {cfg.resume} at step {start}; the clock goes on from {seconds:.1f} s: later "
-                 "steps of the earlier run don't count")
     clock = Clock(hardware, seconds)
     loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
     steps = StepLog(log, clock, model, hardware, world)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())
     stage, unsaved = None, ""
     for step in range(start, cfg.total_steps + 1):
         last = step == cfg.total_steps
@@ -2694,6 +2694,8 @@ def run(argv: list[str]):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
                                 timeout=timedelta(minutes=10))
     job, progress, tensors = set_up(cfg, hardware, world)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: job.asked.set())
     for i in range(cfg.runs):
         stopped = train(replace(cfg, seed=cfg.seed + i), job, progress, tensors)
         if stopped:
