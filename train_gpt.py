@@ -373,9 +373,10 @@ def parse_config(argv: list[str], ranks: int = 1) -> Config:
         return cfg
     require(cfg.runs == 1, "--runs: a resumed run is one; leave --resume out or give --runs=1")
     saved = read_checkpoint(cfg.resume)[1]["config"]
-    for name, value in given.items():
+    for name in given:
         kept = getattr(saved, name)
-        require(name in RUN_FLAGS or value == kept, f"--{name}: {cfg.resume} has {kept}; leave the flag out")
+        require(name in RUN_FLAGS or getattr(cfg, name) == kept,
+                f"--{name}: {cfg.resume} has {kept}; leave the flag out")
     fresh = {name: getattr(cfg, name) for name in RUN_FLAGS if name != "data" or "data" in given}
     return replace(saved, **fresh)
 
@@ -2403,7 +2404,7 @@ class Log:
             self.folder.mkdir()
             shutil.copy(__file__, self.folder / "train_gpt.py")
         except OSError as error:
-            raise UserError(f"can't write {self.folder}: {error.strerror}; give --log_folder=") from None
+            raise UserError(f"can't write in {log_root(cfg)}: {error.strerror}; give --log_folder=") from None
         self.text = open(self.folder / "log.txt", "w", buffering=1)
         self.metrics = open(self.folder / "metrics.jsonl", "w", buffering=1)
 
@@ -2655,6 +2656,7 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
         saving = saving or (cfg.save_every > 0 and step % cfg.save_every == 0)
         if validating or saving or steps.stop or step == start:
             steps.flush()
+            saving = saving or (steps.stop and cfg.save_every >= 0)  # a GPU's report is read here at last
             clock.pause()
             if model.graphs:
                 model.graphs.release()  # what follows needs the memory
