@@ -11,11 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from small import BOS, RESCALED_FLAGS, SMALL, checkpoint_of, random_tokens, train_gpt, write_split, write_tables
-from train_gpt import GPT, Optimizer, Position, Progress, Stage, Validation, World, optimizer_table, read_checkpoint
+from small import (
+    BOS, RESCALED_FLAGS, SMALL, checkpoint_of, random_tokens, train_gpt, write_split, write_tables,
+)  # fmt: skip
+from train_gpt import (
+    GPT, Optimizer, Position, Progress, Stage, Validation, World, optimizer_table, read_checkpoint,
+)  # fmt: skip
 from training import (
-    Runs, assert_equal, assert_same_checkpoint, fork_ranks, metrics_of, randomise, relative_errors, run_main,
-    weights_of,
+    STEP_SAVERS, Runs, assert_equal, assert_same_checkpoint, fork_ranks, metrics_of, randomise,
+    relative_errors, run_main, weights_of,
 )  # fmt: skip
 
 # 20 steps in four stages, which begin at steps 6, 12 and 18; two shards' ends lie within documents, and
@@ -25,7 +29,7 @@ EQUAL = replace(
     SMALL, stages=(*SMALL.stages, Stage(1.0, 256, 64, 16, 64, 0.5)), scheduled_steps=18, extension_steps=2,
     mtp_heads=1, epochs=2, val_every=5, bigram_ratio=1.5, muon_heads=1,
 )  # fmt: skip
-VARIANTS = {  # flags, steps between Adam's updates: its gradients wait meanwhile. The head is untied at step 10
+VARIANTS = {  # flags, steps between Adam's updates, while gradients wait; the head is untied at step 10
     "keep": (("--document_rest=keep", "--smooth_scalars", "--value_std=0.01", "--draw_output",
               "--adam_weight_decay=0.005", "--late_attention", "--backout_from=0", "--prefix_weight=0.25",
               "--untie_at=0.55", "--save_every=7"), 3),
@@ -131,7 +135,8 @@ def results_of(folder, rank=0):
 
 def losses_differ_by(found, expected):
     """The largest difference of the last losses, as many as there are."""
-    return max((found[key] - expected[key][-len(found[key]) :]).abs().max().item() for key in ("train", "val"))
+    pairs = [(found[key], expected[key][-len(found[key]) :]) for key in ("train", "val")]
+    return max((losses - others).abs().max().item() for losses, others in pairs)
 
 
 def test_the_runs_that_are_compared_pass_what_might_set_them_apart(ranks):
@@ -214,11 +219,6 @@ def runs(monkeypatch, data, tmp_path):
     return Runs(monkeypatch, data, tmp_path)
 
 
-STEP_SAVERS = ["--untie_at=0.5", "--bigram_ratio=2", "--muon_heads=1", "--prefix_weight=0.25", "--draw_output",
-               "--value_std=0.01", "--smooth_scalars", "--adam_weight_decay=0.005", "--lr_floor=0.15",
-               "--late_attention", "--backout_from=0", *RESCALED_FLAGS]
-
-
 @pytest.mark.parametrize("every, flags", [(2, ["--mtp_heads=1", "--seed=7"]), (3, ["--document_rest=skip"]),
                                           (2, STEP_SAVERS)])  # fmt: skip
 def test_resume_at_every_step_is_bit_exact(runs, monkeypatch, every, flags):
@@ -286,7 +286,7 @@ def checkpoint_in(folder):
 def test_losses_depend_on_the_seed_alone(runs):
     first, again, other = (runs(f"--seed={seed}").losses for seed in (3, 3, 4))
     assert first == again
-    assert first[:2] == other[:2] and not set(first[2:]) & set(other[2:])  # Adam's first update is the second step's
+    assert first[:2] == other[:2] and not set(first[2:]) & set(other[2:])  # the head is 0 for two steps
 
 
 # -------------------------------------------------------------- --resume=auto
@@ -305,7 +305,8 @@ def write_run(logs, name, steps, **changes):
     optimizer = Optimizer(model, optimizer_table(cfg), World())
     optimizer.reset()
     for step in steps:
-        assert not train_gpt.save_checkpoint(folder, model, optimizer, World(), Progress(step, Position(), 1.0))
+        progress = Progress(step, Position(), 1.0)
+        assert not train_gpt.save_checkpoint(folder, model, optimizer, World(), progress)
     return train_gpt.checkpoints(folder)
 
 

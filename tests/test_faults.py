@@ -3,6 +3,7 @@
 import os
 import signal
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -52,9 +53,9 @@ def finite(path):
     return all(x.isfinite().all() for x in read_checkpoint(str(path), tensors=True)[0].values())
 
 
-# What isn't finite, in which step, and what the run ends with. Banks change at once, other parameters in steps
-# 2, 4 and 6; a gradient that waits is saved with the rest. The last row of a table is padding, which is never
-# looked up: the loss doesn't show it.
+# What isn't finite, in which step, and what the run ends with. Banks change at once, other parameters in
+# steps 2, 4 and 6; a gradient that waits is saved with the rest. The last row of a table is padding, which is
+# never looked up: no loss shows it.
 LOSS, SAVE = "the training loss is nan", "checkpoint of step 6 not written: not finite"
 STRUCK = {
     "the loss": ("loss", 4, LOSS),
@@ -124,11 +125,16 @@ def test_without_checkpoints_a_loss_read_late_ends_the_run_as_well(cli, runs, po
     assert "train_loss:" not in result[1].partition("step:3/6")[2]
 
 
+def kill_at(stop, step):
+    if step == stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize("stop", range(1, 6))
 def test_a_signal_that_is_seen_late_is_answered_with_a_save_too(runs, late, stop):
     """Also where the step after it is one that is validated."""
     late()
-    begun = runs("--val_every=2", at_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == stop else None)
+    begun = runs("--val_every=2", at_step=partial(kill_at, stop))
     done = len(begun.losses)
     assert done <= min(stop + 2, 6)
     assert [int(path.stem[-6:]) for path in begun.saved] == [done]
@@ -182,7 +188,7 @@ def test_save_that_fails_at_the_end_is_said_there(cli, runs, tmp_path, monkeypat
 
 def test_save_that_fails_after_a_signal_is_said_too(cli, runs, tmp_path, monkeypatch):
     fill_disk(monkeypatch, lambda step: True)
-    runs.at_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None
+    runs.at_step = partial(kill_at, 2)
     code, out, error = cli(f"--data={runs.data}", f"--log_folder={tmp_path / 'logs'}")
     assert_refused((code, out, error), "not written", "No space left")
     assert "stopped after step" in out and "step:6/6" not in out
@@ -310,8 +316,9 @@ def test_ranks_that_differ_are_refused_before_the_first_step(data, runs, tmp_pat
         (tmp_path / name / "token_bytes.npy").write_bytes((data / "token_bytes.npy").read_bytes())
     begun = runs("--save_every=3").saved
     others = {
-        "seed": ("seed=1",), "flags": ("muon_lr=0.02",), "train_gpt.py": (), "training data": (f"data={tmp_path / 'train'}",),
-        "validation data": (f"data={tmp_path / 'val'}",), "checkpoint": (f"resume={begun[0]}",),
+        "seed": ("seed=1",), "flags": ("muon_lr=0.02",), "train_gpt.py": (),
+        "training data": (f"data={tmp_path / 'train'}",), "validation data": (f"data={tmp_path / 'val'}",),
+        "checkpoint": (f"resume={begun[0]}",),
     }  # fmt: skip
     codes, errors = fork_ranks(4, tmp_path / "differ", refuse_as_rank, data, others)
     assert codes == [0] * 4, errors

@@ -10,7 +10,7 @@ import torch
 
 from small import BOS, CPU, RESCALED, SMALL, random_tokens, train_gpt
 from train_gpt import (
-    POLAR_EXPRESS, TRACKS, Adam, GPT, NorMuon, Optimizer, Row, Validation, World, adam_update, gradient,
+    POLAR_EXPRESS, TRACKS, Adam, GPT, NorMuon, Optimizer, Validation, World, adam_update, gradient,
     nesterov, normuon_update, optimizer_table, polar_express,
 )  # fmt: skip
 from training import assert_equal, randomise, weights_of
@@ -127,7 +127,7 @@ def test_normuon_equals_a_plain_implementation_per_matrix(shape):
     momentum, second = torch.zeros(shape), torch.zeros(N, R, 1)
     lr = torch.linspace(0.01, 0.05, N).view(N, 1, 1)
     expected = [(p[i].double(), momentum[i].double(), second[i].double()) for i in range(N)]
-    for step, mu in enumerate((0.85, 0.9, 0.95)):
+    for mu in (0.85, 0.9, 0.95):
         g = torch.randn(shape, generator=generator)
         normuon_update(p, g, momentum, second, lr, torch.tensor(0.3), torch.tensor(mu), 0.9,
                        torch.float32)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from functools import partial
 
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from small import BOS, SMALL, random_tokens, train_gpt, write_shard, write_split
+from small import BOS, SMALL, random_tokens, write_shard, write_split
 from train_gpt import (
-    DocumentStream, Loader, Position, Shards, Stage, UserError, Validation, World, check_supply, pack, plan_step,
+    DocumentStream, Loader, Position, Shards, Stage, UserError, Validation, World, check_supply, pack,
+    plan_step,
 )  # fmt: skip
 
 
@@ -335,10 +335,9 @@ def test_hash_of_the_data_is_that_of_what_the_schedule_reads(tmp_path):
     moved = tokens.copy()
     start = np.flatnonzero(tokens == BOS)[3]
     moved[start - 1], moved[start] = BOS, 97
-    hashes = []
-    for name, parts in {"one": [tokens, tokens], "other second": [tokens, moved], "other first": [moved, tokens],
-                        "shorter": [tokens[:-1], tokens]}.items():  # fmt: skip
-        shards = shards_of(tmp_path / name, SMALL, parts)
+    hashes, pairs = [], ([tokens, tokens], [tokens, moved], [moved, tokens], [tokens[:-1], tokens])
+    for i, parts in enumerate(pairs):
+        shards = shards_of(tmp_path / str(i), SMALL, parts)
         shards[0]
         hashes.append(shards.sha256())
     assert hashes[0] == hashes[1] and len({*hashes}) == 3
@@ -366,7 +365,7 @@ def test_bytes_of_the_validation_text_are_those_of_its_targets(tmp_path):
     np.save(tmp_path / "token_bytes.npy", sizes)
     assert Validation.load(cfg).bytes == sum(int(sizes[token]) for token in tokens[1:])
     np.save(tmp_path / "token_bytes.npy", sizes[:-1])
-    with pytest.raises(UserError, match="lists 256 tokens, not 257"):
+    with pytest.raises(UserError, match="token_bytes.npy.* 257"):
         Validation.load(cfg)
 
 
@@ -378,5 +377,5 @@ def test_position_beyond_the_shards_is_refused(tmp_path, offset, fits):
         span = begin(Position(0, offset)).advance(1)
         assert span == ((0, 1) if offset == 5 else (offset, offset + 1))  # or the next epoch's first
     else:
-        with pytest.raises(UserError, match="the shards have 5"):
+        with pytest.raises(UserError, match=f"{offset:,}.* 5"):
             begin(Position(0, offset))

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from small import BOS, CPU, RESCALED_FLAGS, SMALL, random_tokens, train_gpt, write_corpus
+from small import BOS, CPU, SMALL, random_tokens, train_gpt, write_corpus
 from train_gpt import (
     TRACKS, GPT, Loader, Optimizer, Position, Progress, UserError, Validation, World, build_rotary, cap,
     optimizer_table, plan_step, read_checkpoint,
 )  # fmt: skip
-from training import Runs, assert_equal, fork_ranks, metrics_of, randomise, run_main, weights_of
+from training import STEP_SAVERS, Runs, assert_equal, fork_ranks, metrics_of, randomise, run_main, weights_of
 
 
 # ------------------------------------------------------------------- schedule
@@ -225,11 +226,6 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 # ------------------------------------------------------------------- warm-up
 
-STEP_SAVERS = ["--untie_at=0.5", "--bigram_ratio=2", "--muon_heads=1", "--prefix_weight=0.25", "--draw_output",
-               "--value_std=0.01", "--smooth_scalars", "--adam_weight_decay=0.005", "--lr_floor=0.15",
-               "--late_attention", "--backout_from=0", *RESCALED_FLAGS]
-
-
 def warm_up_first(monkeypatch):
     """Have runs begin as those on a GPU do."""
     set_up, moved = train_gpt.set_up, []
@@ -302,123 +298,118 @@ def test_after_the_warm_up_nothing_is_compiled(corpus, tmp_path):
 # --------------------------------------------------------------------- graphs
 
 
-class Replayed(train_gpt.Graphs):
-    """Graphs on the CPU: a replay runs the function on the inputs that stay, and gives one output for all.
+class Recorder(TorchDispatchMode):
+    """In the place of a CUDA graph and of its recording: notes operations, which a replay repeats.
 
-    Keeps what happened in turn, and insists that nothing that a graph reads or writes has moved.
+    As on a GPU, what they read and wrote stays where it was, and recording changes nothing.
     """
+
+    events = []  # of all recorders
 
     def __init__(self):
         super().__init__()
-        self.model, self.events, self.output = None, [], torch.zeros(())
+        self.operations, self.before = [], {}
 
-    def addresses(self):
-        read = [x for x in tree_leaves(self.model.compute_weights) if isinstance(x, torch.Tensor)]
-        written = [p.grad for p in self.model.parameters()]
-        return [x.data_ptr() for x in (*self.model.parameters(), *written, *read)]
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        arguments, given = function._schema.arguments, [*args, *(kwargs or {}).values()]
+        written = [x for x, argument in zip(given, arguments) if argument.is_write]
+        for x in written:
+            storage = x.untyped_storage()
+            self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        out = function(*args, **(kwargs or {}))
+        new = not any(result.alias_info for result in function._schema.returns)
+        if new or written:  # else it is a view
+            self.operations.append((function, args, kwargs or {}, out if new else None))
+        return out
 
-    def add(self, key, function, inputs):
-        self.recipes[key] = function, [x.clone() for x in inputs]
+    def __enter__(self):
+        self.events.append("capture")
+        return super().__enter__()
 
-    def capture(self):
-        if not self.captured:
-            self.events.append("capture")
-            self.captured = dict.fromkeys(self.recipes, self.addresses())
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for storage, content in self.before.values():
+            storage.copy_(content)
 
-    def release(self):
-        self.events.append("release")
-        self.captured.clear()
-
-    def replay(self, key, inputs):
+    @torch.no_grad()
+    def replay(self):
         self.events.append("replay")
-        function, static = self.recipes[key]
-        assert self.captured[key] == self.addresses()
-        assert [(x.shape, x.dtype) for x in static] == [(x.shape, x.dtype) for x in inputs]
-        for x, given in zip(static, inputs):
-            x.copy_(given)
-        return self.output.copy_(function(*static))
+        for function, args, kwargs, out in self.operations:
+            again = function(*args, **kwargs)
+            for x, value in zip(tree_leaves(out), tree_leaves(again)):
+                if isinstance(x, torch.Tensor):
+                    x.copy_(value)
 
 
 @pytest.fixture
-def replay_graphs(monkeypatch):
-    """From its call on, models have such graphs."""
-    build, validate = train_gpt.new_model, Validation.run
+def graphs(monkeypatch, runs):
+    """From its call on, runs have graphs, and warm up; returns what happens in turn."""
 
-    def build_with_graphs(cfg, hardware):
-        model = build(cfg, hardware)
-        model.graphs = Replayed()
-        model.graphs.model = model
-        return model
+    def on_cpu(x, *args, **kwargs):
+        return to(x, *("cpu" if value == "cuda" else value for value in args), **kwargs)
 
-    def note_and_validate(val, model, *args):
-        model.graphs.events.append("validate")
-        return validate(val, model, *args)
+    def note_and_validate(*args):
+        Recorder.events.append("validate")
+        return validate(*args)
 
     def replace_all():
+        for name, stand_in in {
+            "CUDAGraph": Recorder, "graph": lambda graph, **options: graph, "graph_pool_handle": lambda: None,
+            "empty_cache": lambda: Recorder.events.append("release"),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch.Tensor, "to", on_cpu)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
-        monkeypatch.setattr(train_gpt, "new_model", build_with_graphs)
         monkeypatch.setattr(Validation, "run", note_and_validate)
+        runs.hardware = runs.hardware._replace(graphs=True)
         warm_up_first(monkeypatch)
+        Recorder.events.clear()
+        return Recorder.events
 
+    to, validate = torch.Tensor.to, Validation.run
     return replace_all
 
 
-@pytest.mark.parametrize("dtype, flags", [(torch.float32, []), (torch.bfloat16, ["--mtp_heads=1"]),
-                                          (torch.bfloat16, STEP_SAVERS)],
-                         ids=["float32", "mtp_heads", "later"])  # fmt: skip
-def test_training_with_graphs_is_training_without_bit_for_bit(runs, replay_graphs, monkeypatch, dtype, flags):
+@pytest.mark.parametrize("dtype, flags", [(torch.float32, ["--mtp_heads=1"]), (torch.bfloat16, STEP_SAVERS)],
+                         ids=["float32", "bfloat16"])  # fmt: skip
+def test_training_with_graphs_is_training_without_bit_for_bit(runs, graphs, monkeypatch, dtype, flags):
     monkeypatch.setattr(train_gpt, "KEEP_CHECKPOINTS", 9)
     monkeypatch.setattr(train_gpt, "ADAM_EVERY", 3)
     runs.hardware = CPU._replace(dtype=dtype)
     plain = runs("--val_every=2", "--save_every=1", *flags)
-    replay_graphs()
+    events = graphs()
     whole = runs("--val_every=2", "--save_every=1", *flags)
-    step, check = ["replay"] * SMALL.micro_batches, ["release", "validate"]
-    warm_up, to_validation = ["validate"], ["capture", *step, *step]
-    to_save = ["capture", *step, "release"]  # each step's checkpoint, too, is given the memory
-    saved = (check + to_save + ["capture", *step]) * 3
-    assert whole.model.graphs.events == warm_up + saved + check
-    sizes = [len(inputs[0]) for _, inputs in whole.model.graphs.recipes.values()]
-    targets = (4, 3, 1) if flags == STEP_SAVERS else (3, 2, 1)
-    assert sorted(whole.model.graphs.recipes) == [*enumerate(targets)] and sizes == [129, 129, 65]
+    capture, step, check = ["capture"] * 3, ["replay"] * SMALL.micro_batches, ["release", "validate"]
+    warm_up, to_validation = ["validate"], [*capture, *step, *step]
+    to_save = [*capture, *step, "release"]  # each step's checkpoint, too, is given the memory
+    assert events == warm_up + (check + to_save + [*capture, *step]) * 3 + check
+    events.clear()
     resumed = runs(f"--resume={whole.saved[0]}", "--save_every=0")
-    begin = [*warm_up, "release", "capture", *step]
-    assert resumed.model.graphs.events == begin + (check + to_validation) * 2 + check
+    assert events == [*warm_up, "release", *capture, *step] + (check + to_validation) * 2 + check
     for run, steps in ((whole, 6), (resumed, 5)):
         assert run.losses[-steps:] == plain.losses[-steps:]
         assert run.validations[-3:] == plain.validations[-3:]
         assert_equal(weights_of(run.model), weights_of(plain.model))
 
 
-def letters_with(documents, seed):
-    """A micro-batch of 64 letters, of which the first begin a document each."""
-    tokens = torch.randint(97, 105, (65,), generator=torch.Generator().manual_seed(seed))
-    tokens[:documents] = BOS
-    return train_gpt.MicroBatch(tokens, train_gpt.to_documents(np.arange(documents), 64)._replace(longest=64))
+def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(runs, graphs, monkeypatch):
+    """Each of 64 tokens: 63 documents are fewer than 64 and their end."""
+    counts, pack = iter([1, 63, 64, 2]), train_gpt.pack
 
+    def pack_letters(stream, tokens, max_doc):
+        starts = np.arange(next(counts, 3))
+        letters = np.full(tokens + 1, 97, np.uint16)
+        letters[starts] = BOS
+        return letters, starts
 
-@pytest.mark.parametrize("documents, events", [(1, ["replay"]), (63, ["replay"]), (64, [])])
-def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(replay_graphs, documents, events):
-    replay_graphs()
-    plan, rotary = plan_step(SMALL, 1), whole_and_final(SMALL, 64)[1]
-    plans = plan_step(SMALL, 0), plan
-    warm, later = (train_gpt.loss_weights(SMALL, plan, torch.device("cpu")) for plan in plans)
-    batch, results = letters_with(documents, seed=0), []
-    for graphs in (True, False):
-        model = randomise(train_gpt.new_model(SMALL, CPU))
-        model.refresh()
-        for p in model.parameters():
-            train_gpt.gradient(p)
-        seen = model.graphs
-        if graphs:
-            train_gpt.add_graph(model, letters_with(5, seed=1), plan, rotary, warm)
-            model.graphs.capture()
-        else:
-            model.graphs = None
-        loss = train_gpt.run_micro_batch(model, batch, plan, rotary, later)
-        assert seen.events == (["capture", *events] if graphs else [])
-        results.append({"loss": loss} | {name: p.grad for name, p in model.named_parameters()})
-    assert_equal(*results)
+    monkeypatch.setattr(train_gpt, "pack", pack_letters)
+    flags = "--scheduled_steps=1", "--save_every=-1"
+    plain, counts = runs(*flags), iter([1, 63, 64, 2])
+    events = graphs()
+    replayed = runs(*flags)
+    assert events.count("replay") == 3
+    assert replayed.losses[-1:] == plain.losses
+    assert_equal(weights_of(replayed.model), weights_of(plain.model))
 
 
 # ---------------------------------------------------------------------- clock
@@ -444,7 +435,7 @@ class Time:
 
 
 UNTIMED = (Validation, "run"), (train_gpt, "save_checkpoint"), (train_gpt, "new_model"), \
-    (train_gpt, "warm_up"), (train_gpt, "log_header"), (Optimizer, "__init__")
+    (train_gpt, "warm_up"), (Optimizer, "__init__")
 TIMED = {(train_gpt, "train_step"): 100, (train_gpt, "backward_micro_batch"): 1, (Optimizer, "step"): 0.1}
 
 
@@ -465,7 +456,7 @@ def test_clock_runs_in_training_and_only_there(runs, monkeypatch):
     warm_up_first(monkeypatch)
     folder = runs("--save_every=2", "--val_every=2").folder
     assert time.slowed == {name for _, name in (*UNTIMED, *TIMED)}
-    rows = [step for step in range(7) for _ in range((step > 0) + (step % 2 == 0))]  # of steps, of validations
+    rows = [step for step in range(7) for _ in range((step > 0) + (step % 2 == 0))]  # steps and validations
     assert metrics_of(folder, "train_time") == [(step, pytest.approx(step * 1104.1)) for step in rows]
 
 
@@ -480,11 +471,11 @@ def test_clock_goes_on_from_the_checkpoint(runs, monkeypatch):
 # ----------------------------------------------------------------- checkpoint
 
 
-@pytest.mark.parametrize("save_every, kept, steps", [(-1, 9, []), (0, 9, [6]), (2, 9, [2, 4, 6]), (4, 9, [4, 6]),
-                                                     (1, 2, [5, 6]), (1, 4, [3, 4, 5, 6])])  # fmt: skip
-def test_checkpoints_are_written_when_asked_for_and_the_last_ones_kept(runs, monkeypatch, save_every, kept, steps):
+@pytest.mark.parametrize("every, kept, steps", [(-1, 9, []), (0, 9, [6]), (2, 9, [2, 4, 6]), (4, 9, [4, 6]),
+                                                (1, 2, [5, 6]), (1, 4, [3, 4, 5, 6])])  # fmt: skip
+def test_checkpoints_are_written_when_asked_for_and_the_last_ones_kept(runs, monkeypatch, every, kept, steps):
     monkeypatch.setattr(train_gpt, "KEEP_CHECKPOINTS", kept)
-    folder = runs(f"--save_every={save_every}").folder
+    folder = runs(f"--save_every={every}").folder
     expected = [f"checkpoint_{step:06d}.safetensors" for step in steps]
     assert sorted(path.name for path in folder.glob("*safetensors*")) == expected
 
@@ -578,8 +569,8 @@ def write_config_of_another_version(path, bomb):
 
 
 @pytest.mark.parametrize("write", [
-    write_pickle, write_torch, write_noise, write_nothing, write_huge_header, write_foreign, write_plain_metadata,
-    write_without_metadata, write_half, write_config_of_another_version])  # fmt: skip
+    write_pickle, write_torch, write_noise, write_nothing, write_huge_header, write_foreign,
+    write_plain_metadata, write_without_metadata, write_half, write_config_of_another_version])  # fmt: skip
 def test_file_that_is_no_checkpoint_is_refused_and_never_unpickled(tmp_path, write):
     path, triggered = tmp_path / "file", tmp_path / "triggered"
     write(path, Bomb(triggered))
@@ -594,7 +585,7 @@ def test_export_is_refused_as_it_has_no_optimizer_state(runs, tmp_path):
     cfg = replace(SMALL, data=str(runs.data))
     tensors = {f"model.{name}": p for name, p in GPT(cfg).named_parameters()}
     train_gpt.write_checkpoint(path, tensors, {"config": vars(cfg)})
-    with pytest.raises(UserError, match="no optimizer state"):
+    with pytest.raises(UserError, match="export"):
         runs(f"--resume={path}")
     assert not [*tmp_path.glob("logs*")]
 

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import torch
 
-from small import CPU, SMALL, free_port, train_gpt
+from small import CPU, RESCALED_FLAGS, SMALL, free_port, train_gpt
 from train_gpt import Validation
 
 TESTS = Path(__file__).resolve().parent
+STEP_SAVERS = ["--untie_at=0.5", "--bigram_ratio=2", "--muon_heads=1", "--prefix_weight=0.25",
+               "--draw_output", "--value_std=0.01", "--smooth_scalars", "--adam_weight_decay=0.005",
+               "--lr_floor=0.15", "--late_attention", "--backout_from=0", *RESCALED_FLAGS]  # fmt: skip
 
 
 def randomise(model, seed=0):
@@ -39,7 +42,8 @@ def assert_equal(found, expected):
 def relative_errors(found, expected):
     """Of each of two dicts' tensors."""
     assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in expected.items()}
-    return {name: ((found[name] - x).norm() / x.norm().clamp_min(1e-30)).item() for name, x in expected.items()}
+    errors = {name: (found[name] - x).norm() / x.norm().clamp_min(1e-30) for name, x in expected.items()}
+    return {name: error.item() for name, error in errors.items()}
 
 
 def assert_same_checkpoint(found, expected):
@@ -123,7 +127,6 @@ def serve_as_rank(rank, size, port, folder, body, args):
         os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))  # fmt: skip
-    os.cpu_count = lambda: 1  # by which the script shares out threads
     torch.set_num_threads(1)
     train_gpt.choose_hardware = lambda cfg, world: CPU
     train_gpt.write_plot = lambda folder: "not drawn: a test"
@@ -139,7 +142,8 @@ def fork_ranks(size, folder, body, *args, seconds=300):
     context.set_forkserver_preload(["training", "torch._dynamo", "safetensors.torch"])
     folder.mkdir(exist_ok=True)
     rest = size, free_port(), folder, body, args
-    processes = [context.Process(target=serve_as_rank, args=(rank, *rest), daemon=True) for rank in range(size)]
+    arguments = [(rank, *rest) for rank in range(size)]
+    processes = [context.Process(target=serve_as_rank, args=own, daemon=True) for own in arguments]
     with importable(TESTS, TESTS.parent):
         for process in processes:
             process.start()
