@@ -73,7 +73,7 @@ class Layer(NamedTuple):
     """One row of the per-layer table: the only place where a layer is singled out by its position."""
 
     window: str                  # "short", "long", or "none": a layer without attention
-    value_embeds: tuple = ()     # numbers of the value-embedding tables whose rows are added to v
+    value_embeds: tuple = ()     # value-embedding tables, 0, 1, .., whose rows are added to v
     key_offset: bool = False     # k[t] takes its stationary dims from k[t-1]: induction within one layer
     skip_from: int = -1          # earlier layer whose output is added before this layer; -1: none
 
@@ -131,7 +131,7 @@ class Config:
     scheduled_steps: int = flag(100, "steps over which the learning rate falls", 1)
     extension_steps: int = flag(0, "steps after these, at the final learning rate and the last windows")
     cooldown: float = flag(0.55, "last fraction of scheduled_steps: the learning rate falls linearly")
-    lr_floor: float = flag(0.1, "multiplier of the learning rate at the end")
+    lr_floor: float = flag(0.1, "what the stages' lr falls to")
     momentum_warmup: int = flag(300, "steps in which Muon's momentum rises from 0.85 to 0.95")
     momentum_cooldown: int = flag(50, "last steps, in which it falls back")
     stages: tuple = ()
@@ -144,8 +144,8 @@ class Config:
     yarn: bool = flag(True, "stretch rotary embeddings as windows grow")
     value_embeds: bool = flag(True, "value embeddings")
     value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
-    key_offset: str = flag("table", "partial key offset: in marked layers, there of all dims, in all layers",
-                           choices=("table", "table-full", "all", "off"))
+    key_offset: str = flag("table", "partial key offset. table: in marked layers, table-full: there of all "
+                           "dims, all: in every layer", choices=("table", "table-full", "all", "off"))
     x0_mix: bool = flag(True, "add the input embedding before each layer, with a learned weight")
     smear: bool = flag(True, "add the previous token's embedding, gated")
     skip: bool = flag(True, "skip connections of the layer table")
@@ -389,6 +389,8 @@ def check_config(cfg: Config) -> Config:
     micro, last = cfg.micro_batches, len(cfg.layers) - 1
     batches = [stage.batch_tokens for stage in cfg.stages]
     require(not any(batch % micro for batch in batches), f"--micro_batches={micro}: must divide {batches}")
+    tables = {table for layer in cfg.layers for table in layer.value_embeds}
+    require(tables == set(range(len(tables))), f"layer table: value_embeds {tables} must be 0, 1, ..")
     require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 heads")
     require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
     require(not cfg.late_attention or any(map(cfg.reads_late, cfg.attention_layers)),
@@ -548,12 +550,14 @@ def store_tile(x, tile, row, column, rows, columns, ROWS: constexpr, COLUMNS: co
 
 
 @jit
-def mlp_kernel(a, b, aux, out, square, scale, M, N, K, SLOPE: constexpr, BACKWARD: constexpr,
+def mlp_kernel(a, b, aux, out, square, float8_scale, M, N, K, SLOPE: constexpr, BACKWARD: constexpr,
                DTYPE: constexpr, FLOAT8: constexpr, TMA: constexpr, M_TILE: constexpr, N_TILE: constexpr,
                K_TILE: constexpr, PROGRAMS: constexpr):
-    """u = a b^T, tile by tile. Forward: r = LeakyReLU(u). Backward: r from aux, out = u * 2 LeakyReLU(r).
+    """Tile by tile u = a b^T, a: (M, K), b: (N, K), and what follows from each tile; (M, N) the others.
 
-    FLOAT8: a and b are, their product is multiplied by `scale`, and the square is float8, too.
+    Forward: a is h, b is up; out = r = LeakyReLU(u), square = r^2. aux isn't read.
+    Backward: a is the MLP's gradient, b is down, aux is r; out = u * 2 LeakyReLU(r), square = r^2.
+    FLOAT8, forward only: a, b and square are float8; float8_scale, (), multiplies u.
     """
     HALF: constexpr = N_TILE // 2
     n_tiles = tl.cdiv(N, N_TILE)
@@ -572,7 +576,7 @@ def mlp_kernel(a, b, aux, out, square, scale, M, N, K, SLOPE: constexpr, BACKWAR
                 u = 2 * u * tl.where(r > 0, r, SLOPE * r)
             else:
                 if FLOAT8:
-                    u *= tl.load(scale)
+                    u *= tl.load(float8_scale)
                 u = tl.where(u > 0, u, SLOPE * u)
                 r = u.to(DTYPE).to(tl.float32)
             store_tile(out, u.to(DTYPE), m, n + half * HALF, M, N, M_TILE, HALF, TMA)
@@ -601,11 +605,12 @@ MLP_TILES = {  # (mode, whether backward)
 }
 
 
-def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles | None = None, scale=None):
+def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles | None = None,
+                      float8_scale=None):
     """Run mlp_kernel forward or, if aux_MN is given, backward. Returns out and square, (M, N) each."""
     M, K = a_MK.shape
     N = b_NK.size(0)
-    float8 = scale is not None
+    float8 = float8_scale is not None
     backward = aux_MN is not None
     dtype = torch.bfloat16 if float8 else a_MK.dtype
     out_MN = torch.empty(M, N, dtype=dtype, device=a_MK.device)
@@ -625,7 +630,7 @@ def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles 
     else:
         programs = min(programs, 4)
     mlp_kernel[programs,](
-        *operands, scale, M, N, K, SLOPE=slope, BACKWARD=backward, DTYPE=getattr(tl, str(dtype)[6:]),
+        *operands, float8_scale, M, N, K, SLOPE=slope, BACKWARD=backward, DTYPE=getattr(tl, str(dtype)[6:]),
         FLOAT8=float8, TMA=mode == "tma", M_TILE=tiles.m, N_TILE=tiles.n, K_TILE=k_tile, PROGRAMS=programs,
         num_warps=tiles.warps, num_stages=tiles.stages - float8,
     )
@@ -639,7 +644,7 @@ def mlp_forward(h_TD, up_FD, slope: float, mode: str = "reference", scale: Tenso
     cut off at 448, float8_e4m3fn.
     """
     if mode != "reference":
-        return launch_mlp_kernel(h_TD, up_FD, None, slope, mode, scale=scale)
+        return launch_mlp_kernel(h_TD, up_FD, None, slope, mode, float8_scale=scale)
     if scale is not None:
         r_TF = F.leaky_relu(h_TD.float() @ up_FD.float().T * scale, slope).bfloat16()
         return r_TF, r_TF.float().square().clamp_max(448).to(h_TD.dtype)
@@ -803,7 +808,7 @@ class Documents(NamedTuple):
 
     cu_seqlens: Tensor           # (documents + 1,) int32: 0, starts of the others, T
     longest: int                 # tokens
-    first_T: Tensor | None = None  # (T,) bool: starts that nothing crosses; None: as cfg.cut_documents says
+    first_T: Tensor | None = None  # (T,) bool, set by evaluate.py alone: starts that nothing at all crosses
 
 
 EPS = 1e-6
@@ -1188,14 +1193,14 @@ def gate_region(y_THE, lead_TG, gate_HG, out_lambda):
 
 
 @region
-def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, edges_T):
+def final_region(x_TD, backout_TD, backout_lambda, smear_mtp_lambda, edges_T):
     """Latents that the head reads: backout, norm, and smear-MTP y'[t] = y[t] + lambda y[t-1] (PR 151)."""
     if backout_TD is not None:
         x_TD = (x_TD - backout_lambda.expand(x_TD.size(0), 1) * backout_TD).type_as(x_TD)
     x_TD = norm(x_TD)
-    if mtp_lambda is None:
+    if smear_mtp_lambda is None:
         return x_TD
-    return (x_TD + mtp_lambda.expand(x_TD.size(0), 1) * shift(x_TD, edges_T)).type_as(x_TD)
+    return (x_TD + smear_mtp_lambda.expand(x_TD.size(0), 1) * shift(x_TD, edges_T)).type_as(x_TD)
 
 
 def cap(logits: Tensor, softcap: Softcap) -> Tensor:
@@ -1267,7 +1272,7 @@ class GPT(nn.Module):
         self.tap_layers = {layer.skip_from for layer in cfg.layers} | {cfg.backout_from}
         for row in parameter_table(cfg):
             self.register_parameter(row.name, nn.Parameter(torch.zeros(row.shape)) if row.used else None)
-        scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # y + lambda * shift(y) fits while |lambda| <= 1
+        scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # 2: smear-MTP adds two latents up
         self.register_buffer("latent_scale", scale, persistent=False)
         if cfg.bigram_rows:  # +-1 by a seed of their own: they aren't saved
             random = torch.Generator().manual_seed(0)
@@ -1311,7 +1316,7 @@ class GPT(nn.Module):
         for i, layer in enumerate(cfg.layers):
             skip_TD = outputs[layer.skip_from] if i in cfg.skips else None
             reads = not cfg.reads_late(i)
-            x_TD, h_TD, lead_TG, x0_TD, bigram_TD = Mixing.apply(
+            x_TD, h_TD, lead_TG, x0_TD, bigram_TD = Mixing.apply(  # h = norm(x); lead = what gates read of it
                 x_TD, skip_TD, x0_TD, bigram_TD, *stream_weights[i], reads)
             h8_TD = None
             if layer.window != "none":
@@ -1493,13 +1498,17 @@ def nesterov(g_NRC, momentum_NRC, mu, dtype: torch.dtype) -> Tensor:
     return (x_NRC / (1.02 * frobenius(x_NRC) + 1e-12)).to(dtype)
 
 
+def normalise_rows(x_NRC, second_NR1, beta2: float):
+    """What NorMuon adds to Muon: each row over its running RMS, with each matrix's norm kept."""
+    second_NR1.add_((1 - beta2) * (x_NRC.square().mean(-1, keepdim=True) - second_NR1))
+    scaled = x_NRC * second_NR1.clamp_min(1e-10).rsqrt()
+    return scaled * (frobenius(x_NRC) / frobenius(scaled).clamp_min(1e-10))
+
+
 @region(dynamic=False)
 def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2: float):
-    """Divide each row of x by its running RMS, keep each matrix's norm, and step with cautious decay."""
-    x = x_NRC.to(p_NRC.dtype)
-    second_NR1.add_((1 - beta2) * (x.square().mean(-1, keepdim=True) - second_NR1))
-    scaled = x * second_NR1.clamp_min(1e-10).rsqrt()
-    x = scaled * (frobenius(x) / frobenius(scaled).clamp_min(1e-10))
+    """Step along the normalised rows of x, with decay where it doesn't oppose that."""
+    x = normalise_rows(x_NRC.to(p_NRC.dtype), second_NR1, beta2)
     p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
 
 
@@ -1539,7 +1548,7 @@ class Row(NamedTuple):
 
     name: str
     shape: tuple
-    algorithm: type              # NorMuon or Adam
+    algorithm: type              # NorMuon, Adam or another subclass of Part
     comms: str                   # "sharded" (reduce-scatter, update own part, all-gather) or "replicated"
     lr: tuple                    # effective learning rates, one per matrix of a bank's layer, or one
     start: object = 0.0          # a number, numbers that broadcast, or a function that draws: normal, uniform
@@ -1678,11 +1687,11 @@ def parameter_table(cfg: Config) -> list[Row]:
     L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
     muon, adam, std = cfg.muon_lr, cfg.adam_lr, 0.5 / math.sqrt(cfg.width)
 
-    def table(name: str, shape: tuple, ratio: float = 1.0, decay: float = 1.0, betas=(0.65, 0.95), **more):
+    def table(name: str, shape: tuple, ratio=1.0, decay=1.0, betas=(0.65, 0.95), algorithm=Adam, **more):
         lr = ratio * adam
         decay *= cfg.adam_weight_decay * lr
-        return Row(name, shape, Adam, "sharded", (lr,), betas=betas, weight_decay=decay, every=ADAM_EVERY,
-                   **more)
+        return Row(name, shape, algorithm, "sharded", (lr,), betas=betas, weight_decay=decay,
+                   every=ADAM_EVERY, **more)
 
     def bank(name: str, shape: tuple, lr: tuple, **more):
         return Row(name, shape, NorMuon, "sharded", lr, weight_decay=cfg.muon_weight_decay, **more)
@@ -1705,9 +1714,10 @@ def parameter_table(cfg: Config) -> list[Row]:
         bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, groups=groups,
              start=uniform(std, 3 + cfg.draw_output)),
         bank("mlp_bank", (L, 2, MLP_RATIO * D, D), (2 * muon, 4 * muon), start=uniform(std, 1)),
-        table("value_embeds", (cfg.value_tables * V, D), EMBED_LR_RATIO, 5, start=values,
+        table("value_embeds", (cfg.value_tables * V, D), ratio=EMBED_LR_RATIO, decay=5, start=values,
               used=cfg.value_tables > 0),
-        table("bigram_embed", (cfg.bigram_rows, D), EMBED_LR_RATIO, 5, (0.75, 0.95), used=pairs),
+        table("bigram_embed", (cfg.bigram_rows, D), ratio=EMBED_LR_RATIO, decay=5, betas=(0.75, 0.95),
+              used=pairs),
         table("mtp_heads", (cfg.mtp_heads, V, D), decay=150, used=cfg.mtp_heads > 0),
         scalars("attn_gate", (A, cfg.heads, GATE_INPUTS), lr=adam, used=cfg.attn_gate),
         scalars("smear_gate", (GATE_INPUTS,), lr=adam, used=cfg.smear),
@@ -1734,7 +1744,8 @@ class Optimizer:
     fly), launches each gather at once and waits for the gathers at the end. A rank sums its gradients in
     float32; those of sharded rows are summed over ranks in the activations' dtype. Nothing is divided then:
     the loss already is, by the tokens of the whole step.
-    Raises ValueError unless every parameter of the model is in exactly one row.
+    Raises ValueError unless every parameter of the model is in exactly one row, and copies are trained as
+    their originals are.
     """
 
     def __init__(self, model: GPT, table: list[Row], world: World):
@@ -1743,6 +1754,10 @@ class Optimizer:
         if sorted(names) != sorted(parameters):
             wrong = set(parameters) ^ set(names) or [name for name in names if names.count(name) > 1]
             raise ValueError(f"optimizer table: missing, unknown or there twice: {wrong}")
+        algorithms = {row.name: row.algorithm for row in table}
+        wrong = [row.name for row in table if row.copy_of and row.algorithm is not algorithms[row.copy_of]]
+        if wrong:
+            raise ValueError(f"optimizer table: {wrong} must be trained as what they copy (untie_at)")
         self.world = world
         adam_first = sorted(table, key=lambda row: row.algorithm is NorMuon)
         self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in adam_first]
@@ -1755,34 +1770,33 @@ class Optimizer:
         return due, [(part, by_name[part.row.copy_of]) for part in at_turn if step < part.row.copy_until]
 
     @torch.no_grad()
-    def step(self, step: int, lr_multiplier: float, momentum: float, report: Tensor) -> Tensor:
+    def step(self, step: int, lr_multiplier: float, momentum: float, report: dict) -> dict:
         """Update the parameters that are due at the end of `step` and clear their gradients.
 
-        report: what else to sum over ranks. Returns its sum.
+        report: numbers by name, () each, to be summed over ranks and logged. Returns the sums.
         """
         due, copies = self.due(step)
         for copy, original in copies:
             original.parameter.grad += copy.parameter.grad
             copy.parameter.grad.zero_()
-        reported = dist.all_reduce(report, async_op=True) if self.world.size > 1 else None
         reductions = [part.reduce() for part in due]
         gathers = []
         for part, (grad, work) in zip(due, reductions):
             if work is not None:
                 work.wait()
             own = part.as_units(part.parameter.data)[part.lo : part.hi]
-            part.update(own, grad.to(own.dtype), step, lr_multiplier, momentum)
+            grad = grad.to(own.dtype)  # own units, summed over ranks: here the report can take a metric of it
+            part.update(own, grad, step, lr_multiplier, momentum)
             gathers.append(part.gather())
             part.parameter.grad.zero_()  # in place: graphs know its address
+        sums = self.world.all_reduce(torch.stack(list(report.values())))
         for finish in gathers:
             finish()
-        if reported is not None:
-            reported.wait()
         for copy, original in copies:
             copy.parameter.copy_(original.parameter)
             for name, moment in original.moments.items():
                 copy.moments[name].copy_(moment)
-        return report
+        return dict(zip(report, sums))
 
     @torch.no_grad()
     def reset(self):
@@ -1960,12 +1974,6 @@ def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None) ->
     return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
 
 
-def cut_at_bos(tokens: Tensor, bos: int) -> MicroBatch:
-    """Successive tokens of a stream, which may begin inside a document."""
-    inner = np.flatnonzero(tokens[1:-1].numpy() == bos) + 1
-    return MicroBatch(tokens, to_documents(np.append(0, inner), len(tokens) - 1))
-
-
 class Loader:
     """Prefetched batches from step `first` on. Iterating gives (micro-batches of this rank, position after).
 
@@ -2049,8 +2057,8 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
     weights = (*weights, prefix) if prefix else weights
 
     left = max(0.0, 1 - step / cfg.scheduled_steps)
-    decay = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0  # from 1 to 0
-    lr = stage.lr * decay + cfg.lr_floor * (1 - decay)
+    height = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0  # from 1 to 0
+    lr = stage.lr * height + cfg.lr_floor * (1 - height)
 
     rise = step / max(cfg.momentum_warmup, 1)
     fall = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
@@ -2190,10 +2198,11 @@ def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotar
 
 
 def train_step(model: GPT, optimizer: Optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int,
-               stop: bool = False) -> Tensor:
+               stop: bool = False) -> dict:
     """One optimizer step over this rank's micro-batches. The one step function: warm-up and training call it.
 
-    Returns, on the device, the training loss and how many ranks were asked to stop: (2,), over all ranks.
+    Returns numbers for the log, on the device, summed over ranks: the training loss "train_loss", the number
+    of ranks that were asked to "stop", and whatever else is added to the report.
     """
     device = model.embed.device
     weights = loss_weights(model.cfg, plan, device)
@@ -2201,8 +2210,17 @@ def train_step(model: GPT, optimizer: Optimizer, batches: list, plan: StepPlan, 
     model.refresh()
     for batch in batches:
         loss += run_micro_batch(model, batch, plan, rotary, weights)
-    report = torch.stack([loss, torch.full_like(loss, stop)])
+    report = {"train_loss": loss, "stop": torch.full_like(loss, stop)}
     return optimizer.step(step, plan.lr, plan.momentum, report)
+
+
+def cut_at_bos(tokens: Tensor, bos: int) -> MicroBatch:
+    """How validation lays out successive tokens of its stream: a document from each BOS to the next.
+
+    The first may begin inside a document. Other cuts: other starts for to_documents.
+    """
+    starts = np.append(0, np.flatnonzero(tokens[1:-1].numpy() == bos) + 1)
+    return MicroBatch(tokens, to_documents(starts, len(tokens) - 1))
 
 
 class Validation:
@@ -2373,13 +2391,11 @@ class Clock:
         self.hardware, self.seconds, self.since = hardware, seconds, None
 
     def resume(self):
-        """Run, unless it runs already."""
-        if self.since is None:
-            self.hardware.synchronize()
-            self.since = time.perf_counter()
+        self.hardware.synchronize()
+        self.since = time.perf_counter()
 
     def pause(self):
-        """Stop, if it runs."""
+        """Stop, if it runs. Waits for the GPU."""
         self.hardware.synchronize()
         self.seconds, self.since = self.read(), None
 
@@ -2459,14 +2475,15 @@ class StepLog:
         self.log, self.clock, self.model, self.hardware, self.world = log, clock, model, hardware, world
         self.pending, self.before, self.stop = None, clock.read(), False
 
-    def add(self, step: int, report: Tensor, plan: StepPlan):
+    def add(self, step: int, report: dict, plan: StepPlan):
         """Queue the line of `step` (1, 2, ..) and print the one before it. report: see train_step."""
-        on_host, event = report.to("cpu", non_blocking=True), None
-        if report.is_cuda:
+        values, event = torch.stack(list(report.values())), None
+        on_host = values.to("cpu", non_blocking=True)
+        if values.is_cuda:
             event = torch.cuda.Event()
             event.record()
         self.flush()
-        self.pending = step, on_host, plan, event
+        self.pending = step, list(report), on_host, plan, event
         if event is None:
             self.flush()
 
@@ -2474,20 +2491,21 @@ class StepLog:
         """Print the line that is queued. Raises UserError if its loss isn't finite."""
         if self.pending is None:
             return
-        (step, report, plan, event), self.pending = self.pending, None
+        (step, names, values, plan, event), self.pending = self.pending, None
         if event is not None:
             event.synchronize()
-        loss, stop = report.tolist()
-        self.stop = self.stop or stop > 0
-        self.print(step, loss / sum(plan.weights), plan)
+        report = dict(zip(names, values.tolist()))
+        self.stop = report.pop("stop") > 0 or self.stop
+        self.print(step, report.pop("train_loss") / sum(plan.weights), plan, report)
 
-    def print(self, step: int, loss: float, plan: StepPlan):
+    def print(self, step: int, loss: float, plan: StepPlan, more: dict):
         total, now = self.model.cfg.total_steps, self.clock.read()
         seconds, self.before = now - self.before, now
         speed = step_metrics(self.model, self.hardware, self.world, plan.stage.batch_tokens, seconds)
         line = f"step:{step}/{total} train_loss:{loss:.4f}"
         self.log.line(f"{line} train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms", console=False)
-        self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), **speed)
+        self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
+                        **speed, **more)
         terminal = sys.stdout.isatty()
         if self.log.active and (terminal or step % max(self.model.cfg.val_every // 5, 1) == 0):
             rates = [f"{name}:{value:,}" for name, value in speed.items()]
@@ -2548,9 +2566,9 @@ def validate(val: Validation, model: GPT, rotary: Rotary, step: int, seconds: fl
     windows = final_windows(cfg) if step == cfg.total_steps else plan_step(cfg, step).windows
     result, lambdas = val.run(model, windows, rotary, world), model.lambdas()
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
-    mtp = f" smear_mtp_lambda:{lambdas['smear_mtp_lambda'][0]:+.4f}" if cfg.smear_mtp else ""
+    single = "".join(f" {name}:{values[0]:+.4f}" for name, values in lambdas.items() if len(values) == 1)
     log.line(f"step:{step}/{cfg.total_steps} val_loss:{result['val_loss']:.4f}{bpb} "
-             f"train_time:{seconds * 1e3:.0f}ms step_avg:{seconds * 1e3 / max(step, 1):.2f}ms{mtp}")
+             f"train_time:{seconds * 1e3:.0f}ms step_avg:{seconds * 1e3 / max(step, 1):.2f}ms{single}")
     log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
 
 
@@ -2673,8 +2691,8 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
                 model.graphs.capture()
             if step == start:
                 log.line(f"first step {time.time() - STARTED:.1f} s after the start of this process")
-        if not last:
             clock.resume()
+        if not last:
             batches, position = next(loader)
             report = train_step(model, optimizer, batches, plan, rotary, step, asked.is_set())
             steps.add(step + 1, report, plan)
@@ -2696,8 +2714,9 @@ def run(argv: list[str]):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
                                 timeout=timedelta(minutes=10))
     job, progress, tensors = set_up(cfg, hardware, world)
+    asked = job.asked
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: job.asked.set())
+        signal.signal(number, lambda *_: asked.set())
     for i in range(cfg.runs):
         stopped = train(replace(cfg, seed=cfg.seed + i), job, progress, tensors)
         if stopped:
