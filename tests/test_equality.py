@@ -64,11 +64,11 @@ class Job(NamedTuple):
 
 
 def keep_results(function, results):
-    """The function, with the first number of what it returns kept, all its bits."""
+    """The function, with the loss that it returns kept, all its bits."""
 
     def called(*args):
         result = function(*args)
-        results.append(result["val_loss"] if isinstance(result, dict) else result[0].item())
+        results.append(result["val_loss"] if "val_loss" in result else result["train_loss"].item())
         return result
 
     return called

@@ -94,7 +94,8 @@ def late(monkeypatch, runs):
         event = types.SimpleNamespace(record=lambda: None, synchronize=lambda: None)
         monkeypatch.setattr(torch.cuda, "Event", lambda: event)
         step = train_gpt.train_step
-        monkeypatch.setattr(train_gpt, "train_step", lambda *args: step(*args).as_subclass(OnGPU))
+        monkeypatch.setattr(train_gpt, "train_step", lambda *args: {
+            name: x.as_subclass(OnGPU) for name, x in step(*args).items()})  # fmt: skip
 
     return call
 

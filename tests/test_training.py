@@ -172,7 +172,7 @@ def trained(model):
     batch = train_gpt.MicroBatch(tokens, train_gpt.to_documents(np.flatnonzero(tokens[:-1] == BOS), 64))
     rotary, optimizer = whole_and_final(SMALL, 64)[1], Optimizer(model, optimizer_table(SMALL), World())
     loss = train_gpt.train_step(model, optimizer, [batch], plan_step(SMALL, 1), rotary, 1)
-    return loss[0].item(), *(p.tolist() for p in model.parameters())
+    return loss["train_loss"].item(), *(p.tolist() for p in model.parameters())
 
 
 @pytest.mark.parametrize("use", [validation_loss, trained])
@@ -394,7 +394,7 @@ def test_training_with_graphs_is_training_without_bit_for_bit(runs, graphs, monk
 
 def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(runs, graphs, monkeypatch):
     """Each of 64 tokens: 63 documents are fewer than 64 and their end."""
-    counts, pack = iter([1, 63, 64, 2]), train_gpt.pack
+    counts = iter([1, 63, 64, 2])
 
     def pack_letters(stream, tokens, max_doc):
         starts = np.arange(next(counts, 3))

@@ -83,7 +83,7 @@ class Runs:
                 self.at_step(args[5] + 1)
             result = function(*args)
             if name == "train_step":
-                self.losses.append(result[0].item())
+                self.losses.append(result["train_loss"].item())
             if name == "run":
                 self.validations.append(result)
             return result
