@@ -619,6 +619,7 @@ def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles 
         mode = "pointer"  # the copy engine wants rows of whole 16 bytes
     tiles = tiles or MLP_TILES[mode, backward]
     k_tile = 2 * tiles.k if float8 else tiles.k  # the same bytes
+    # Matrices, each moved by tiles; vectors and numbers follow them, as float8_scale does.
     operands = [a_MK.contiguous(), b_NK.contiguous(), aux_MN if backward else out_MN, out_MN, square_MN]
     if mode == "tma":
         half = [tiles.m, tiles.n // 2]
@@ -1055,10 +1056,10 @@ class MLP(torch.autograd.Function):
     def backward(ctx, grad_TD):
         h_TD, weight_2FD, r_TF = ctx.saved_tensors
         up_FD, down_FD = weight_2FD
-        before_TF, hidden_TF = mlp_backward(grad_TD, down_FD, r_TF, ctx.slope, ctx.kernels)
+        u_grad_TF, hidden_TF = mlp_backward(grad_TD, down_FD, r_TF, ctx.slope, ctx.kernels)
         add_product(ctx.grad_2FD[1], hidden_TF, grad_TD)
-        add_product(ctx.grad_2FD[0], before_TF, h_TD)
-        return grad_TD, before_TF @ up_FD, None, None, None, None, None
+        add_product(ctx.grad_2FD[0], u_grad_TF, h_TD)
+        return grad_TD, u_grad_TF @ up_FD, None, None, None, None, None
 
 
 def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block: int = 128) -> Tensor:
@@ -1167,7 +1168,7 @@ def late_region(x_TD):
 
 @region
 def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, offset_E, edges_T, heads: int):
-    """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D).
+    """What attention reads: q, k, v with its value embeddings, (T, H, E) each, from the product (T, 3 D).
 
     value_TD: rows of value embeddings, or None. offset_E: dims of the key offset, or None for none.
     """
@@ -1310,7 +1311,8 @@ class GPT(nn.Module):
         bigram_TD = self.bigrams(tokens_T, edges_T)
         stream_weights = self.stream_weights()
         lambdas = self.attn_lambdas.flatten().unbind()
-        gates = unbind(self.attn_gate, len(cfg.attention_layers))
+        v_lambdas, out_lambdas = lambdas[::2], lambdas[1::2]
+        attn_gates = unbind(self.attn_gate, len(cfg.attention_layers))
         scale8 = self.latent_scale if self.fp8 == "head+mlp" and torch.is_grad_enabled() else None
         outputs, late_TD, late_lead_TG = {}, None, None
         for i, layer in enumerate(cfg.layers):
@@ -1322,16 +1324,16 @@ class GPT(nn.Module):
             if layer.window != "none":
                 if not reads:
                     h_TD, lead_TG = late_TD, late_lead_TG
-                a = cfg.attention_layers.index(i)
+                a = cfg.attention_layers.index(i)  # its row in attn_bank, attn_gate, attn_lambdas
                 qkv_TC = self.project("qkv", a, h_TD)
-                rows = [values[table] for table in layer.value_embeds if values]
-                value_TD = sum(rows[1:], rows[0]) if rows else None
+                own_values = [values[table] for table in layer.value_embeds if values]
+                value_TD = sum(own_values[1:], own_values[0]) if own_values else None
                 q_THE, k_THE, v_THE = qkv_region(
-                    qkv_TC, lambdas[2 * a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale,
+                    qkv_TC, v_lambdas[a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale,
                     rotary.offset_E if layer.key_offset or cfg.key_offset == "all" else None, edges_T,
                     cfg.heads)
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, windows[layer.window])
-                y_TD = gate_region(y_THE, lead_TG, gates[a], lambdas[2 * a + 1])
+                y_TD = gate_region(y_THE, lead_TG, attn_gates[a], out_lambdas[a])
                 o_TD = self.project("o", a, y_TD)
                 x_TD, h_TD, h8_TD = Branch.apply(x_TD, o_TD, scale8)
             elif scale8 is not None:
@@ -1564,8 +1566,11 @@ class Row(NamedTuple):
 class Part:
     """The part of one parameter that this rank updates, units lo to hi - 1, and their moments.
 
-    An algorithm is a subclass with `as_units`, which cuts the parameter into equal parts that ranks may share
-    out, `make_moments` and `update`.
+    An algorithm is a subclass. It defines
+    as_units(x): a tensor of the parameter's shape as equal parts that ranks may share out, (units, ..);
+    make_moments(p): the moments of the own units p, by name;
+    update(p, grad, step, lr_multiplier, muon_momentum): changes the own units p in place. grad is theirs, in
+    p's dtype, summed over ranks and over `row.every` steps.
     """
 
     def __init__(self, row: Row, p: nn.Parameter, model: GPT, world: World):
@@ -1634,11 +1639,11 @@ class NorMuon(Part):
         self.lr_N11 = lr[self.lo : self.hi].view(-1, 1, 1)
         return {"momentum": torch.zeros_like(p_NRC), "second": torch.zeros_like(p_NRC[..., :1])}
 
-    def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, momentum: float):
+    def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, muon_momentum: float):
         if len(p):  # else there are more ranks than matrices
             lr_N11, decay = self.lr_N11 * lr_multiplier, scalar(self.row.weight_decay * lr_multiplier)
             normuon_update(p, grad, self.moments["momentum"], self.moments["second"], lr_N11, decay,
-                           scalar(momentum), self.row.betas[1], self.dtype, self.kernels, self.groups)
+                           scalar(muon_momentum), self.row.betas[1], self.dtype, self.kernels, self.groups)
 
 
 class Adam(Part):
@@ -1652,7 +1657,7 @@ class Adam(Part):
         dtype = self.dtype if self.row.comms == "sharded" else torch.float32  # tables are many numbers
         return {name: torch.zeros_like(p, dtype=dtype) for name in ("first", "second")}
 
-    def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, momentum: float):
+    def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, muon_momentum: float):
         row, updates = self.row, (step + 1) // self.row.every
         lr, decay = scalar(row.lr[0] * lr_multiplier), scalar(row.weight_decay * lr_multiplier)
         bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
@@ -1703,13 +1708,14 @@ def parameter_table(cfg: Config) -> list[Row]:
 
     groups = (cfg.heads // cfg.muon_heads,) * 2 + (1, 1) if cfg.muon_heads else ()
     values = normal(cfg.value_std) if cfg.value_std else 0.0
-    embed = {"ratio": EMBED_LR_RATIO, "start": normal(1)}
     if cfg.untie_at:  # a copy of the head, at its rate and decay, until it gets a life of its own (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
-        embed = {"decay": 150, "start": normal(0.005), "copy_of": "head", "copy_until": untied}
+        embed = table("embed", (V, D), decay=150, start=normal(0.005), copy_of="head", copy_until=untied)
+    else:
+        embed = table("embed", (V, D), ratio=EMBED_LR_RATIO, start=normal(1))
     pairs = bool(cfg.bigram_rows)
     return [
-        table("embed", (V, D), **embed),
+        embed,
         table("head", (V, D), decay=150),
         bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, groups=groups,
              start=uniform(std, 3 + cfg.draw_output)),
@@ -1785,7 +1791,8 @@ class Optimizer:
             if work is not None:
                 work.wait()
             own = part.as_units(part.parameter.data)[part.lo : part.hi]
-            grad = grad.to(own.dtype)  # own units, summed over ranks: here the report can take a metric of it
+            grad = grad.to(own.dtype)
+            # Here the report can take a metric of the gradient: its squares, say, whose root the log takes.
             part.update(own, grad, step, lr_multiplier, momentum)
             gathers.append(part.gather())
             part.parameter.grad.zero_()  # in place: graphs know its address
@@ -2057,12 +2064,12 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
     weights = (*weights, prefix) if prefix else weights
 
     left = max(0.0, 1 - step / cfg.scheduled_steps)
-    height = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0  # from 1 to 0
-    lr = stage.lr * height + cfg.lr_floor * (1 - height)
+    fall = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0  # the learning rate's, from 1 to 0
+    lr = stage.lr * fall + cfg.lr_floor * (1 - fall)
 
-    rise = step / max(cfg.momentum_warmup, 1)
-    fall = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
-    momentum = 0.85 + 0.1 * max(0.0, min(1.0, rise, fall))
+    warm = step / max(cfg.momentum_warmup, 1)
+    cold = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
+    momentum = 0.85 + 0.1 * max(0.0, min(1.0, warm, cold))
     windows = {"short": stage.window_short, "long": stage.window_long}
     return StepPlan(stage, index, windows, lr, momentum, weights, prefix > 0)
 
@@ -2077,9 +2084,9 @@ def final_windows(cfg: Config) -> dict:
 
 
 def pinned(data, device) -> Tensor:
-    """A tensor, array or list as a tensor that a GPU, if it is for one, can fetch while the host goes on."""
+    """A tensor or array as a tensor that a GPU, if it is for one, can fetch while the host goes on."""
     tensor = torch.as_tensor(data)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
 
 
 def to_device(batch: MicroBatch, device) -> MicroBatch:
@@ -2189,11 +2196,11 @@ class Graphs:
 
 
 def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
-    """backward_micro_batch, as a graph where there is one."""
+    """backward_micro_batch, as a graph where there is one. batch: on the CPU; it is copied here."""
     inputs = graph_inputs(batch, weights) if model.graphs and plan.kind in model.graphs.captured else None
     if inputs is None:
         return backward_micro_batch(model, to_device(batch, model.embed.device), plan, rotary, weights)
-    inputs[1] = inputs[1].pin_memory()
+    inputs[1] = pinned(inputs[1], model.embed.device)
     return model.graphs.replay(plan.kind, inputs)
 
 
@@ -2217,7 +2224,8 @@ def train_step(model: GPT, optimizer: Optimizer, batches: list, plan: StepPlan, 
 def cut_at_bos(tokens: Tensor, bos: int) -> MicroBatch:
     """How validation lays out successive tokens of its stream: a document from each BOS to the next.
 
-    The first may begin inside a document. Other cuts: other starts for to_documents.
+    The first may begin inside a document. Other cuts: other starts for to_documents. They bound attention;
+    what else reads the previous token stops at BOS (with cut_documents), or where first_T says.
     """
     starts = np.append(0, np.flatnonzero(tokens[1:-1].numpy() == bos) + 1)
     return MicroBatch(tokens, to_documents(starts, len(tokens) - 1))
@@ -2395,7 +2403,7 @@ class Clock:
         self.since = time.perf_counter()
 
     def pause(self):
-        """Stop, if it runs. Waits for the GPU."""
+        """Stop, if it runs. Waits for the GPU: pausing in every step would slow training."""
         self.hardware.synchronize()
         self.seconds, self.since = self.read(), None
 
@@ -2498,14 +2506,14 @@ class StepLog:
         self.stop = report.pop("stop") > 0 or self.stop
         self.print(step, report.pop("train_loss") / sum(plan.weights), plan, report)
 
-    def print(self, step: int, loss: float, plan: StepPlan, more: dict):
+    def print(self, step: int, loss: float, plan: StepPlan, report: dict):
         total, now = self.model.cfg.total_steps, self.clock.read()
         seconds, self.before = now - self.before, now
         speed = step_metrics(self.model, self.hardware, self.world, plan.stage.batch_tokens, seconds)
         line = f"step:{step}/{total} train_loss:{loss:.4f}"
         self.log.line(f"{line} train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms", console=False)
         self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
-                        **speed, **more)
+                        **speed, **report)
         terminal = sys.stdout.isatty()
         if self.log.active and (terminal or step % max(self.model.cfg.val_every // 5, 1) == 0):
             rates = [f"{name}:{value:,}" for name, value in speed.items()]
@@ -2693,7 +2701,7 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
                 log.line(f"first step {time.time() - STARTED:.1f} s after the start of this process")
             clock.resume()
         if not last:
-            batches, position = next(loader)
+            batches, position = next(loader)  # waits only if the loader isn't ahead
             report = train_step(model, optimizer, batches, plan, rotary, step, asked.is_set())
             steps.add(step + 1, report, plan)
     log.line(f"peak memory: {memory_mib(hardware)} MiB")
