@@ -113,7 +113,7 @@ if ((processes > 1)); then
     command+=(-m torch.distributed.run --standalone "--nproc_per_node=$processes")
 fi
 command+=("$here/train_gpt.py" "--track=$track")
-if ((!gpus)); then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}; fi # spinning slows busy machines
+if ((!gpus)); then export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}; fi # long spinning slows busy machines
 ((arguments)) && exec "${command[@]}" "$@"
 run "${command[@]}"
 exec "$python" "$here/evaluate.py" "--sample=The module "
