@@ -2379,7 +2379,7 @@ def find_unfinished(cfg: Config) -> str:
             meta = read_checkpoint(str(path))[1]
         except UserError:  # damaged: the one before may serve
             continue
-        if all(getattr(meta["config"], name) == getattr(cfg, name) for name in same):
+        if "progress" in meta and all(getattr(meta["config"], name) == getattr(cfg, name) for name in same):
             return str(path) if meta["progress"].step < cfg.total_steps else ""
     return ""
 

@@ -326,6 +326,12 @@ def empty(path):
     path.write_bytes(b"")
 
 
+def export_over(path):
+    """A file without progress and optimizer state, like an export."""
+    cfg = read_checkpoint(str(path))[1]["config"]
+    train_gpt.write_checkpoint(path, {"model.head": torch.zeros(2)}, {"config": vars(cfg)})
+
+
 def name_as_temporary(path):
     path.rename(path.with_name(path.name + ".123.tmp"))
 
@@ -335,7 +341,8 @@ def replace_by_dangling_link(path):
     path.symlink_to(path.with_name("gone"))
 
 
-DAMAGES = truncate, cut_in_header, fill_with_noise, empty, name_as_temporary, replace_by_dangling_link
+DAMAGES = (truncate, cut_in_header, fill_with_noise, empty, export_over, name_as_temporary,
+           replace_by_dangling_link)  # fmt: skip
 
 
 def found_by_auto(logs, *flags):
@@ -343,7 +350,7 @@ def found_by_auto(logs, *flags):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_auto_skips_a_damaged_checkpoint(tiny, tmp_path, damage):
+def test_auto_skips_what_is_damaged_or_no_checkpoint(tiny, tmp_path, damage):
     older, first, last = *write_run(tmp_path, "1", [2]), *write_run(tmp_path, "2", [2, 4])
     for path, before in ((last, first), (first, older), (older, "")):
         assert found_by_auto(tmp_path) == str(path)

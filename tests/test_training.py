@@ -468,6 +468,14 @@ def test_clock_goes_on_from_the_checkpoint(runs, monkeypatch):
     assert "the clock goes on from 4.0 s" in resumed.log
 
 
+def test_share_of_the_peak_is_that_of_the_products_with_weights():
+    model, gpu = GPT(SMALL), types.SimpleNamespace(name="NVIDIA H100 80GB HBM3")
+    metrics = train_gpt.step_metrics(model, gpu, World(0, 2), tokens=10**12, seconds=2.0)
+    products = 384 * 32 + 2 * 4 * 32 * 32 + 3 * 2 * 128 * 32  # head, attention, MLPs
+    share = 6 * products * 5e11 / (2 * 989e12)
+    assert metrics == {"tokens_per_s": 500_000_000_000, "mfu": pytest.approx(share, abs=1e-4)}
+
+
 # ----------------------------------------------------------------- checkpoint
 
 
