@@ -21,17 +21,16 @@ PATH=${PATH//"$venv/bin:"/} # python3 must not mean an activated .venv, which ma
 
 die() { echo "run.sh: $*" >&2; exit 2; }
 
-stop() { if [[ ${child-} ]]; then again=1 stopped=1; kill "-$1" "$child"; else exit 130; fi; }
+stop() { again=1 stopped=1; kill "-$1" $(jobs -p) 2>/dev/null || exit 130; } # to what `run` runs, if it does
 for name in HUP INT TERM; do trap "stop $name" $name; done
 
 # Runs a command in a process group of its own: Ctrl-C reaches it once, from here, not from the terminal too.
 run() {
     local again=1 stopped='' status=0
     set -m
-    "$@" </dev/null & child=$!
+    "$@" </dev/null &
     set +m
-    while ((again)); do again=0 && wait $child && status=0 || status=$?; done 2>/dev/null # signals end wait
-    child=''
+    while ((again)); do again=0 && wait $! && status=0 || status=$?; done 2>/dev/null # signals end wait
     [[ -z $stopped ]] || exit "$status"
     return "$status"
 }
@@ -46,7 +45,7 @@ install() {
     [[ ! -e $venv/pyvenv.cfg || -e $stamp ]] || die "$venv was not made by run.sh: move it away"
     echo "setup: installing into $venv, once (or waiting for another run.sh that does)"
     mkdir -p -- "$venv" && exec 9>>"$venv/setup.lock" || return
-    flock 9 2>/dev/null || true # some systems have none
+    run flock 9 2>/dev/null || true # some systems have none
     if installed; then return; fi
     if [[ ! -x $python || $(cat -- "$stamp" 2>/dev/null) != "$kind "* ]]; then
         echo unfinished >"$stamp" && find "$venv" -mindepth 1 ! -name 'setup.*' -delete || return
@@ -114,7 +113,7 @@ if ((processes > 1)); then
     command+=(-m torch.distributed.run --standalone "--nproc_per_node=$processes")
 fi
 command+=("$here/train_gpt.py" "--track=$track")
-if ((!gpus)); then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}; fi # spinning slows busy machines
+if ((!gpus)); then export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}; fi # long spinning slows busy machines
 ((arguments)) && exec "${command[@]}" "$@"
 run "${command[@]}"
 exec "$python" "$here/evaluate.py" "--sample=The module "

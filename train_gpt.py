@@ -73,7 +73,7 @@ class Layer(NamedTuple):
     """One row of the per-layer table: the only place where a layer is singled out by its position."""
 
     window: str                  # "short", "long", or "none": a layer without attention
-    value_embeds: tuple = ()     # numbers of the value-embedding tables whose rows are added to v
+    value_embeds: tuple = ()     # value-embedding tables, 0, 1, .., whose rows are added to v
     key_offset: bool = False     # k[t] takes its stationary dims from k[t-1]: induction within one layer
     skip_from: int = -1          # earlier layer whose output is added before this layer; -1: none
 
@@ -131,7 +131,7 @@ class Config:
     scheduled_steps: int = flag(100, "steps over which the learning rate falls", 1)
     extension_steps: int = flag(0, "steps after these, at the final learning rate and the last windows")
     cooldown: float = flag(0.55, "last fraction of scheduled_steps: the learning rate falls linearly")
-    lr_floor: float = flag(0.1, "multiplier of the learning rate at the end")
+    lr_floor: float = flag(0.1, "what the stages' lr falls to")
     momentum_warmup: int = flag(300, "steps in which Muon's momentum rises from 0.85 to 0.95")
     momentum_cooldown: int = flag(50, "last steps, in which it falls back")
     stages: tuple = ()
@@ -144,8 +144,8 @@ class Config:
     yarn: bool = flag(True, "stretch rotary embeddings as windows grow")
     value_embeds: bool = flag(True, "value embeddings")
     value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
-    key_offset: str = flag("table", "partial key offset: in marked layers, there of all dims, in all layers",
-                           choices=("table", "table-full", "all", "off"))
+    key_offset: str = flag("table", "partial key offset. table: in marked layers, table-full: there of all "
+                           "dims, all: in every layer", choices=("table", "table-full", "all", "off"))
     x0_mix: bool = flag(True, "add the input embedding before each layer, with a learned weight")
     smear: bool = flag(True, "add the previous token's embedding, gated")
     skip: bool = flag(True, "skip connections of the layer table")
@@ -373,9 +373,10 @@ def parse_config(argv: list[str], ranks: int = 1) -> Config:
         return cfg
     require(cfg.runs == 1, "--runs: a resumed run is one; leave --resume out or give --runs=1")
     saved = read_checkpoint(cfg.resume)[1]["config"]
-    for name, value in given.items():
+    for name in given:
         kept = getattr(saved, name)
-        require(name in RUN_FLAGS or value == kept, f"--{name}: {cfg.resume} has {kept}; leave the flag out")
+        require(name in RUN_FLAGS or getattr(cfg, name) == kept,
+                f"--{name}: {cfg.resume} has {kept}; leave the flag out")
     fresh = {name: getattr(cfg, name) for name in RUN_FLAGS if name != "data" or "data" in given}
     return replace(saved, **fresh)
 
@@ -388,6 +389,8 @@ def check_config(cfg: Config) -> Config:
     micro, last = cfg.micro_batches, len(cfg.layers) - 1
     batches = [stage.batch_tokens for stage in cfg.stages]
     require(not any(batch % micro for batch in batches), f"--micro_batches={micro}: must divide {batches}")
+    tables = {table for layer in cfg.layers for table in layer.value_embeds}
+    require(tables == set(range(len(tables))), f"layer table: value_embeds {tables} must be 0, 1, ..")
     require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 heads")
     require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
     require(not cfg.late_attention or any(map(cfg.reads_late, cfg.attention_layers)),
@@ -547,12 +550,14 @@ def store_tile(x, tile, row, column, rows, columns, ROWS: constexpr, COLUMNS: co
 
 
 @jit
-def mlp_kernel(a, b, aux, out, square, scale, M, N, K, SLOPE: constexpr, BACKWARD: constexpr,
+def mlp_kernel(a, b, aux, out, square, float8_scale, M, N, K, SLOPE: constexpr, BACKWARD: constexpr,
                DTYPE: constexpr, FLOAT8: constexpr, TMA: constexpr, M_TILE: constexpr, N_TILE: constexpr,
                K_TILE: constexpr, PROGRAMS: constexpr):
-    """u = a b^T, tile by tile. Forward: r = LeakyReLU(u). Backward: r from aux, out = u * 2 LeakyReLU(r).
+    """Tile by tile u = a b^T, a: (M, K), b: (N, K), and what follows from each tile; (M, N) the others.
 
-    FLOAT8: a and b are, their product is multiplied by `scale`, and the square is float8, too.
+    Forward: a is h, b is up; out = r = LeakyReLU(u), square = r^2. aux isn't read.
+    Backward: a is the MLP's gradient, b is down, aux is r; out = u * 2 LeakyReLU(r), square = r^2.
+    FLOAT8, forward only: a, b and square are float8; float8_scale, (), multiplies u.
     """
     HALF: constexpr = N_TILE // 2
     n_tiles = tl.cdiv(N, N_TILE)
@@ -571,7 +576,7 @@ def mlp_kernel(a, b, aux, out, square, scale, M, N, K, SLOPE: constexpr, BACKWAR
                 u = 2 * u * tl.where(r > 0, r, SLOPE * r)
             else:
                 if FLOAT8:
-                    u *= tl.load(scale)
+                    u *= tl.load(float8_scale)
                 u = tl.where(u > 0, u, SLOPE * u)
                 r = u.to(DTYPE).to(tl.float32)
             store_tile(out, u.to(DTYPE), m, n + half * HALF, M, N, M_TILE, HALF, TMA)
@@ -600,11 +605,12 @@ MLP_TILES = {  # (mode, whether backward)
 }
 
 
-def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles | None = None, scale=None):
+def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles | None = None,
+                      float8_scale=None):
     """Run mlp_kernel forward or, if aux_MN is given, backward. Returns out and square, (M, N) each."""
     M, K = a_MK.shape
     N = b_NK.size(0)
-    float8 = scale is not None
+    float8 = float8_scale is not None
     backward = aux_MN is not None
     dtype = torch.bfloat16 if float8 else a_MK.dtype
     out_MN = torch.empty(M, N, dtype=dtype, device=a_MK.device)
@@ -613,6 +619,7 @@ def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles 
         mode = "pointer"  # the copy engine wants rows of whole 16 bytes
     tiles = tiles or MLP_TILES[mode, backward]
     k_tile = 2 * tiles.k if float8 else tiles.k  # the same bytes
+    # Matrices, each moved by tiles; vectors and numbers follow them, as float8_scale does.
     operands = [a_MK.contiguous(), b_NK.contiguous(), aux_MN if backward else out_MN, out_MN, square_MN]
     if mode == "tma":
         half = [tiles.m, tiles.n // 2]
@@ -624,7 +631,7 @@ def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles 
     else:
         programs = min(programs, 4)
     mlp_kernel[programs,](
-        *operands, scale, M, N, K, SLOPE=slope, BACKWARD=backward, DTYPE=getattr(tl, str(dtype)[6:]),
+        *operands, float8_scale, M, N, K, SLOPE=slope, BACKWARD=backward, DTYPE=getattr(tl, str(dtype)[6:]),
         FLOAT8=float8, TMA=mode == "tma", M_TILE=tiles.m, N_TILE=tiles.n, K_TILE=k_tile, PROGRAMS=programs,
         num_warps=tiles.warps, num_stages=tiles.stages - float8,
     )
@@ -638,7 +645,7 @@ def mlp_forward(h_TD, up_FD, slope: float, mode: str = "reference", scale: Tenso
     cut off at 448, float8_e4m3fn.
     """
     if mode != "reference":
-        return launch_mlp_kernel(h_TD, up_FD, None, slope, mode, scale=scale)
+        return launch_mlp_kernel(h_TD, up_FD, None, slope, mode, float8_scale=scale)
     if scale is not None:
         r_TF = F.leaky_relu(h_TD.float() @ up_FD.float().T * scale, slope).bfloat16()
         return r_TF, r_TF.float().square().clamp_max(448).to(h_TD.dtype)
@@ -802,7 +809,7 @@ class Documents(NamedTuple):
 
     cu_seqlens: Tensor           # (documents + 1,) int32: 0, starts of the others, T
     longest: int                 # tokens
-    first_T: Tensor | None = None  # (T,) bool: starts that nothing crosses; None: as cfg.cut_documents says
+    first_T: Tensor | None = None  # (T,) bool, set by evaluate.py alone: starts that nothing at all crosses
 
 
 EPS = 1e-6
@@ -1049,10 +1056,10 @@ class MLP(torch.autograd.Function):
     def backward(ctx, grad_TD):
         h_TD, weight_2FD, r_TF = ctx.saved_tensors
         up_FD, down_FD = weight_2FD
-        before_TF, hidden_TF = mlp_backward(grad_TD, down_FD, r_TF, ctx.slope, ctx.kernels)
+        u_grad_TF, hidden_TF = mlp_backward(grad_TD, down_FD, r_TF, ctx.slope, ctx.kernels)
         add_product(ctx.grad_2FD[1], hidden_TF, grad_TD)
-        add_product(ctx.grad_2FD[0], before_TF, h_TD)
-        return grad_TD, before_TF @ up_FD, None, None, None, None, None
+        add_product(ctx.grad_2FD[0], u_grad_TF, h_TD)
+        return grad_TD, u_grad_TF @ up_FD, None, None, None, None, None
 
 
 def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block: int = 128) -> Tensor:
@@ -1161,7 +1168,7 @@ def late_region(x_TD):
 
 @region
 def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, offset_E, edges_T, heads: int):
-    """What attention needs, q, k, v: (T, H, E), from the product with Q, K, V: (T, 3 D).
+    """What attention reads: q, k, v with its value embeddings, (T, H, E) each, from the product (T, 3 D).
 
     value_TD: rows of value embeddings, or None. offset_E: dims of the key offset, or None for none.
     """
@@ -1187,14 +1194,14 @@ def gate_region(y_THE, lead_TG, gate_HG, out_lambda):
 
 
 @region
-def final_region(x_TD, backout_TD, backout_lambda, mtp_lambda, edges_T):
+def final_region(x_TD, backout_TD, backout_lambda, smear_mtp_lambda, edges_T):
     """Latents that the head reads: backout, norm, and smear-MTP y'[t] = y[t] + lambda y[t-1] (PR 151)."""
     if backout_TD is not None:
         x_TD = (x_TD - backout_lambda.expand(x_TD.size(0), 1) * backout_TD).type_as(x_TD)
     x_TD = norm(x_TD)
-    if mtp_lambda is None:
+    if smear_mtp_lambda is None:
         return x_TD
-    return (x_TD + mtp_lambda.expand(x_TD.size(0), 1) * shift(x_TD, edges_T)).type_as(x_TD)
+    return (x_TD + smear_mtp_lambda.expand(x_TD.size(0), 1) * shift(x_TD, edges_T)).type_as(x_TD)
 
 
 def cap(logits: Tensor, softcap: Softcap) -> Tensor:
@@ -1266,7 +1273,7 @@ class GPT(nn.Module):
         self.tap_layers = {layer.skip_from for layer in cfg.layers} | {cfg.backout_from}
         for row in parameter_table(cfg):
             self.register_parameter(row.name, nn.Parameter(torch.zeros(row.shape)) if row.used else None)
-        scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # y + lambda * shift(y) fits while |lambda| <= 1
+        scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # 2: smear-MTP adds two latents up
         self.register_buffer("latent_scale", scale, persistent=False)
         if cfg.bigram_rows:  # +-1 by a seed of their own: they aren't saved
             random = torch.Generator().manual_seed(0)
@@ -1304,28 +1311,29 @@ class GPT(nn.Module):
         bigram_TD = self.bigrams(tokens_T, edges_T)
         stream_weights = self.stream_weights()
         lambdas = self.attn_lambdas.flatten().unbind()
-        gates = unbind(self.attn_gate, len(cfg.attention_layers))
+        v_lambdas, out_lambdas = lambdas[::2], lambdas[1::2]
+        attn_gates = unbind(self.attn_gate, len(cfg.attention_layers))
         scale8 = self.latent_scale if self.fp8 == "head+mlp" and torch.is_grad_enabled() else None
         outputs, late_TD, late_lead_TG = {}, None, None
         for i, layer in enumerate(cfg.layers):
             skip_TD = outputs[layer.skip_from] if i in cfg.skips else None
             reads = not cfg.reads_late(i)
-            x_TD, h_TD, lead_TG, x0_TD, bigram_TD = Mixing.apply(
+            x_TD, h_TD, lead_TG, x0_TD, bigram_TD = Mixing.apply(  # h = norm(x); lead = what gates read of it
                 x_TD, skip_TD, x0_TD, bigram_TD, *stream_weights[i], reads)
             h8_TD = None
             if layer.window != "none":
                 if not reads:
                     h_TD, lead_TG = late_TD, late_lead_TG
-                a = cfg.attention_layers.index(i)
+                a = cfg.attention_layers.index(i)  # its row in attn_bank, attn_gate, attn_lambdas
                 qkv_TC = self.project("qkv", a, h_TD)
-                rows = [values[table] for table in layer.value_embeds if values]
-                value_TD = sum(rows[1:], rows[0]) if rows else None
+                own_values = [values[table] for table in layer.value_embeds if values]
+                value_TD = sum(own_values[1:], own_values[0]) if own_values else None
                 q_THE, k_THE, v_THE = qkv_region(
-                    qkv_TC, lambdas[2 * a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale,
+                    qkv_TC, v_lambdas[a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale,
                     rotary.offset_E if layer.key_offset or cfg.key_offset == "all" else None, edges_T,
                     cfg.heads)
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, windows[layer.window])
-                y_TD = gate_region(y_THE, lead_TG, gates[a], lambdas[2 * a + 1])
+                y_TD = gate_region(y_THE, lead_TG, attn_gates[a], out_lambdas[a])
                 o_TD = self.project("o", a, y_TD)
                 x_TD, h_TD, h8_TD = Branch.apply(x_TD, o_TD, scale8)
             elif scale8 is not None:
@@ -1492,13 +1500,17 @@ def nesterov(g_NRC, momentum_NRC, mu, dtype: torch.dtype) -> Tensor:
     return (x_NRC / (1.02 * frobenius(x_NRC) + 1e-12)).to(dtype)
 
 
+def normalise_rows(x_NRC, second_NR1, beta2: float):
+    """What NorMuon adds to Muon: each row over its running RMS, with each matrix's norm kept."""
+    second_NR1.add_((1 - beta2) * (x_NRC.square().mean(-1, keepdim=True) - second_NR1))
+    scaled = x_NRC * second_NR1.clamp_min(1e-10).rsqrt()
+    return scaled * (frobenius(x_NRC) / frobenius(scaled).clamp_min(1e-10))
+
+
 @region(dynamic=False)
 def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2: float):
-    """Divide each row of x by its running RMS, keep each matrix's norm, and step with cautious decay."""
-    x = x_NRC.to(p_NRC.dtype)
-    second_NR1.add_((1 - beta2) * (x.square().mean(-1, keepdim=True) - second_NR1))
-    scaled = x * second_NR1.clamp_min(1e-10).rsqrt()
-    x = scaled * (frobenius(x) / frobenius(scaled).clamp_min(1e-10))
+    """Step along the normalised rows of x, with decay where it doesn't oppose that."""
+    x = normalise_rows(x_NRC.to(p_NRC.dtype), second_NR1, beta2)
     p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
 
 
@@ -1538,7 +1550,7 @@ class Row(NamedTuple):
 
     name: str
     shape: tuple
-    algorithm: type              # NorMuon or Adam
+    algorithm: type              # NorMuon, Adam or another subclass of Part
     comms: str                   # "sharded" (reduce-scatter, update own part, all-gather) or "replicated"
     lr: tuple                    # effective learning rates, one per matrix of a bank's layer, or one
     start: object = 0.0          # a number, numbers that broadcast, or a function that draws: normal, uniform
@@ -1554,8 +1566,11 @@ class Row(NamedTuple):
 class Part:
     """The part of one parameter that this rank updates, units lo to hi - 1, and their moments.
 
-    An algorithm is a subclass with `as_units`, which cuts the parameter into equal parts that ranks may share
-    out, `make_moments` and `update`.
+    An algorithm is a subclass. It defines
+    as_units(x): a tensor of the parameter's shape as equal parts that ranks may share out, (units, ..);
+    make_moments(p): the moments of the own units p, by name;
+    update(p, grad, step, lr_multiplier, muon_momentum): changes the own units p in place. grad is theirs, in
+    p's dtype, summed over ranks and over `row.every` steps.
     """
 
     def __init__(self, row: Row, p: nn.Parameter, model: GPT, world: World):
@@ -1624,11 +1639,11 @@ class NorMuon(Part):
         self.lr_N11 = lr[self.lo : self.hi].view(-1, 1, 1)
         return {"momentum": torch.zeros_like(p_NRC), "second": torch.zeros_like(p_NRC[..., :1])}
 
-    def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, momentum: float):
+    def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, muon_momentum: float):
         if len(p):  # else there are more ranks than matrices
             lr_N11, decay = self.lr_N11 * lr_multiplier, scalar(self.row.weight_decay * lr_multiplier)
             normuon_update(p, grad, self.moments["momentum"], self.moments["second"], lr_N11, decay,
-                           scalar(momentum), self.row.betas[1], self.dtype, self.kernels, self.groups)
+                           scalar(muon_momentum), self.row.betas[1], self.dtype, self.kernels, self.groups)
 
 
 class Adam(Part):
@@ -1642,7 +1657,7 @@ class Adam(Part):
         dtype = self.dtype if self.row.comms == "sharded" else torch.float32  # tables are many numbers
         return {name: torch.zeros_like(p, dtype=dtype) for name in ("first", "second")}
 
-    def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, momentum: float):
+    def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, muon_momentum: float):
         row, updates = self.row, (step + 1) // self.row.every
         lr, decay = scalar(row.lr[0] * lr_multiplier), scalar(row.weight_decay * lr_multiplier)
         bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
@@ -1677,10 +1692,11 @@ def parameter_table(cfg: Config) -> list[Row]:
     L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
     muon, adam, std = cfg.muon_lr, cfg.adam_lr, 0.5 / math.sqrt(cfg.width)
 
-    def table(name: str, shape: tuple, ratio: float = 1.0, decay: float = 1.0, betas=(0.65, 0.95), **more):
+    def table(name: str, shape: tuple, ratio=1.0, decay=1.0, betas=(0.65, 0.95), algorithm=Adam, **more):
         lr = ratio * adam
         decay *= cfg.adam_weight_decay * lr
-        return Row(name, shape, Adam, "sharded", (lr,), betas=betas, weight_decay=decay, every=ADAM_EVERY, **more)
+        return Row(name, shape, algorithm, "sharded", (lr,), betas=betas, weight_decay=decay,
+                   every=ADAM_EVERY, **more)
 
     def bank(name: str, shape: tuple, lr: tuple, **more):
         return Row(name, shape, NorMuon, "sharded", lr, weight_decay=cfg.muon_weight_decay, **more)
@@ -1692,20 +1708,22 @@ def parameter_table(cfg: Config) -> list[Row]:
 
     groups = (cfg.heads // cfg.muon_heads,) * 2 + (1, 1) if cfg.muon_heads else ()
     values = normal(cfg.value_std) if cfg.value_std else 0.0
-    embed = {"ratio": EMBED_LR_RATIO, "start": normal(1)}
     if cfg.untie_at:  # a copy of the head, at its rate and decay, until it gets a life of its own (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
-        embed = {"decay": 150, "start": normal(0.005), "copy_of": "head", "copy_until": untied}
+        embed = table("embed", (V, D), decay=150, start=normal(0.005), copy_of="head", copy_until=untied)
+    else:
+        embed = table("embed", (V, D), ratio=EMBED_LR_RATIO, start=normal(1))
     pairs = bool(cfg.bigram_rows)
     return [
-        table("embed", (V, D), **embed),
+        embed,
         table("head", (V, D), decay=150),
         bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, groups=groups,
              start=uniform(std, 3 + cfg.draw_output)),
         bank("mlp_bank", (L, 2, MLP_RATIO * D, D), (2 * muon, 4 * muon), start=uniform(std, 1)),
-        table("value_embeds", (cfg.value_tables * V, D), EMBED_LR_RATIO, 5, start=values,
+        table("value_embeds", (cfg.value_tables * V, D), ratio=EMBED_LR_RATIO, decay=5, start=values,
               used=cfg.value_tables > 0),
-        table("bigram_embed", (cfg.bigram_rows, D), EMBED_LR_RATIO, 5, (0.75, 0.95), used=pairs),
+        table("bigram_embed", (cfg.bigram_rows, D), ratio=EMBED_LR_RATIO, decay=5, betas=(0.75, 0.95),
+              used=pairs),
         table("mtp_heads", (cfg.mtp_heads, V, D), decay=150, used=cfg.mtp_heads > 0),
         scalars("attn_gate", (A, cfg.heads, GATE_INPUTS), lr=adam, used=cfg.attn_gate),
         scalars("smear_gate", (GATE_INPUTS,), lr=adam, used=cfg.smear),
@@ -1732,7 +1750,8 @@ class Optimizer:
     fly), launches each gather at once and waits for the gathers at the end. A rank sums its gradients in
     float32; those of sharded rows are summed over ranks in the activations' dtype. Nothing is divided then:
     the loss already is, by the tokens of the whole step.
-    Raises ValueError unless every parameter of the model is in exactly one row.
+    Raises ValueError unless every parameter of the model is in exactly one row, and copies are trained as
+    their originals are.
     """
 
     def __init__(self, model: GPT, table: list[Row], world: World):
@@ -1741,6 +1760,10 @@ class Optimizer:
         if sorted(names) != sorted(parameters):
             wrong = set(parameters) ^ set(names) or [name for name in names if names.count(name) > 1]
             raise ValueError(f"optimizer table: missing, unknown or there twice: {wrong}")
+        algorithms = {row.name: row.algorithm for row in table}
+        wrong = [row.name for row in table if row.copy_of and row.algorithm is not algorithms[row.copy_of]]
+        if wrong:
+            raise ValueError(f"optimizer table: {wrong} must be trained as what they copy (untie_at)")
         self.world = world
         adam_first = sorted(table, key=lambda row: row.algorithm is NorMuon)
         self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in adam_first]
@@ -1753,34 +1776,34 @@ class Optimizer:
         return due, [(part, by_name[part.row.copy_of]) for part in at_turn if step < part.row.copy_until]
 
     @torch.no_grad()
-    def step(self, step: int, lr_multiplier: float, momentum: float, report: Tensor) -> Tensor:
+    def step(self, step: int, lr_multiplier: float, momentum: float, report: dict) -> dict:
         """Update the parameters that are due at the end of `step` and clear their gradients.
 
-        report: what else to sum over ranks. Returns its sum.
+        report: numbers by name, () each, to be summed over ranks and logged. Returns the sums.
         """
         due, copies = self.due(step)
         for copy, original in copies:
             original.parameter.grad += copy.parameter.grad
             copy.parameter.grad.zero_()
-        reported = dist.all_reduce(report, async_op=True) if self.world.size > 1 else None
         reductions = [part.reduce() for part in due]
         gathers = []
         for part, (grad, work) in zip(due, reductions):
             if work is not None:
                 work.wait()
             own = part.as_units(part.parameter.data)[part.lo : part.hi]
-            part.update(own, grad.to(own.dtype), step, lr_multiplier, momentum)
+            grad = grad.to(own.dtype)
+            # Here the report can take a metric of the gradient: its squares, say, whose root the log takes.
+            part.update(own, grad, step, lr_multiplier, momentum)
             gathers.append(part.gather())
             part.parameter.grad.zero_()  # in place: graphs know its address
+        sums = self.world.all_reduce(torch.stack(list(report.values())))
         for finish in gathers:
             finish()
-        if reported is not None:
-            reported.wait()
         for copy, original in copies:
             copy.parameter.copy_(original.parameter)
             for name, moment in original.moments.items():
                 copy.moments[name].copy_(moment)
-        return report
+        return dict(zip(report, sums))
 
     @torch.no_grad()
     def reset(self):
@@ -1958,12 +1981,6 @@ def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None) ->
     return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
 
 
-def cut_at_bos(tokens: Tensor, bos: int) -> MicroBatch:
-    """Successive tokens of a stream, which may begin inside a document."""
-    inner = np.flatnonzero(tokens[1:-1].numpy() == bos) + 1
-    return MicroBatch(tokens, to_documents(np.append(0, inner), len(tokens) - 1))
-
-
 class Loader:
     """Prefetched batches from step `first` on. Iterating gives (micro-batches of this rank, position after).
 
@@ -2047,12 +2064,12 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
     weights = (*weights, prefix) if prefix else weights
 
     left = max(0.0, 1 - step / cfg.scheduled_steps)
-    decay = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0  # from 1 to 0
-    lr = stage.lr * decay + cfg.lr_floor * (1 - decay)
+    fall = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0  # the learning rate's, from 1 to 0
+    lr = stage.lr * fall + cfg.lr_floor * (1 - fall)
 
-    rise = step / max(cfg.momentum_warmup, 1)
-    fall = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
-    momentum = 0.85 + 0.1 * max(0.0, min(1.0, rise, fall))
+    warm = step / max(cfg.momentum_warmup, 1)
+    cold = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
+    momentum = 0.85 + 0.1 * max(0.0, min(1.0, warm, cold))
     windows = {"short": stage.window_short, "long": stage.window_long}
     return StepPlan(stage, index, windows, lr, momentum, weights, prefix > 0)
 
@@ -2067,9 +2084,9 @@ def final_windows(cfg: Config) -> dict:
 
 
 def pinned(data, device) -> Tensor:
-    """A tensor, array or list as a tensor that a GPU, if it is for one, can fetch while the host goes on."""
+    """A tensor or array as a tensor that a GPU, if it is for one, can fetch while the host goes on."""
     tensor = torch.as_tensor(data)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
 
 
 def to_device(batch: MicroBatch, device) -> MicroBatch:
@@ -2179,19 +2196,20 @@ class Graphs:
 
 
 def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
-    """backward_micro_batch, as a graph where there is one."""
+    """backward_micro_batch, as a graph where there is one. batch: on the CPU; it is copied here."""
     inputs = graph_inputs(batch, weights) if model.graphs and plan.kind in model.graphs.captured else None
     if inputs is None:
         return backward_micro_batch(model, to_device(batch, model.embed.device), plan, rotary, weights)
-    inputs[1] = inputs[1].pin_memory()
+    inputs[1] = pinned(inputs[1], model.embed.device)
     return model.graphs.replay(plan.kind, inputs)
 
 
 def train_step(model: GPT, optimizer: Optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int,
-               stop: bool = False) -> Tensor:
+               stop: bool = False) -> dict:
     """One optimizer step over this rank's micro-batches. The one step function: warm-up and training call it.
 
-    Returns, on the device, the training loss and how many ranks were asked to stop: (2,), over all ranks.
+    Returns numbers for the log, on the device, summed over ranks: the training loss "train_loss", the number
+    of ranks that were asked to "stop", and whatever else is added to the report.
     """
     device = model.embed.device
     weights = loss_weights(model.cfg, plan, device)
@@ -2199,8 +2217,18 @@ def train_step(model: GPT, optimizer: Optimizer, batches: list, plan: StepPlan, 
     model.refresh()
     for batch in batches:
         loss += run_micro_batch(model, batch, plan, rotary, weights)
-    report = torch.stack([loss, torch.full_like(loss, stop)])
+    report = {"train_loss": loss, "stop": torch.full_like(loss, stop)}
     return optimizer.step(step, plan.lr, plan.momentum, report)
+
+
+def cut_at_bos(tokens: Tensor, bos: int) -> MicroBatch:
+    """How validation lays out successive tokens of its stream: a document from each BOS to the next.
+
+    The first may begin inside a document. Other cuts: other starts for to_documents. They bound attention;
+    what else reads the previous token stops at BOS (with cut_documents), or where first_T says.
+    """
+    starts = np.append(0, np.flatnonzero(tokens[1:-1].numpy() == bos) + 1)
+    return MicroBatch(tokens, to_documents(starts, len(tokens) - 1))
 
 
 class Validation:
@@ -2351,7 +2379,7 @@ def find_unfinished(cfg: Config) -> str:
             meta = read_checkpoint(str(path))[1]
         except UserError:  # damaged: the one before may serve
             continue
-        if all(getattr(meta["config"], name) == getattr(cfg, name) for name in same):
+        if "progress" in meta and all(getattr(meta["config"], name) == getattr(cfg, name) for name in same):
             return str(path) if meta["progress"].step < cfg.total_steps else ""
     return ""
 
@@ -2371,13 +2399,11 @@ class Clock:
         self.hardware, self.seconds, self.since = hardware, seconds, None
 
     def resume(self):
-        """Run, unless it runs already."""
-        if self.since is None:
-            self.hardware.synchronize()
-            self.since = time.perf_counter()
+        self.hardware.synchronize()
+        self.since = time.perf_counter()
 
     def pause(self):
-        """Stop, if it runs."""
+        """Stop, if it runs. Waits for the GPU: pausing in every step would slow training."""
         self.hardware.synchronize()
         self.seconds, self.since = self.read(), None
 
@@ -2402,7 +2428,7 @@ class Log:
             self.folder.mkdir()
             shutil.copy(__file__, self.folder / "train_gpt.py")
         except OSError as error:
-            raise UserError(f"can't write {self.folder}: {error.strerror}; give --log_folder=") from None
+            raise UserError(f"can't write in {log_root(cfg)}: {error.strerror}; give --log_folder=") from None
         self.text = open(self.folder / "log.txt", "w", buffering=1)
         self.metrics = open(self.folder / "metrics.jsonl", "w", buffering=1)
 
@@ -2426,25 +2452,6 @@ def source() -> str:
     except (OSError, subprocess.SubprocessError):
         pass
     return f"source sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} git:{commit}"
-
-
-def log_header(log: Log, hardware: Hardware, world: World, model: GPT, shards: Shards, val: Validation):
-    """What a reader needs to judge and repeat the run. records/ parses these lines and those of the steps."""
-    cfg = model.cfg
-    log.line(source(), console=False)
-    log.line(f"config {json.dumps(vars(cfg))}", console=False)
-    log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
-             f"world_size:{world.size} seed:{cfg.seed}")
-    log.line(f"device: {hardware.device.type} ({hardware.name})")
-    log.line(f"hardware: {str(hardware.dtype)[6:]}, compile {hardware.compile}, kernels {hardware.kernels}, "
-             f"attention {hardware.attention}, float8 {hardware.fp8}, CUDA graphs {hardware.graphs}")
-    log.line(f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}")
-    log.line(f"validation: tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
-    size = sum(p.numel() for p in model.parameters())
-    log.line(f"model: {size:,} parameters, {len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}")
-    log.line("timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses")
-    log.line("untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
-             "checkpoints")
 
 
 def memory_mib(hardware: Hardware) -> int:
@@ -2476,14 +2483,15 @@ class StepLog:
         self.log, self.clock, self.model, self.hardware, self.world = log, clock, model, hardware, world
         self.pending, self.before, self.stop = None, clock.read(), False
 
-    def add(self, step: int, report: Tensor, plan: StepPlan):
+    def add(self, step: int, report: dict, plan: StepPlan):
         """Queue the line of `step` (1, 2, ..) and print the one before it. report: see train_step."""
-        on_host, event = report.to("cpu", non_blocking=True), None
-        if report.is_cuda:
+        values, event = torch.stack(list(report.values())), None
+        on_host = values.to("cpu", non_blocking=True)
+        if values.is_cuda:
             event = torch.cuda.Event()
             event.record()
         self.flush()
-        self.pending = step, on_host, plan, event
+        self.pending = step, list(report), on_host, plan, event
         if event is None:
             self.flush()
 
@@ -2491,20 +2499,21 @@ class StepLog:
         """Print the line that is queued. Raises UserError if its loss isn't finite."""
         if self.pending is None:
             return
-        (step, report, plan, event), self.pending = self.pending, None
+        (step, names, values, plan, event), self.pending = self.pending, None
         if event is not None:
             event.synchronize()
-        loss, stop = report.tolist()
-        self.stop = self.stop or stop > 0
-        self.print(step, loss / sum(plan.weights), plan)
+        report = dict(zip(names, values.tolist()))
+        self.stop = report.pop("stop") > 0 or self.stop
+        self.print(step, report.pop("train_loss") / sum(plan.weights), plan, report)
 
-    def print(self, step: int, loss: float, plan: StepPlan):
+    def print(self, step: int, loss: float, plan: StepPlan, report: dict):
         total, now = self.model.cfg.total_steps, self.clock.read()
         seconds, self.before = now - self.before, now
         speed = step_metrics(self.model, self.hardware, self.world, plan.stage.batch_tokens, seconds)
         line = f"step:{step}/{total} train_loss:{loss:.4f}"
         self.log.line(f"{line} train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms", console=False)
-        self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), **speed)
+        self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
+                        **speed, **report)
         terminal = sys.stdout.isatty()
         if self.log.active and (terminal or step % max(self.model.cfg.val_every // 5, 1) == 0):
             rates = [f"{name}:{value:,}" for name, value in speed.items()]
@@ -2565,9 +2574,9 @@ def validate(val: Validation, model: GPT, rotary: Rotary, step: int, seconds: fl
     windows = final_windows(cfg) if step == cfg.total_steps else plan_step(cfg, step).windows
     result, lambdas = val.run(model, windows, rotary, world), model.lambdas()
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
-    mtp = f" smear_mtp_lambda:{lambdas['smear_mtp_lambda'][0]:+.4f}" if cfg.smear_mtp else ""
+    single = "".join(f" {name}:{values[0]:+.4f}" for name, values in lambdas.items() if len(values) == 1)
     log.line(f"step:{step}/{cfg.total_steps} val_loss:{result['val_loss']:.4f}{bpb} "
-             f"train_time:{seconds * 1e3:.0f}ms step_avg:{seconds * 1e3 / max(step, 1):.2f}ms{mtp}")
+             f"train_time:{seconds * 1e3:.0f}ms step_avg:{seconds * 1e3 / max(step, 1):.2f}ms{single}")
     log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
 
 
@@ -2590,6 +2599,29 @@ class Job(NamedTuple):
     hardware: Hardware
     world: World
     asked: threading.Event       # by a signal, to stop after the running step
+
+
+def log_header(log: Log, job: Job, progress: Progress):
+    """What a reader needs to judge and repeat the run. records/ parses these lines and those of the steps."""
+    model, _, shards, val, hardware, world, _ = job
+    cfg = model.cfg
+    log.line(source(), console=False)
+    log.line(f"config {json.dumps(vars(cfg))}", console=False)
+    log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
+             f"world_size:{world.size} seed:{cfg.seed}")
+    log.line(f"device: {hardware.device.type} ({hardware.name})")
+    log.line(f"hardware: {str(hardware.dtype)[6:]}, compile {hardware.compile}, kernels {hardware.kernels}, "
+             f"attention {hardware.attention}, float8 {hardware.fp8}, CUDA graphs {hardware.graphs}")
+    log.line(f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}")
+    log.line(f"validation: tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
+    size = sum(p.numel() for p in model.parameters())
+    log.line(f"model: {size:,} parameters, {len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}")
+    log.line("timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses")
+    log.line("untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
+             "checkpoints")
+    if progress.step:
+        log.line(f"resumed: {cfg.resume} at step {progress.step}; the clock goes on from "
+                 f"{progress.train_seconds:.1f} s: later steps of the earlier run don't count")
 
 
 def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress, dict]:
@@ -2633,16 +2665,11 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
         model.initialise(cfg.seed)
         optimizer.reset()
     log = Log(cfg, world)
-    log_header(log, hardware, world, model, shards, val)
+    log_header(log, job, progress)
     start, position, seconds = progress
-    if start:
-        log.line(f"resumed: {cfg.resume} at step {start}; the clock goes on from {seconds:.1f} s: later "
-                 "steps of the earlier run don't count")
     clock = Clock(hardware, seconds)
     loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
     steps = StepLog(log, clock, model, hardware, world)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())
     stage, unsaved = None, ""
     for step in range(start, cfg.total_steps + 1):
         last = step == cfg.total_steps
@@ -2655,6 +2682,7 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
         saving = saving or (cfg.save_every > 0 and step % cfg.save_every == 0)
         if validating or saving or steps.stop or step == start:
             steps.flush()
+            saving = saving or (steps.stop and cfg.save_every >= 0)  # a GPU's report is read here at last
             clock.pause()
             if model.graphs:
                 model.graphs.release()  # what follows needs the memory
@@ -2671,9 +2699,9 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
                 model.graphs.capture()
             if step == start:
                 log.line(f"first step {time.time() - STARTED:.1f} s after the start of this process")
-        if not last:
             clock.resume()
-            batches, position = next(loader)
+        if not last:
+            batches, position = next(loader)  # waits only if the loader isn't ahead
             report = train_step(model, optimizer, batches, plan, rotary, step, asked.is_set())
             steps.add(step + 1, report, plan)
     log.line(f"peak memory: {memory_mib(hardware)} MiB")
@@ -2694,6 +2722,9 @@ def run(argv: list[str]):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
                                 timeout=timedelta(minutes=10))
     job, progress, tensors = set_up(cfg, hardware, world)
+    asked = job.asked
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
     for i in range(cfg.runs):
         stopped = train(replace(cfg, seed=cfg.seed + i), job, progress, tensors)
         if stopped:

@@ -1,6 +1,6 @@
 """Which mechanisms pay: the default over several seeds, and each mechanism off or changed, one run each.
 
-    python benchmarks/ablation.py --data=FOLDER [--tokenizer=FILE] [--seeds=3] [--only=name,name] [--out=FILE]
+    python benchmarks/ablation.py --data=FOLDER [--seeds=3] [--only=name,name] [--out=FILE]
 
 Runs the sprint once per variant, one run per visible GPU at a time (on a CPU only --track=tiny makes sense).
 Finished variants are kept in --out (JSON) and not run again, so a sweep can be spread over several occasions.
@@ -28,14 +28,14 @@ import train_gpt as tg
 VARIANTS = {
     "key offset off": ["--key_offset=off"],
     "key offset in all layers": ["--key_offset=all"],
-    "key offset on all dims": ["--key_offset_dims=all"],
+    "key offset on all dims": ["--key_offset=table-full"],
     "smear-MTP off": ["--smear_mtp=off"],
     "value embeddings off": ["--value_embeds=off"],
     "weighted targets t+1..t+3 on": ["--multi_target=on"],
     "2 MTP heads, weight 0.1": ["--mtp_heads=2"],
     "LeakyReLU slope 0": ["--leaky_slope=0"],
     "LeakyReLU slope 0.75": ["--leaky_slope=0.75"],
-    "cut at document starts": ["--cut_smear", "--cut_key_offset", "--cut_smear_mtp", "--cut_bigram"],
+    "cut at document starts": ["--cut_documents"],
     "bigram table off": ["--bigram_ratio=0"],
     "bigram table of V rows": ["--bigram_ratio=1"],
     "head and embedding apart": ["--untie_at=0"],
@@ -43,7 +43,7 @@ VARIANTS = {
     "O starts at 0": ["--draw_output=off"],
     "Muon on whole Q and K": ["--muon_heads=0"],
     "learning-rate floor 0.1": ["--lr_floor=0.1"],
-    "value-embedding tables shared": ["--untied_values=off"],
+    "value embeddings start at 0": ["--value_std=0"],
     "scalars' Adam betas 0.65, 0.95": ["--smooth_scalars=off"],
     "no weight decay in Adam": ["--adam_weight_decay=0"],
     "token smear off": ["--smear=off"],
@@ -75,7 +75,7 @@ def read_log(folder: Path) -> dict:
 
 def run_all(jobs: dict, flags: list, out: Path, results: dict):
     """Run the jobs that `results` lacks, one per GPU at a time, and write `out` after each."""
-    free, running = list(range(max(torch.cuda.device_count(), 1))), {}
+    free, running = list(range(torch.cuda.device_count())) or [""], {}  # "": on the CPU
     todo = [name for name in jobs if name not in results]
     scratch = Path(tempfile.mkdtemp())
     while todo or running:

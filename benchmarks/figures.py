@@ -1,4 +1,4 @@
-"""Draw the README's figures from benchmarks/results/*.json and the records, print stages' milliseconds.
+"""Draw the figures of the pages from results and records, and print the records' milliseconds by stage.
 
     python benchmarks/figures.py
 """
@@ -15,7 +15,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SPRINT = {"december_again": "December's", "plain": "today's, in plain torch", "fewer_passes": "today's"}
+SPRINT = {  # record: label
+    "december_again": "mechanisms of December 2025",
+    "plain": "eleven newer techniques, in plain torch",
+    "fewer_passes": "eleven newer techniques, with kernels",
+}
 
 sys.path.insert(0, str(ROOT / "records"))
 from runs import parse_log  # noqa: E402

@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
-from step import synthetic_batch, tokens_of
+from step import synthetic_batch
 
 ROWS = 256
 TILES = [tg.Tiles(*tiles) for tiles in (
@@ -55,7 +55,7 @@ class Setting(NamedTuple):
     mode: str
 
     def tokens(self, stage: tg.Stage) -> int:
-        return tokens_of(self.cfg, stage)
+        return self.cfg.micro_tokens(stage)
 
     def random(self, *shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(shape, device=self.hardware.device).mul_(std).to(self.hardware.dtype)
@@ -78,14 +78,14 @@ def choose_setting() -> Setting:
     cfg = tg.parse_config(["--track=short"] if cuda else ["--track=tiny", "--micro_batches=1"])
     if not cuda:
         toy = [tg.Stage(i / 3, 64 * (i + 1), 80, 8 * (i + 1), 24 * (i + 1), 1.0) for i in range(3)]
-        cfg = replace(cfg, stages=tuple(toy))
+        cfg = replace(cfg, stages=tuple(toy), vocab_size=257)
     hardware = tg.choose_hardware(cfg, tg.World())
     interpreted = tg.triton and os.environ.get("TRITON_INTERPRET") == "1"
     return Setting(cfg, hardware, "pointer" if interpreted else hardware.kernels)
 
 
 def mlp(s: Setting, stage: tg.Stage, backward: bool):
-    T, D, hidden, slope = s.tokens(stage), s.cfg.width, s.cfg.mlp_ratio * s.cfg.width, s.cfg.leaky_slope
+    T, D, hidden, slope = s.tokens(stage), s.cfg.width, tg.MLP_RATIO * s.cfg.width, s.cfg.leaky_slope
     x_TD, weight_FD = s.random(T, D), s.random(hidden, D, std=D**-0.5)
     u = x_TD[:ROWS].double() @ weight_FD.double().T
     if backward:
@@ -100,7 +100,7 @@ def mlp(s: Setting, stage: tg.Stage, backward: bool):
 
 def cross_entropy(s: Setting, stage: tg.Stage, dtype: torch.dtype, bound: float):
     """A chunk of the head, scaled as in head_step. The bounds allow for rounding and an approximate tanh."""
-    T, V, softcap = min(s.cfg.loss_chunk, s.tokens(stage)), s.cfg.padded_vocab, s.cfg.logit_cap
+    T, V, softcap = min(tg.LOSS_CHUNK, s.tokens(stage)), s.cfg.padded_vocab, s.cfg.logit_cap
     logits_TV, targets_TK = s.random(T, V, std=4), s.batch(stage)[0][1 : T + 1, None]
     weights_K = torch.full((1,), 1 / stage.batch_tokens, device=logits_TV.device)
     scale = weights_K.sum() * 2.0**-14 if dtype.itemsize == 1 else weights_K.new_ones(())
@@ -108,14 +108,14 @@ def cross_entropy(s: Setting, stage: tg.Stage, dtype: torch.dtype, bound: float)
     tanh, targets = ((logits_TV[:ROWS].double() + shift) / width).tanh(), targets_TK[:ROWS]
     log_p = (height * tanh).log_softmax(-1)
     loss = -weights_K.double() * log_p.gather(1, targets)[:, 0]
-    steepness = softcap.slope * (weights_K / scale).double()
+    steepness = height / width * (weights_K / scale).double()
     grad = (log_p.exp() - F.one_hot(targets[:, 0], V)) * (1 - tanh.square()) * steepness
     run = partial(tg.cross_entropy, logits_TV, targets_TK, weights_K, softcap, scale, dtype)
     yield Case(f"{T:,} x {V:,}", run, (loss, grad), bound)
 
 
 def transpose(s: Setting, stage: tg.Stage):
-    T, V = min(s.cfg.loss_chunk, s.tokens(stage)), s.cfg.padded_vocab
+    T, V = min(tg.LOSS_CHUNK, s.tokens(stage)), s.cfg.padded_vocab
     x_TV = s.random(T, V).to(torch.float8_e5m2)
     yield Case(f"{T:,} x {V:,}", partial(tg.transpose, x_TV), (x_TV[:, :ROWS].T.double(),), 0)
 
@@ -135,7 +135,7 @@ def polynomial(s: Setting, stage: tg.Stage):
 
 def attention(s: Setting, stage: tg.Stage):
     """Forward, at the short and the long window."""
-    T, H, E, docs = s.tokens(stage), s.cfg.heads, s.cfg.head_dim, s.batch(stage)[1]
+    T, H, E, docs = s.tokens(stage), s.cfg.heads, s.cfg.width // s.cfg.heads, s.batch(stage)[1]
     qkv = s.random(T, H, E, std=0.1), s.random(T, H, E), s.random(T, H, E)
     position, starts = torch.arange(T, device=s.hardware.device), docs.cu_seqlens.long()
     start = starts[torch.searchsorted(starts, position, right=True) - 1]
@@ -143,7 +143,8 @@ def attention(s: Setting, stage: tg.Stage):
     q, k, v = (x[:ROWS].double() for x in qkv)
 
     def attend(q_THE, k_THE, v_THE, window, mode=None):
-        return tg.ATTENTION[s.hardware.attention](q_THE, k_THE, v_THE, docs, window)
+        attention = tg.attention_reference if s.hardware.attention == "reference" else tg.attention_varlen
+        return attention(q_THE, k_THE, v_THE, docs, window)
 
     for window in (stage.window_short, stage.window_long):
         unseen = (back < 0) | (back > window) | ~same
@@ -218,7 +219,7 @@ def tune(s: Setting, stages: list):
 def report(s: Setting, names: list, stages: list, out: Path | None) -> list:
     """Print the table, line by line; its rows."""
     began, rates, rows = time.perf_counter(), measure_ceilings(s), []
-    title = f"{s.hardware.reasons['device']}, torch {torch.__version__}, {s.mode} kernels, products at "
+    title = f"{s.hardware.name}, torch {torch.__version__}, {s.mode} kernels, products at "
     title += f"{rates[0] / 1e12:,.3g} TFLOP/s, copies at {rates[1] / 1e9:,.0f} GB/s"
     print(title if s.hardware.device.type == "cuda" else f"toy size, times mean nothing: {title}")
     print("\n| kernel | shape | torch us | compiled us | ours us | floor us | ours/floor | error |")

@@ -12,11 +12,14 @@ already aren't run again. Other flags go to train_gpt.py.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -68,10 +71,28 @@ def exposed_ms(trace: Path) -> float:
     return total / 1e3
 
 
+def train_traced(trace: str, flags: list):
+    """The script's main(), in a rank, with a trace of some steps, from the third on, that rank 0 writes."""
+    inner, first_rank = tg.train_step, os.environ["RANK"] == "0"
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=2, warmup=0, active=PROFILED, repeat=1),
+        on_trace_ready=lambda profile: profile.export_chrome_trace(trace) if first_rank else None)
+
+    def train_step(*args):
+        report = inner(*args)
+        profiler.step()
+        return report
+
+    tg.train_step, sys.argv = train_step, [str(SCRIPT), *flags]
+    profiler.start()
+    tg.main()
+
+
 def run(gpus: int, flags: list, profile: bool, folder: Path) -> dict:
+    trace = folder.with_suffix(".json")
+    script = [__file__, f"--trace={trace}"] if profile else [str(SCRIPT)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}",
-               str(SCRIPT), *flags, f"--log_folder={folder}", "--save_every=-1", "--sample_tokens=1"]
-    command += [f"--profile={PROFILED}"] if profile else []
+               *script, *flags, f"--log_folder={folder}", "--save_every=-1"]
     if subprocess.run(command).returncode:
         sys.exit(f"training on {gpus} GPUs failed: see above")
     (log,) = folder.iterdir()
@@ -83,7 +104,7 @@ def run(gpus: int, flags: list, profile: bool, folder: Path) -> dict:
     out = {"gpus": gpus, "stages": stage_medians(train_time, cfg, skip), "val_loss": final["val_loss"],
            "train_seconds": final["train_time"]}
     if profile:
-        out["exposed_ms"] = exposed_ms(log / "trace.json") / PROFILED
+        out["exposed_ms"] = exposed_ms(trace) / PROFILED
     return out
 
 
@@ -105,6 +126,8 @@ def table(results: list[dict]) -> str:
 
 
 def main():
+    if sys.argv[1:] and sys.argv[1].startswith("--trace="):  # a rank
+        return train_traced(sys.argv[1].partition("=")[2], sys.argv[2:])
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--gpus", default="1,2,4")

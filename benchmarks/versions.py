@@ -4,10 +4,11 @@
 
 Each script gets a process of its own, which keeps its model and graphs in memory (a run of the sprint peaks
 at 21,246 MiB) and waits while another is timed. A round times every stage of every script once, in an order
-that turns around from round to round, so that what drifts, drifts for all. Prints, for each stage, the median
+that is reversed from round to round, so that what drifts, drifts for all. Prints, for each stage, the median
 over rounds of the milliseconds per micro-batch, optimizer included, and the median over rounds of their ratio
 to the first script's, with its range. Other flags go to the scripts (--track=sprint is the default). Tokens
-are synthetic, as in step.py, which must know the scripts' functions: those of other months may differ.
+are synthetic, as in step.py. Where a script has a benchmarks/step.py beside it, that one times it: a checkout
+of another month can be compared, whose functions have other names.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 def serve(script: str, flags: list):
     """Build the script's model, then time stage after stage as standard input names them."""
+    sys.path.insert(0, str(Path(script).resolve().parent / "benchmarks"))
     spec = importlib.util.spec_from_file_location("train_gpt", script)
     tg = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tg)

@@ -9,7 +9,7 @@
     python records/record.py keep FOLDER NAME              # one side of a race becomes a record
     python records/record.py reproduce FOLDER [--data=DIR] # runs the frozen script again
     python records/record.py refresh FOLDER..              # rewrites README and pictures from the logs
-    python records/record.py table [--file README.md]      # rewrites the tables between the file's markers
+    python records/record.py table [--file FILE]           # rewrites the tables between the file's markers
     python records/record.py plot FOLDER.. [--out FILE]
 
 compare and plot take records, folders of this repo's logs, and logs of modded-nanogpt (the source, a line of
@@ -759,7 +759,7 @@ def parser() -> Parser:
     command("compare", compare, "a", "b", threshold=float, seconds_per_loss=float)
     command("keep", keep, "folder", "name", records=RECORDS)
     command("reproduce", reproduce, "folder", data=str, tokenizer=str, seed=int, gpus=at_least_one)
-    command("table", table, file=ROOT / "README.md", records=RECORDS)
+    command("table", table, file=RECORDS / "README.md", records=RECORDS)
     command("plot", plot, "folders:+", out=Path("plot.png"), target=float)
     return top
 

@@ -1,8 +1,8 @@
-"""Compile the kernels as their wrappers launch them, for a GPU that isn't there.
+"""Compile the kernels as their wrappers launch them, for GPUs that aren't there.
 
-    python tests/compile_kernels.py CAPABILITY        # 90: an H100
+    python tests/compile_kernels.py CAPABILITY ..     # 90: an H100
 
-Prints what they take, as JSON: [kernel, bytes of shared memory], launch by launch.
+Prints what they take, as JSON: for each capability [kernel, bytes of shared memory], launch by launch.
 """
 
 import json
@@ -25,13 +25,13 @@ class Driver:
     """Of a GPU with this compute capability (90 for 9.0), as far as compiling needs one."""
 
     def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
+        self.capability = capability
 
     def get_current_target(self):
-        return self.target
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        return 0
+        return self.capability  # of which Triton keeps what is compiled apart
 
     def get_current_stream(self, device):
         return 0
@@ -42,34 +42,39 @@ def compile_only(kernel, *args, grid, warmup, **options):
     taken.append([kernel.__name__, compiled.metadata.shared])
 
 
-def launch(cfg: t.Config, kernels: str, fp8: bool):
+def launch(cfg: t.Config, kernels: str, fp8: str):
     """Each wrapper at the sizes of this model, in the mode and the precisions that were chosen."""
     half, eight, scale = torch.bfloat16, torch.float8_e4m3fn, torch.ones(())
-    T, D, F = 256, cfg.width, cfg.mlp_ratio * cfg.width
+    T, D, F = 256, cfg.width, t.MLP_RATIO * cfg.width
     h_TD, weight_FD, r_TF = (torch.zeros(size, dtype=half) for size in ((T, D), (F, D), (T, F)))
     t.mlp_forward(h_TD, weight_FD, cfg.leaky_slope, kernels)
     t.mlp_backward(h_TD, weight_FD, r_TF, cfg.leaky_slope, kernels)
-    if fp8:
-        t.mlp_forward(h_TD.to(eight), weight_FD.to(eight), cfg.leaky_slope, kernels, scale)
+    if fp8 != "off":
         t.transpose(h_TD.to(eight), kernels)
+    if fp8 == "head+mlp":
+        t.mlp_forward(h_TD.to(eight), weight_FD.to(eight), cfg.leaky_slope, kernels, scale)
     logits_TV = torch.zeros(16, cfg.padded_vocab, dtype=half)
-    for dtype in (half, torch.float8_e5m2) if fp8 else (half,):
+    for dtype in (half,) if fp8 == "off" else (half, torch.float8_e5m2):
         for count in (1, 3):
             targets_TK, weights_K = torch.zeros(16, count, dtype=torch.int64), torch.ones(count)
             t.cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, scale, dtype, kernels)
     t.polynomial(torch.zeros(2, D, D, dtype=half), *t.POLAR_EXPRESS[0], kernels)
 
 
-if __name__ == "__main__":
-    capability = int(sys.argv[1])
-    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+def compile_all(capability: int) -> list:
+    taken.clear()
     torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
-    torch.cuda.get_device_name = lambda device: sys.argv[1]
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-    torch.Tensor.is_cuda = True  # so that the wrappers choose what they choose on a GPU
     triton.runtime.driver.set_active(Driver(capability))
-    JITFunction.run = compile_only
-    sprint = t.parse_config(["--track=sprint"])
+    sprint = t.parse_config(["--track=sprint", "--fa3=off"])
     hardware = t.choose_hardware(sprint, t.World())
     launch(sprint, hardware.kernels, hardware.fp8)
-    print(json.dumps(taken))
+    return list(taken)
+
+
+if __name__ == "__main__":
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    torch.Tensor.is_cuda = True  # so that the wrappers choose what they choose on a GPU
+    JITFunction.run = compile_only
+    print(json.dumps({capability: compile_all(int(capability)) for capability in sys.argv[1:]}))

@@ -1,6 +1,7 @@
 """Shared by all tests: the script's folder is importable, and one thread per process keeps runs alike."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,19 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def process_as_before():
+    """A test that trains leaves signals and, if it wants regions compiled, the switch as they were."""
+    import train_gpt
+
+    numbers = signal.SIGTERM, signal.SIGINT
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+    train_gpt.region.compile = False
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from train_gpt import Layer, Stage
 SCRIPT = Path(train_gpt.__file__)
 BOS = 256
 LAYERS = (
-    Layer("short", value_embed=0),
-    Layer("long", value_embed=1, key_offset=True),
+    Layer("short", value_embeds=(0,)),
+    Layer("long", value_embeds=(1,), key_offset=True),
     Layer("none", skip_from=0),
 )
 STAGES = (  # 64, 128, 128 tokens in each of 4 micro-batches
@@ -30,14 +30,14 @@ STAGES = (  # 64, 128, 128 tokens in each of 4 micro-batches
 )
 SMALL = replace(
     train_gpt.TRACKS["tiny"], layers=LAYERS, stages=STAGES, width=32, heads=2, vocab_size=BOS + 1, epochs=1,
-    scheduled_steps=6, micro_batches=4, val_chunk=100, val_every=3, val_window_short=16, val_window_long=64,
-    backout_from=1, loss_chunk=48, multi_target=True, sample="ab", sample_tokens=8,
+    scheduled_steps=6, micro_batches=4, val_chunk=100, val_every=3, val_windows=(16, 64), backout_from=1,
+    multi_target=True,
 )  # fmt: skip
 RESCALED = {"softcap": 11.5, "softcap_shift": 5.0, "softcap_width": 15.0}  # record 54
 RESCALED_FLAGS = [f"--{name}={value}" for name, value in RESCALED.items()]
 CPU = train_gpt.Hardware(
-    torch.device("cpu"), torch.float32, compile=False, attention="reference", kernels="reference", fp8=False,
-    graphs=False, warmup=False, reasons={"device": "CPU"},
+    torch.device("cpu"), torch.float32, compile=False, kernels="reference", attention="reference", fp8="off",
+    graphs=False,
 )  # fmt: skip
 
 
@@ -68,13 +68,20 @@ def random_tokens(rng, count):
     return np.concatenate(documents)
 
 
+def write_tables(folder):
+    """token_bytes.npy of bytes; in prefixes.npy each token's is the one before, as bytes have none."""
+    np.save(folder / "token_bytes.npy", np.append(np.ones(BOS, np.int32), 0))
+    np.save(folder / "prefixes.npy", np.arange(BOS + 1) - 1)
+
+
 def write_corpus(folder, train_tokens=8_000, val_tokens=300, seed=0):
-    """Two training shards cut within a document, and a validation shard."""
+    """Two training shards cut within a document, a validation shard, and tables of the tokens."""
     rng = np.random.default_rng(seed)
     train = random_tokens(rng, train_tokens)
     middle = len(train) // 2 + int(train[len(train) // 2] == BOS)
     write_split(folder, "train", [train[:middle], train[middle:]])
     write_split(folder, "val", [random_tokens(rng, val_tokens)])
+    write_tables(folder)
     return folder
 
 
@@ -92,11 +99,6 @@ def free_port():
                 return port
             except OSError:
                 continue
-
-
-def count_as_prefixes(cfg, tokenizer):
-    """In the place of token_prefixes, as bytes have none: each token's is the one before."""
-    return torch.arange(BOS + 1) - 1 if cfg.prefix_weight else None
 
 
 def running(processes):
@@ -145,8 +147,8 @@ def rms_normed(x):
 
 def plain_mixing(x, skip, x0, bigram, *rest):
     """What train_gpt.Mixing computes, for autograd."""
-    *weights, gate_inputs, _ = rest
+    *weights, reads = rest
     streams = zip((x, skip, x0, bigram), weights)
     total = sum(y if weight is None else weight * y for y, weight in streams if y is not None)
-    read = (None, None) if gate_inputs is None else (rms_normed(total), rms_normed(total)[:, :gate_inputs])
+    read = (rms_normed(total), rms_normed(total)[:, : train_gpt.GATE_INPUTS]) if reads else (None, None)
     return total, *read, x0, bigram

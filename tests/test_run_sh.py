@@ -22,7 +22,7 @@ wait_for_signal() {
     local stopped=0 name
     for name in INT TERM; do trap "stopped=1; echo got $name >>\"\$JOURNAL\"" $name; done
     echo ready >>"$JOURNAL"
-    until ((stopped)) || [[ -e $JOURNAL.go ]]; do sleep 0.02; done
+    until ((stopped || SECONDS > 60)) || [[ -e $JOURNAL.go ]]; do sleep 0.02; done
     ((!stopped)) || { sleep 0.2; exit 7; } # time for a second signal
 }
 case "$*" in
@@ -67,7 +67,8 @@ class Sandbox:
     def start(self, *args, **env):
         return subprocess.Popen(
             ["bash", self.repo / "run.sh", *args], cwd=self.here, env=self.env | env, start_new_session=True,
-            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs ignore it
 
     def start_slow(self, *args, **env):
         """Returns once something waits for a signal."""

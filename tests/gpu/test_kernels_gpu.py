@@ -80,7 +80,7 @@ def mlp_cases():
 
 
 # precision of logits and gradient, weights, softcap: training's first, then others
-SYMMETRIC, RESCALED, UNCAPPED = cases.SOFTCAPS
+SYMMETRIC, RESCALED = cases.SOFTCAPS
 CROSS_ENTROPY_SETTINGS = [
     (BF16, E5M2, (1.0, 0.25), RESCALED),
     (BF16, E5M2, (1.0,), RESCALED),
@@ -92,9 +92,8 @@ CROSS_ENTROPY_SETTINGS = [
     (BF16, BF16, (1.0, 0.5), SYMMETRIC),
     (FP16, FP16, (1.0, 0.5), SYMMETRIC),
     (FP32, FP32, (1.0, 0.5), SYMMETRIC),
-    (BF16, E5M2, (1.0, 0.5, 0.25), UNCAPPED),
-    (BF16, BF16, (1.0,), UNCAPPED),
-    (FP16, FP32, (1.0, 0.5), UNCAPPED),
+    (BF16, BF16, (1.0,), RESCALED),
+    (FP16, FP32, (1.0, 0.5), SYMMETRIC),
 ]
 
 
@@ -173,10 +172,17 @@ def test_polynomial_equals_float64_and_is_symmetric_to_the_bit(dtype, R, N, coef
     cases.check_polynomial(seeded(N, DEVICE), N, R, coefficients, dtype, "tma")
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """Regions run compiled, as in training."""
+    monkeypatch.setattr(t.region, "compile", True)
+
+
 @needs_gpu
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("V, D, N", ROWS)
 def test_lookup_adds_the_rows_gradients_to_the_table(V, D, N):
-    cases.check_lookup(seeded(N, DEVICE), V, D, N, BF16, compiled(t.rows_region, t.add_rows_region))
+    cases.check_lookup(seeded(N, DEVICE), V, D, N, BF16)
 
 
 @needs_gpu
@@ -202,40 +208,40 @@ def test_linear_function_has_the_gradients_of_float64_and_adds_them_up(T, R, C):
     assert error(weight_grad.double() - before, grad64.T @ x64) < 1e-5  # summed in float32
 
 
-def compiled(*functions):
-    return {function.__name__: t.compile_region(function) for function in functions}
-
-
 @needs_gpu
 @needs_float8
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("T, D", [(301, 77), (2048, 768)])
 def test_branch_function_has_the_gradients_of_float64(T, D):
-    cases.check_branch(seeded(T, DEVICE), T, D, compiled(t.branch_region, t.branch_backward_region))
+    cases.check_branch(seeded(T, DEVICE), T, D)
 
 
 @needs_gpu
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("T, D", [(301, 77), (2048, 768)])
 def test_mixing_function_has_the_gradients_of_float64(T, D):
-    cases.check_mixing(seeded(T, DEVICE), T, D, compiled(t.mix_region, t.mix_backward_region))
+    cases.check_mixing(seeded(T, DEVICE), T, D)
 
 
-def gpu_model(**changes):
+def gpu_model(fp8="head+mlp", **changes):
     cfg = replace(t.TRACKS["tiny"], mtp_heads=1, **changes)
-    return t.build_model(cfg, CPU._replace(device=torch.device(DEVICE), dtype=BF16, kernels="tma", fp8=True))
+    hardware = CPU._replace(device=torch.device(DEVICE), dtype=BF16, kernels="tma", fp8=fp8)
+    return t.build_model(cfg, hardware)
 
 
 @needs_gpu
 @needs_hopper
 @pytest.mark.parametrize("T, width", [(1040, 528), (2048, 768)])
 def test_mlp_function_from_float8_is_near_float64(T, width):
-    rng, model = seeded(T, DEVICE), gpu_model(width=width, vocab_size=257, fp8_mlp=True)
+    rng, model = seeded(T, DEVICE), gpu_model(width=width, vocab_size=257)
     with torch.no_grad():
         model.mlp_bank.copy_(normal(rng, *model.mlp_bank.shape, std=width**-0.5))
-    weights, grad = model.refresh()["mlp_bank"][0], torch.zeros_like(model.mlp_bank[0])
+    model.refresh()
+    weights, grad = model.compute_weights["mlp_bank"][0][0], torch.zeros_like(model.mlp_bank[0])
     x, out_grad = (normal(rng, T, width, dtype=BF16) for _ in range(2))
     h = t.norm(normal(rng, T, width, dtype=BF16)).requires_grad_()
-    h8, scale8 = t.float8_region(h.detach(), model.latent_scale), model.latent_scale
-    eight = model.weights["mlp8"][0]._replace(h_TD=h8, h_scale=scale8)
+    h8 = t.float8_region(h.detach(), model.latent_scale)
+    eight = h8, model.latent_scale, *model.compute_weights["mlp8", 0]
     y = t.MLP.apply(x.clone(), h, weights, grad, eight, 0.5, "tma")
     y.backward(out_grad)
     wide = [v.detach().double().requires_grad_() for v in (h, model.mlp_bank[0])]
@@ -249,8 +255,7 @@ def test_mlp_function_from_float8_is_near_float64(T, width):
 def check_head(rng, T, width, vocab, fp8, head, softcap, bound):
     """Loss and gradients from head_step; those of the head's weight are added up over two steps."""
     capped = dict(zip(("softcap", "softcap_shift", "softcap_width"), softcap))
-    model = gpu_model(width=width, vocab_size=vocab, **capped)
-    model.fp8 = fp8
+    model = gpu_model(fp8, width=width, vocab_size=vocab, **capped)
     weight = (model.head, model.mtp_heads[0])[head].detach()
     weight.copy_(normal(rng, *weight.shape, std=2 * width**-0.5))
     model.refresh()
@@ -270,21 +275,22 @@ def check_head(rng, T, width, vocab, fp8, head, softcap, bound):
 @needs_gpu
 @needs_float8
 @pytest.mark.parametrize("T, width, vocab", [(512, 128, 257), (2048, 768, 5000), (1040, 528, 2049)])
-@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
+@pytest.mark.parametrize("fp8", ["head", "off"])
 @pytest.mark.parametrize("head", [0, 1])
-@pytest.mark.parametrize("softcap", [SYMMETRIC, RESCALED], ids=["symmetric", "rescaled"])
-def test_head_step_has_the_loss_and_gradients_of_float64_and_adds_them_up(T, width, vocab, fp8, head, softcap):
-    bound = BOUNDS[E5M2 if fp8 else BF16].chain
-    check_head(seeded(T, DEVICE), T, width, vocab, fp8, head, softcap, bound)
+@pytest.mark.parametrize("cap", [SYMMETRIC, RESCALED], ids=["symmetric", "rescaled"])
+def test_head_step_has_the_loss_and_gradients_of_float64_and_adds_them_up(T, width, vocab, fp8, head, cap):
+    bound = BOUNDS[BF16 if fp8 == "off" else E5M2].chain
+    check_head(seeded(T, DEVICE), T, width, vocab, fp8, head, cap, bound)
 
 
 @needs_gpu
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("rows", [10_007, 251_520])
 def test_pairs_of_tokens_have_the_hashes_compiled_that_they_have_in_eager_mode(rows):
     """Whose products wrap around as int32."""
     tokens = torch.randint(50_257, (5003,), generator=torch.Generator().manual_seed(0))
-    found = t.compile_region(t.bigram_region)(tokens.to(DEVICE), None, rows, False)
-    for compiled, eager in zip(found, t.bigram_region(tokens, None, rows, False), strict=True):
+    found = t.bigram_region(tokens.to(DEVICE), None, rows)
+    for compiled, eager in zip(found, t.bigram_region.__wrapped__(tokens, None, rows), strict=True):
         assert torch.equal(compiled.cpu(), eager)
 
 
@@ -297,16 +303,97 @@ def test_orthogonalised_groups_are_near_those_of_float64(groups):
 
 
 @needs_gpu
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("moment, rtol", [(FP32, 1e-5), (BF16, 2e-2)], ids=["float32", "bfloat16"])
 def test_adam_compiled_is_adam_with_its_decay(moment, rtol):
-    rng, ok = seeded(0, DEVICE), torch.ones((), dtype=torch.bool, device=DEVICE)
+    rng = seeded(0, DEVICE)
     start = [normal(rng, 5003), normal(rng, 5003), normal(rng, 5003), normal(rng, 5003).square()]
-    numbers = [torch.tensor(x, device=DEVICE) for x in (0.01, 0.35, 0.05)]
+    numbers = [t.scalar(x) for x in (0.01, 0.35, 0.05)]
     results = []
-    for adam in (torch.compile(t.adam_update, dynamic=True), t.adam_update):
+    for adam in (t.adam_update, t.adam_update.__wrapped__):
         p, g, *moments = (x.to(dtype, copy=True) for x, dtype in zip(start, (FP32, FP32, moment, moment)))
-        adam(p, g, *moments, *numbers, ok, 0.65, 0.95, torch.tensor(0.3, device=DEVICE))
+        adam(p, g, *moments, *numbers, 0.65, 0.95, t.scalar(0.3))
         results.append((p, *moments))
     for found, eager in zip(*results, strict=True):  # a moment may be rounded the other way
         torch.testing.assert_close(found, eager, rtol=rtol, atol=rtol / 10)
     assert not torch.equal(results[0][0], start[0])
+
+
+@needs_gpu
+@pytest.mark.parametrize("window", [0, 100, 5000])
+def test_varlen_attention_equals_float64_within_documents_and_window(window):
+    """Some documents have no tokens, as those that fill up the inputs of a graph."""
+    rng, starts = seeded(window, DEVICE), torch.tensor([0, 1, 300, 300, 1001, 1500, 1500], device=DEVICE)
+    docs = t.Documents(starts.int(), 701)
+    qkv = [normal(rng, 1500, 3, 64, dtype=BF16, std=std).requires_grad_() for std in (0.1, 1.0, 1.0)]
+    wide = [x.detach().double().requires_grad_() for x in qkv]
+    y, expected = t.attention_varlen(*qkv, docs, window), t.attention_reference(*wide, docs, window)
+    direction = normal(rng, 1500, 3, 64, dtype=BF16)
+    y.backward(direction)
+    expected.backward(direction.double())
+    assert error(y.detach(), expected.detach()) < BOUNDS[BF16].chain
+    for x, w in zip(qkv, wide):
+        assert error(x.grad, w.grad) < 2 * BOUNDS[BF16].chain or w.grad.norm() < 1e-9
+
+
+def race_batch(cfg):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(cfg.bos, (2049,), generator=generator)
+    starts = torch.arange(0, 2048, 400)
+    tokens[starts] = cfg.bos
+    return t.MicroBatch(tokens, t.to_documents(starts.numpy(), 2048, 512))
+
+
+def race_model(cfg, hardware):
+    """All weights are drawn: none hides what it multiplies."""
+    model, rng = t.build_model(cfg, hardware), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            std = 0.05 if "bank" in name or name == "head" else 0.2
+            p.add_((std * torch.randn(p.shape, generator=rng)).to(p.device))
+    model.prefix_V = torch.randint(cfg.vocab_size, (cfg.vocab_size,), generator=rng).to(model.embed.device)
+    return model
+
+
+RACE = replace(t.TRACKS["sprint"], width=256, heads=2, vocab_size=2000, micro_batches=1, scheduled_steps=10,
+               stages=(t.Stage(0.0, 2048, 512, 128, 384, 1.0),))  # fmt: skip
+
+
+def losses_and_gradients(model, runs):
+    """Of each run, a function of the model that adds gradients and returns a loss."""
+    found = []
+    for run in runs:
+        for p in model.parameters():
+            t.gradient(p).zero_()
+        loss = run(model).item()
+        found.append((loss, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    return found
+
+
+# On a CPU float8's rounding alone gives errors of 0.09 to 0.17, bfloat16's of 0.04 at most. Gradients of single
+# numbers, which are left out, are sums that may cancel.
+@needs_gpu
+@needs_float8
+@pytest.mark.parametrize("fp8, bound", [("off", 0.06), ("head+mlp", 0.4)])
+def test_a_micro_batch_with_and_without_graph_has_nearly_the_gradients_of_plain_float32(fp8, bound):
+    """Compiled, with kernels and FlashAttention, as the GPU at hand has them."""
+    cfg, cuda = replace(RACE, fp8=fp8), torch.device(DEVICE)
+    batch, plan, rotary = race_batch(cfg), t.plan_step(cfg, 0), t.build_rotary(cfg, 0, 2048, cuda)
+    weights = t.loss_weights(cfg, plan, cuda)
+
+    def eager(model):
+        return t.backward_micro_batch(model, t.to_device(batch, cuda), plan, rotary, weights)
+
+    def replayed(model):
+        model.graphs.add(model, batch, plan, rotary, weights)
+        model.graphs.capture()
+        return t.run_micro_batch(model, batch, plan, rotary, weights)
+
+    ((plain_loss, plain),) = losses_and_gradients(race_model(cfg, CPU._replace(device=cuda)), [eager])
+    fast = race_model(cfg, t.choose_hardware(cfg, t.World()))
+    assert t.region.compile and fast.fp8 == fp8 and fast.kernels != "reference"
+    (loss, found), (graph_loss, again) = losses_and_gradients(fast, [eager, replayed])
+    assert loss == pytest.approx(plain_loss, rel=0.01) and graph_loss == pytest.approx(loss, rel=1e-5)
+    for name in [name for name, expected in plain.items() if expected.numel() > 1]:
+        assert error(found[name], plain[name].double()) < bound, name
+        assert error(again[name], found[name].double()) < 1e-2, name
