@@ -128,7 +128,7 @@ class Config:
     val_chunk: int = flag(262_144, "tokens of one validation forward pass", 1)
     val_every: int = flag(100, "steps between validations", 1)
     # schedule
-    scheduled_steps: int = flag(100, "steps over which the learning rate falls", 1)
+    scheduled_steps: int = flag(100, "steps of the stage table and the cooldown", 1)
     extension_steps: int = flag(0, "steps after these, at the final learning rate and the last windows")
     cooldown: float = flag(0.55, "last fraction of scheduled_steps: the learning rate falls linearly")
     lr_floor: float = flag(0.1, "what the stages' lr falls to")
@@ -146,7 +146,7 @@ class Config:
     value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
     key_offset: str = flag("table", "partial key offset. table: in marked layers, table-full: there of all "
                            "dims, all: in every layer", choices=("table", "table-full", "all", "off"))
-    x0_mix: bool = flag(True, "add the input embedding before each layer, with a learned weight")
+    x0_mix: bool = flag(True, "before each layer, learned weights of the stream and of the input embedding")
     smear: bool = flag(True, "add the previous token's embedding, gated")
     skip: bool = flag(True, "skip connections of the layer table")
     backout_from: int = flag(-1, "layer whose output is partly subtracted before the head; -1: none", -1)
@@ -158,20 +158,20 @@ class Config:
     softcap_width: float = flag(15.0, "see softcap", 0.1)
     smear_mtp: bool = flag(True, "smear-MTP: mix the previous position into the final latents (PR 151)")
     leaky_slope: float = flag(0.5, "MLP activation LeakyReLU(slope) squared; 0 is ReLU squared")
-    bigram_ratio: float = flag(0.0, "rows of the table of hashed token pairs over padded_vocab; 0: none (62)")
-    untie_at: float = flag(0.0, "fraction of scheduled_steps in which head and embedding are one (51, 53)")
+    bigram_ratio: float = flag(0.0, "rows of the hashed bigram table over the vocabulary; 0: off (record 62)")
+    untie_at: float = flag(0.0, "fraction of scheduled_steps with head and embedding tied (records 51, 53)")
     cut_documents: bool = flag(False, "smear, key offset, smear-MTP and pairs stop where a document starts")
     # loss
     multi_target: bool = flag(False, "predict further tokens, too, weighted as the stage table says")
     mtp_heads: int = flag(0, "auxiliary heads for t+2, t+3, ..: trained, not exported")
-    prefix_weight: float = flag(0.0, "weight of predicting the next token's prefix, falling to 0 at 2/3 (88)")
-    # optimizer: `optimizer_table` lists every parameter with its final learning rate
-    muon_lr: float = flag(0.023, "learning rate of square matrices")
+    prefix_weight: float = flag(0.0, "weight of the loss of the next token's prefix, 0 after 2/3 (record 88)")
+    # optimizer: `parameter_table` has each parameter's own learning rate
+    muon_lr: float = flag(0.023, "learning rate of NorMuon: attention x attn_lr_ratio, MLP x 2 and x 4")
     muon_weight_decay: float = flag(0.0276, "per step lr * this, both times the schedule's multiplier")
     muon_heads: int = flag(0, "heads of Q, and of K, orthogonalised together (record 80); 0: all")
     attn_lr_ratio: float = flag(2.0, "learning rate of the attention matrices over muon_lr")
     adam_lr: float = flag(0.008, "learning rate of tables, heads, gates and scalars")
-    adam_weight_decay: float = flag(0.0, "of tables and head, times lr squared (record 50: 0.005)")
+    adam_weight_decay: float = flag(0.0, "of tables x 5 and heads x 150, times lr squared (record 50: 0.005)")
     smooth_scalars: bool = flag(False, "betas of scalars and gates: 0.9, 0.99, not 0.65, 0.95 (record 52)")
 
     @property
@@ -324,7 +324,7 @@ EMBED_LR_RATIO = 75.0  # learning rate of embedding tables over adam_lr
 ADAM_EVERY = 2         # steps between Adam's updates; gradients add up meanwhile
 KEEP_CHECKPOINTS = 2   # of a run, the last ones
 
-# What a resumed run may change: nothing of the model, the data or the schedule.
+# What a resumed run may change. `data` is where the data lies; that it is the same isn't checked.
 RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "data", "runs")
 
 
@@ -391,7 +391,7 @@ def check_config(cfg: Config) -> Config:
     require(not any(batch % micro for batch in batches), f"--micro_batches={micro}: must divide {batches}")
     tables = {table for layer in cfg.layers for table in layer.value_embeds}
     require(tables == set(range(len(tables))), f"layer table: value_embeds {tables} must be 0, 1, ..")
-    require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 heads")
+    require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 * heads")
     require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
     require(not cfg.late_attention or any(map(cfg.reads_late, cfg.attention_layers)),
             "--late_attention: no attention after --backout_from; turn it off")
@@ -417,7 +417,7 @@ def config_from_json(values: dict) -> Config:
 
 
 class World(NamedTuple):
-    """This process among its peers. At size 1 every collective is the identity: the same path everywhere."""
+    """This process among its peers. A world of one takes the same code path without communication."""
 
     rank: int = 0
     size: int = 1
@@ -465,7 +465,7 @@ class Hardware(NamedTuple):
 
 
 def choose_hardware(cfg: Config, world: World) -> Hardware:
-    """The fastest that this machine has of what the flags allow. Raises UserError if a rank has no GPU."""
+    """The fastest that this machine has and the flags allow. Raises UserError if a rank has no GPU."""
     if not torch.cuda.is_available():
         return Hardware(torch.device("cpu"), torch.float32, False, "reference", "reference", "off", False)
     found = torch.cuda.device_count()
@@ -491,9 +491,8 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
 def region(function=None, **options):
     """Decorator: compile a function of tensors by itself, once `region.compile` is set.
 
-    Regions are what lies between the matrix products. Parameters named ..._T.. have a dynamic first dimension
-    from the first call on, so layers of a kind share code and no stage needs a compilation of its own.
-    options: of torch.compile.
+    Regions are the elementwise code between matrix products. Parameters with _T in their name have a dynamic
+    first dimension, so no stage and no layer recompiles. options: of torch.compile.
     """
     if function is None:
         return partial(region, **options)
@@ -504,7 +503,7 @@ def region(function=None, **options):
     def call(*arguments):
         if not region.compile or torch.compiler.is_compiling():  # the latter: within another region
             return function(*arguments)
-        torch._dynamo.config.recompile_limit = 64  # of layers' kinds; here, as backward's thread has its own
+        torch._dynamo.config.recompile_limit = 64  # for all kinds of layers; backward's thread has its own
         for i in token_arguments:
             if arguments[i] is not None and arguments[i].size(0) > 1:  # a single row is compiled for itself
                 torch._dynamo.mark_dynamic(arguments[i], 0)
@@ -518,7 +517,7 @@ region.compile = False
 
 # ----------------------------------------------------------------------------------------------------------
 # Kernels. Each wrapper takes a mode: "reference" is plain torch, anything else the kernel. Only the MLP's has
-# two: "tma" moves tiles with Hopper's copy engine, "pointer" with ordinary loads, on any GPU of Triton's.
+# two: "tma" moves tiles with Hopper's copy engine, "pointer" with ordinary loads, on any GPU.
 
 
 if triton:
@@ -553,7 +552,7 @@ def store_tile(x, tile, row, column, rows, columns, ROWS: constexpr, COLUMNS: co
 def mlp_kernel(a, b, aux, out, square, float8_scale, M, N, K, SLOPE: constexpr, BACKWARD: constexpr,
                DTYPE: constexpr, FLOAT8: constexpr, TMA: constexpr, M_TILE: constexpr, N_TILE: constexpr,
                K_TILE: constexpr, PROGRAMS: constexpr):
-    """Tile by tile u = a b^T, a: (M, K), b: (N, K), and what follows from each tile; (M, N) the others.
+    """u = a b^T tile by tile, with the activation fused. a: (M, K), b: (N, K); aux, out, square: (M, N).
 
     Forward: a is h, b is up; out = r = LeakyReLU(u), square = r^2. aux isn't read.
     Backward: a is the MLP's gradient, b is down, aux is r; out = u * 2 LeakyReLU(r), square = r^2.
@@ -619,7 +618,7 @@ def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles 
         mode = "pointer"  # the copy engine wants rows of whole 16 bytes
     tiles = tiles or MLP_TILES[mode, backward]
     k_tile = 2 * tiles.k if float8 else tiles.k  # the same bytes
-    # Matrices, each moved by tiles; vectors and numbers follow them, as float8_scale does.
+    # The kernel's matrices, for each of which TMA wants a descriptor; vectors and numbers come after them.
     operands = [a_MK.contiguous(), b_NK.contiguous(), aux_MN if backward else out_MN, out_MN, square_MN]
     if mode == "tma":
         half = [tiles.m, tiles.n // 2]
@@ -809,7 +808,7 @@ class Documents(NamedTuple):
 
     cu_seqlens: Tensor           # (documents + 1,) int32: 0, starts of the others, T
     longest: int                 # tokens
-    first_T: Tensor | None = None  # (T,) bool, set by evaluate.py alone: starts that nothing at all crosses
+    first_T: Tensor | None = None  # (T,) bool, set by evaluate.py alone: nothing looks back across these
 
 
 EPS = 1e-6
@@ -920,7 +919,7 @@ def norm_backward(h_TD, scale_T1, grad_TD) -> Tensor:
 
 
 def weighted(x_TD, weight) -> Tensor:
-    """weight * x; the weight as (T, 1), as one of shape () would leave the product in bfloat16."""
+    """weight * x. As (T, 1) the weight makes the product float32 and gets its gradient row by row."""
     return x_TD if weight is None else weight.expand(x_TD.size(0), 1) * x_TD
 
 
@@ -960,12 +959,10 @@ def mix_backward_region(x_TD, skip_TD, x0_TD, bigram_TD, h_TD, scale_T1, grad_TD
 
 
 class Mixing(torch.autograd.Function):
-    """Sum of the streams that a layer's residual stream is made of, (T, D), each times its weight, ().
+    """Weighted sum of the streams that enter a layer, (T, D); None streams are skipped, None weights are 1.
 
-    A stream that is None is left out; one whose weight is None counts as it is. Returns the sum and, if
-    `reads`, the same normed and its leading channels (T, G); then x0 and bigrams as they are, for the next
-    layer to read: the gradients of all later layers then arrive here as one, and the kernel that computes
-    this layer's adds them up.
+    If `reads`, also its norm and leading channels (T, G). x0 and bigrams pass through: gradients of later
+    layers arrive already summed, and this layer's kernel adds its own.
     """
 
     @staticmethod
@@ -1034,7 +1031,7 @@ class Branch(torch.autograd.Function):
 class MLP(torch.autograd.Function):
     """x += LeakyReLU(slope)(h @ up.T)^2 @ down, in place: (T, D). Backward needs only h and r.
 
-    eight: for products in float8, h over h_scale, h_scale and GPT.float8_mlp's four; None for h's dtype.
+    eight: what products in float8 read, h over its scale first, see GPT.refresh; None for h's dtype.
     """
 
     @staticmethod
@@ -1092,7 +1089,7 @@ def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tenso
 
 
 class Rotary(NamedTuple):
-    """Half-truncated rotary tables and attention scale of one stage; pure function of the stage table."""
+    """Rotary tables of one stage, of which half the dims are stationary, and the attention scale."""
 
     cos_PJ: Tensor               # (positions, E/2) float32; stationary dims have cos 1, sin 0
     sin_PJ: Tensor
@@ -1123,8 +1120,7 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
     return Rotary(*(table.to(device) for table in tables))
 
 
-# A learned factor is expanded to (T, 1) in what follows: its gradient is then summed row by row, in the
-# kernel that has the row.
+# Learned factors are expanded to (T, 1) as in `weighted`.
 
 
 @region
@@ -1197,11 +1193,11 @@ def gate_region(y_THE, lead_TG, gate_HG, out_lambda):
 def final_region(x_TD, backout_TD, backout_lambda, smear_mtp_lambda, edges_T):
     """Latents that the head reads: backout, norm, and smear-MTP y'[t] = y[t] + lambda y[t-1] (PR 151)."""
     if backout_TD is not None:
-        x_TD = (x_TD - backout_lambda.expand(x_TD.size(0), 1) * backout_TD).type_as(x_TD)
+        x_TD = (x_TD - weighted(backout_TD, backout_lambda)).type_as(x_TD)
     x_TD = norm(x_TD)
     if smear_mtp_lambda is None:
         return x_TD
-    return (x_TD + smear_mtp_lambda.expand(x_TD.size(0), 1) * shift(x_TD, edges_T)).type_as(x_TD)
+    return (x_TD + weighted(shift(x_TD, edges_T), smear_mtp_lambda)).type_as(x_TD)
 
 
 def cap(logits: Tensor, softcap: Softcap) -> Tensor:
@@ -1302,8 +1298,9 @@ class GPT(nn.Module):
         cfg = self.cfg
         if not self.compute_weights:
             self.refresh()
-        starts_T = tokens_T == cfg.bos if docs.first_T is None else docs.first_T
-        edges_T = starts_T if cfg.cut_documents or docs.first_T is not None else None
+        edges_T = docs.first_T
+        if edges_T is None and cfg.cut_documents:
+            edges_T = tokens_T == cfg.bos
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype)
         x_TD = embed_region(embed_TD, self.smear_gate, self.smear_lambda, edges_T)
         x0_TD = x_TD if cfg.x0_mix else None
@@ -1372,29 +1369,23 @@ class GPT(nn.Module):
             first = name not in self.compute_weights
             self.keep(name, bank.to(self.dtype) if first else bank)
         for k, head_VD in enumerate([self.head, *(self.mtp_heads if self.cfg.mtp_heads else ())]):
-            self.keep(("head", k), *self.float8_head(head_VD))
+            if self.fp8 == "off":
+                self.keep(("head", k), head_VD.detach().to(self.dtype))
+            else:  # as float8, also transposed
+                weight8_VD, scale = as_float8(head_VD)
+                self.keep(("head", k), weight8_VD, transpose(weight8_VD, self.kernels), scale)
         if self.fp8 == "head+mlp":
             for i, (up_FD, down_FD) in enumerate(self.mlp_bank):
-                self.keep(("mlp8", i), *self.float8_mlp(up_FD, down_FD))
+                up8_FD, up_scale = as_float8(up_FD)
+                down8_FD, down_scale = as_float8(down_FD)
+                down8_DF = transpose(down8_FD, self.kernels)
+                self.keep(("mlp8", i), up8_FD, up_scale, down8_DF, down_scale)
 
     def keep(self, name, *tensors):
         """Copy tensors over those of compute_weights[name], which stay in place: CUDA graphs read them."""
         for old, new in zip(self.compute_weights.setdefault(name, tensors), tensors):
             if old.data_ptr() != new.data_ptr():
                 old.copy_(new)
-
-    def float8_head(self, head_VD) -> tuple:
-        """What the head's products read: (V, D) in the activations' dtype; or as float8, also transposed."""
-        if self.fp8 == "off":
-            return (head_VD.detach().to(self.dtype),)
-        weight8_VD, scale = as_float8(head_VD)
-        return weight8_VD, transpose(weight8_VD, self.kernels), scale
-
-    def float8_mlp(self, up_FD, down_FD) -> tuple:
-        """What the MLP's forward products read: (F, D) and (D, F) as float8, each followed by its scale."""
-        up8_FD, up_scale = as_float8(up_FD)
-        down8_FD, down_scale = as_float8(down_FD)
-        return up8_FD, up_scale, transpose(down8_FD, self.kernels), down_scale
 
     def value_rows(self, tokens_T) -> list:
         """Rows of every value-embedding table, (T, D) each."""
@@ -1474,9 +1465,9 @@ def polar_express(x_NRC, kernels: str = "reference") -> Tensor:
 
 
 def orthogonalise(x_NRC, groups: tuple, kernels: str = "reference") -> Tensor:
-    """polar_express of each of the groups[i] parts into which matrix i is cut along its rows; (): whole.
+    """polar_express of each matrix, or of groups[i] row blocks of matrix i, renormalised as each is smaller.
 
-    A part is normed again, as it is smaller than its matrix. Stacked, as an index would have to be uploaded.
+    By stack: an index list would have to be copied to the GPU.
     """
     if not groups:
         return polar_express(x_NRC, kernels)
@@ -1684,10 +1675,10 @@ def uniform(std: float, matrices: int):
 
 
 def parameter_table(cfg: Config) -> list[Row]:
-    """Every parameter there can be. The learning rates here are final: no shape multiplies them later.
+    """Every possible parameter. Learning rates are final: nothing rescales them by shape.
 
-    NorMuon's rates: 1 x for square matrices, 2 x for the MLP's up, 4 x for its down projection. Banks:
-    Q, K, V, O of each layer with attention; up and down^T of each layer.
+    Banks: Q, K, V, O of each layer with attention (muon_lr times attn_lr_ratio); up (times 2) and down^T
+    (times 4) of each layer.
     """
     L, A, D, V = len(cfg.layers), len(cfg.attention_layers), cfg.width, cfg.padded_vocab
     muon, adam, std = cfg.muon_lr, cfg.adam_lr, 0.5 / math.sqrt(cfg.width)
@@ -1744,14 +1735,12 @@ def optimizer_table(cfg: Config) -> list[Row]:
 
 
 class Optimizer:
-    """NorMuon and Adam over one table; state is sharded over ranks.
+    """Every parameter's algorithm over one table; state is sharded over ranks.
 
-    A step launches all reductions, updates own parts as they arrive (Adam first, while the banks' reductions
-    fly), launches each gather at once and waits for the gathers at the end. A rank sums its gradients in
-    float32; those of sharded rows are summed over ranks in the activations' dtype. Nothing is divided then:
-    the loss already is, by the tokens of the whole step.
-    Raises ValueError unless every parameter of the model is in exactly one row, and copies are trained as
-    their originals are.
+    A step launches all reductions, updates each part as it arrives (Adam's first, to overlap the banks'
+    communication) and starts each gather at once. Gradients are summed in float32 on a rank and in the
+    activations' dtype across ranks. The loss is already divided by the step's tokens.
+    Raises ValueError unless every parameter is in exactly one row and copies have their original's algorithm.
     """
 
     def __init__(self, model: GPT, table: list[Row], world: World):
@@ -1792,7 +1781,7 @@ class Optimizer:
                 work.wait()
             own = part.as_units(part.parameter.data)[part.lo : part.hi]
             grad = grad.to(own.dtype)
-            # Here the report can take a metric of the gradient: its squares, say, whose root the log takes.
+            # A metric of the gradient goes into the report here. It is summed over ranks: square norms first.
             part.update(own, grad, step, lr_multiplier, momentum)
             gathers.append(part.gather())
             part.parameter.grad.zero_()  # in place: graphs know its address
@@ -2054,7 +2043,7 @@ class StepPlan(NamedTuple):
 
 
 def plan_step(cfg: Config, step: int) -> StepPlan:
-    """Pure function of the step, 0 .. total_steps - 1; total_steps itself means 'after training'."""
+    """The schedule at `step`, 0 .. total_steps - 1; at total_steps that of the last stage's end."""
     starts = [math.ceil(stage.start * cfg.scheduled_steps - 1e-9) for stage in cfg.stages] + [cfg.total_steps]
     index = max(i for i in range(len(cfg.stages)) if starts[i] <= step)
     stage = cfg.stages[index]
@@ -2084,7 +2073,7 @@ def final_windows(cfg: Config) -> dict:
 
 
 def pinned(data, device) -> Tensor:
-    """A tensor or array as a tensor that a GPU, if it is for one, can fetch while the host goes on."""
+    """As a tensor, pinned if bound for a GPU, so that copies don't block."""
     tensor = torch.as_tensor(data)
     return tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
 
@@ -2160,7 +2149,7 @@ class Graphs:
         self.recipes, self.captured = {}, {}
 
     def add(self, model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights):
-        """Have micro-batches of this plan's kind, of which one must have run, recorded by capture()."""
+        """Register this plan's kind of micro-batch for capture(); one must have run before."""
         inputs = [x.to("cuda", copy=True) for x in graph_inputs(batch, weights)]
 
         def run():
@@ -2389,10 +2378,8 @@ def find_unfinished(cfg: Config) -> str:
 
 
 class Clock:
-    """Training time in seconds. Running: training steps with their data. Paused: validation, checkpoints, and
-    the recording of CUDA graphs, which give their memory back to a validation.
-
-    Never running: set-up, compilation, warm-up.
+    """Training time in seconds: it runs in training steps and their data loading, not in set-up, compilation,
+    warm-up, validation, checkpoints or the recording of CUDA graphs.
     """
 
     def __init__(self, hardware: Hardware, seconds: float = 0.0):
@@ -2421,10 +2408,9 @@ class Log:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
         try:
             log_root(cfg).mkdir(parents=True, exist_ok=True)
-            for suffix in ("", *(f"-{i}" for i in range(1, 100))):  # of runs that start in the same second
-                self.folder = log_root(cfg) / f"{name}{suffix}"
-                if not self.folder.exists():
-                    break
+            suffixes = ("", *(f"-{i}" for i in range(1, 100)))  # for runs that start in the same second
+            folders = (log_root(cfg) / f"{name}{suffix}" for suffix in suffixes)
+            self.folder = next(folder for folder in folders if not folder.exists())
             self.folder.mkdir()
             shutil.copy(__file__, self.folder / "train_gpt.py")
         except OSError as error:
@@ -2544,7 +2530,7 @@ def write_plot(folder: Path) -> str:
 def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardware, world: World):
     """Run each kind of step and a validation chunk on synthetic tokens: compiles all that training will use.
 
-    Weights and moments are used up: initialise the one and reset the other afterwards.
+    Changes weights and optimizer state: initialise and reset them afterwards.
     """
     cfg, generator, kinds = model.cfg, np.random.default_rng(0), {}
     for step in range(cfg.total_steps):
@@ -2581,7 +2567,7 @@ def validate(val: Validation, model: GPT, rotary: Rotary, step: int, seconds: fl
 
 
 def check_ranks_agree(facts: dict, world: World, device):
-    """Raise UserError unless every rank found the same: text by what it is called."""
+    """Raise UserError unless all ranks have the same facts (name -> text)."""
     hashes = [int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) for text in facts.values()]
     found = world.all_gather(torch.tensor(hashes, device=device))
     for name, column in zip(facts, found.T.tolist()):
