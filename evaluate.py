@@ -96,7 +96,7 @@ class Options:
     sample: str = flag(None, "continue this text")
     export: str = flag("", "write the weights, without auxiliary heads, to this .safetensors file, and the "
                        "config to a .json file beside it")
-    # where from
+    # on what
     script: str = flag("", "the trainer that made the checkpoint, if not train_gpt.py beside this file")
     log_folder: str = flag("", "folder of the logs, if not logs/ beside the trainer")
     data: str = flag("", "folder of the shards, if not the checkpoint's")
@@ -127,7 +127,7 @@ class Options:
 
 
 GROUPS = {  # of --help, by the first flag
-    "methods": "what to do", "script": "where from", "tokenizer": "sampling", "context": "windows",
+    "methods": "what to do", "script": "on what", "tokenizer": "sampling", "context": "windows",
     "lora_rank": "ttt-lora", "sgd_chunk": "ttt-sgd",
 }
 TINY = {"context": 512, "batch": 8192, "lora_lr": 0.002, "sgd_chunk": 2048, "sgd_lr": 0.1}

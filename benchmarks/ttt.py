@@ -133,6 +133,8 @@ def main():
     try:
         points = parse_settings(args.settings)
         checkpoint, given = ev.parse_options([*flags, "--methods=ttt-lora"])
+        if "script" in given:
+            raise tg.UserError("--script: this takes train_gpt.py beside evaluate.py; leave the flag out")
         _, model, options, hardware = ev.load(checkpoint, given, WORLD)
         results = {"device": hardware.name, "torch": tg.torch.__version__}
         if args.only != "settings":
