@@ -399,7 +399,8 @@ def test_no_shard_is_published_before_the_tables_of_its_tokenizer(tmp_path, monk
     monkeypatch.setattr(shards.os, "replace", fail_at_shards)
     with pytest.raises(OSError, match="killed"):
         shards.publish(stage, folder, {"name": "text"})
-    assert {file: (folder / file).read_bytes() for file in os.listdir(folder)} == dict.fromkeys(TABLES, b"new")
+    found = {file: (folder / file).read_bytes() for file in os.listdir(folder)}
+    assert found == dict.fromkeys(TABLES, b"new")
 
 
 MISTAKES = {

@@ -370,8 +370,8 @@ def losses_and_gradients(model, runs):
     return found
 
 
-# On a CPU float8's rounding alone gives errors of 0.09 to 0.17, bfloat16's of 0.04 at most. Gradients of single
-# numbers, which are left out, are sums that may cancel.
+# On a CPU float8's rounding alone gives errors of 0.09 to 0.17, bfloat16's of 0.04 at most. Gradients of
+# single numbers, which are left out, are sums that may cancel.
 @needs_gpu
 @needs_float8
 @pytest.mark.parametrize("fp8, bound", [("off", 0.06), ("head+mlp", 0.4)])
