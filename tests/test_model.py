@@ -675,7 +675,7 @@ def test_leaky_slope_gives_squared_leaky_relu_and_its_derivative():
         inputs = torch.zeros_like(x, requires_grad=True), x, *rest
         assert torch.autograd.gradcheck(apply_to_copy, inputs, raise_exception=False)
 
-        model = make_model(replace(CFG, leaky_slope=slope))
+        model = make_model(replace(CFG, leaky_slope=slope), dtype=torch.float64)
         trace, (up, down) = Trace(model, *text), model.mlp_bank.detach()[2]
         hidden = rms_normed(trace.inputs[2]) @ up.T
         hidden = torch.where(hidden > 0, hidden, slope * hidden) ** 2
