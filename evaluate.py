@@ -27,13 +27,11 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -726,15 +724,11 @@ def export_model(path: Path, model: GPT):
 
 def run(argv: list[str]):
     checkpoint, given = parse_options(argv)
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | os.environ
-    world = World(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    world = World.from_environment()
     path, model, options, hardware = load(checkpoint, given, world)
-    if world.size > 1:
-        cuda = hardware.device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
-                                timeout=timedelta(hours=1))
-        if not cuda:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
+    world.meet(hardware, minutes=60)
+    if world.size > 1 and hardware.device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
     if options.export and world.rank == 0:
         export_model(Path(options.export), model)
         print(f"export: {options.export}")

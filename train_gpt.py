@@ -423,6 +423,19 @@ class World(NamedTuple):
     size: int = 1
     local_rank: int = 0
 
+    @classmethod
+    def from_environment(cls):
+        """This process as torchrun numbers it; alone without torchrun."""
+        rank, size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return cls(int(rank), int(size), int(local_rank)) if size else cls()
+
+    def meet(self, hardware: "Hardware", minutes: int):
+        """Begin the exchange with the others; one that waits longer than this ends."""
+        if self.size > 1:
+            cuda = hardware.device.type == "cuda"
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
+                                    timeout=timedelta(minutes=minutes))
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:
@@ -2450,10 +2463,10 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 1
 
 def step_metrics(model: GPT, hardware: Hardware, world: World, tokens: int, seconds: float) -> dict:
     """Tokens per second and, on a known GPU, the share of its peak that the weights' products use."""
-    rate = tokens / max(seconds, 1e-9)
+    rate, gpu = tokens / max(seconds, 1e-9), hardware.name
     metrics = {"tokens_per_s": round(rate)}
     for name, tflops in PEAK_TFLOPS.items():
-        if name in hardware.name:
+        if name in gpu:
             weights = model.attn_bank.numel() + model.mlp_bank.numel() + model.head.numel()
             metrics["mfu"] = round(6 * weights * rate / world.size / (tflops * 1e12), 4)
     return metrics
@@ -2699,14 +2712,10 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
 
 
 def run(argv: list[str]):
-    rank, size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    world = World(int(rank), int(size), int(local_rank)) if size else World()
+    world = World.from_environment()
     cfg = parse_config(argv, world.size)
     hardware = choose_hardware(cfg, world)
-    if world.size > 1:
-        cuda = hardware.device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
-                                timeout=timedelta(minutes=10))
+    world.meet(hardware, minutes=10)
     job, progress, tensors = set_up(cfg, hardware, world)
     asked = job.asked
     for number in (signal.SIGTERM, signal.SIGINT):
