@@ -76,6 +76,8 @@ class Layer(NamedTuple):
     value_embeds: tuple = ()     # value-embedding tables, 0, 1, .., whose rows are added to v
     key_offset: bool = False     # k[t] takes its stationary dims from k[t-1]: induction within one layer
     skip_from: int = -1          # earlier layer whose output is added before this layer; -1: none
+    inject: bool = True          # x0 and bigrams are added before it
+    paired: bool = False         # heads h and h + H/2 are one that reads both their keys (record 58)
 
 
 class Stage(NamedTuple):
@@ -144,6 +146,7 @@ class Config:
     yarn: bool = flag(True, "stretch rotary embeddings as windows grow")
     value_embeds: bool = flag(True, "value embeddings")
     value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
+    value_gate: bool = flag(False, "a learned gate on value embeddings for each head (record 55)")
     key_offset: str = flag("table", "partial key offset. table: in marked layers, table-full: there of all "
                            "dims, all: in every layer", choices=("table", "table-full", "all", "off"))
     x0_mix: bool = flag(True, "before each layer, learned weights of the stream and of the input embedding")
@@ -169,6 +172,9 @@ class Config:
     muon_lr: float = flag(0.023, "learning rate of NorMuon: attention x attn_lr_ratio, MLP x 2 and x 4")
     muon_weight_decay: float = flag(0.0276, "per step lr * this, both times the schedule's multiplier")
     muon_heads: int = flag(0, "heads of Q, and of K, orthogonalised together (record 80); 0: all")
+    slow_momentum: float = flag(1.0, "fraction of scheduled_steps after which Muon reads a slow momentum, too")
+    average: float = flag(0.0, "last fraction of the steps whose weights are averaged into the final ones")
+    betas_89: bool = flag(False, "betas of record 89")
     attn_lr_ratio: float = flag(2.0, "learning rate of the attention matrices over muon_lr")
     adam_lr: float = flag(0.008, "learning rate of tables, heads, gates and scalars")
     adam_weight_decay: float = flag(0.0, "of tables x 5 and heads x 150, times lr squared (record 50: 0.005)")
@@ -1176,21 +1182,31 @@ def late_region(x_TD):
 
 
 @region
-def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, offset_E, edges_T, heads: int):
+def qkv_region(qkv_TC, v_lambda, value_TD, lead_TG, gate_HG, cos_PJ, sin_PJ, scale, offset_E, edges_T,
+               heads: int, paired: bool):
     """What attention reads: q, k, v with its value embeddings, (T, H, E) each, from the product (T, 3 D).
 
-    value_TD: rows of value embeddings, or None. offset_E: dims of the key offset, or None for none.
+    value_TD: rows of value embeddings, or None; gate_HG: of them, or None. offset_E: dims of the key offset,
+    or None for none. paired: (2 T, H/2, E), in which a token's heads h and h + H/2 are successive positions.
     """
     T = qkv_TC.size(0)
     q_THE, k_THE, v_THE = qkv_TC.view(T, 3, heads, -1).unbind(1)
-    q_THE = rotate(norm(q_THE) * scale, cos_PJ[:T], sin_PJ[:T])
-    k_THE = rotate(norm(k_THE), cos_PJ[:T], sin_PJ[:T])
+    q_THE, k_THE = norm(q_THE) * scale, norm(k_THE)
+    if paired:
+        q_THE, k_THE = (x.reshape(2 * T, heads // 2, -1) for x in (q_THE, k_THE))
+    P = q_THE.size(0)
+    q_THE, k_THE = (rotate(x, cos_PJ[:P], sin_PJ[:P]) for x in (q_THE, k_THE))
     if offset_E is not None:
         k_THE = offset_keys(k_THE, offset_E, edges_T)
     v_THE = (v_lambda.expand(T, 1, 1) * v_THE).type_as(qkv_TC)
     if value_TD is not None:
-        v_THE = v_THE + value_TD.view_as(v_THE)
-    return q_THE, k_THE, v_THE.contiguous()
+        value_THE = value_TD.view_as(v_THE)
+        if gate_HG is not None:
+            read_TG = torch.cat([lead_TG[:, : GATE_INPUTS // 2], value_TD[:, : GATE_INPUTS // 2]], dim=1)
+            gate_TH = 2 * torch.sigmoid(read_TG.float() @ gate_HG.float().T)
+            value_THE = (value_THE * gate_TH[..., None]).type_as(value_THE)
+        v_THE = v_THE + value_THE
+    return q_THE, k_THE, v_THE.contiguous().view_as(q_THE)
 
 
 @region
@@ -1323,13 +1339,17 @@ class GPT(nn.Module):
         lambdas = self.attn_lambdas.flatten().unbind()
         v_lambdas, out_lambdas = lambdas[::2], lambdas[1::2]
         attn_gates = unbind(self.attn_gate, len(cfg.attention_layers))
+        value_gates = unbind(self.value_gate, len(cfg.attention_layers))
         scale8 = self.latent_scale if self.fp8 == "head+mlp" and torch.is_grad_enabled() else None
         outputs, late_TD, late_lead_TG = {}, None, None
         for i, layer in enumerate(cfg.layers):
             skip_TD = outputs[layer.skip_from] if i in cfg.skips else None
             reads = not cfg.reads_late(i)
-            x_TD, h_TD, lead_TG, x0_TD, bigram_TD = Mixing.apply(  # h = norm(x); lead = what gates read of it
-                x_TD, skip_TD, x0_TD, bigram_TD, *stream_weights[i], reads)
+            injected = (x0_TD, bigram_TD) if layer.inject else (None, None)
+            x_TD, h_TD, lead_TG, *injected = Mixing.apply(  # h = norm(x); lead = what gates read of it
+                x_TD, skip_TD, *injected, *stream_weights[i], reads)
+            if layer.inject:
+                x0_TD, bigram_TD = injected
             h8_TD = None
             if layer.window != "none":
                 if not reads:
@@ -1338,11 +1358,15 @@ class GPT(nn.Module):
                 qkv_TC = self.project("qkv", a, h_TD)
                 own_values = [values[table] for table in layer.value_embeds if values]
                 value_TD = sum(own_values[1:], own_values[0]) if own_values else None
+                offset_E = rotary.offset_E if layer.key_offset or cfg.key_offset == "all" else None
                 q_THE, k_THE, v_THE = qkv_region(
-                    qkv_TC, v_lambdas[a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale,
-                    rotary.offset_E if layer.key_offset or cfg.key_offset == "all" else None, edges_T,
-                    cfg.heads)
-                y_THE = self.attention(q_THE, k_THE, v_THE, docs, windows[layer.window])
+                    qkv_TC, v_lambdas[a], value_TD, lead_TG, value_gates[a], rotary.cos_PJ, rotary.sin_PJ,
+                    rotary.scale, offset_E, edges_T, cfg.heads, layer.paired)
+                own_docs = docs
+                if layer.paired:
+                    own_docs = Documents(2 * docs.cu_seqlens, 2 * docs.longest)
+                y_THE = self.attention(q_THE, k_THE, v_THE, own_docs, windows[layer.window])
+                y_THE = y_THE.reshape(len(qkv_TC), cfg.heads, -1)
                 y_TD = gate_region(y_THE, lead_TG, attn_gates[a], out_lambdas[a])
                 o_TD = self.project("o", a, y_TD)
                 x_TD, h_TD, h8_TD = Branch.apply(x_TD, o_TD, scale8)
@@ -1493,14 +1517,19 @@ def orthogonalise(x_NRC, groups: tuple, kernels: str = "reference") -> Tensor:
     return torch.stack([out[i] for i in range(len(out))])
 
 
+AVERAGE_BLEND = 0.5
 # The updates only add and multiply: unlike those of lerp_, the results don't depend on where a shard begins.
 
 
 @region(dynamic=False)
-def nesterov(g_NRC, momentum_NRC, mu, dtype: torch.dtype) -> Tensor:
-    """Update the momentum in place; the direction to orthogonalise, of Frobenius norm below 1, in `dtype`."""
-    momentum_NRC.add_((1 - mu) * (g_NRC - momentum_NRC))
-    x_NRC = g_NRC + mu * (momentum_NRC - g_NRC)
+def nesterov(g_NRC, momentum_NRC, slow_NRC, mu, beta, share, dtype: torch.dtype) -> Tensor:
+    """Update the momenta in place; the direction to orthogonalise, of Frobenius norm below 1, in `dtype`."""
+    momentum_NRC.add_((1 - beta) * (g_NRC - momentum_NRC))
+    both_NRC = momentum_NRC
+    if slow_NRC is not None:
+        slow_NRC.add_((1 - SLOW_BETA) * (g_NRC - slow_NRC))
+        both_NRC = momentum_NRC + share * (slow_NRC - momentum_NRC)
+    x_NRC = g_NRC + mu * (both_NRC - g_NRC)
     return (x_NRC / (1.02 * frobenius(x_NRC) + 1e-12)).to(dtype)
 
 
@@ -1518,8 +1547,12 @@ def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2: float):
     p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
 
 
+SLOW_BETA, SLOW_SHARE = 0.98, 0.5615  # of the slow momentum; the fast one's beta is 0.85 beside it
+
+
 def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, beta2: float,
-                   dtype: torch.dtype, kernels: str = "reference", groups: tuple = ()):
+                   dtype: torch.dtype, kernels: str = "reference", groups: tuple = (), slow_NRC=None,
+                   mixing: bool = False):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
     Nesterov momentum, orthogonalisation, division of each row by its running RMS with the matrix's norm kept,
@@ -1527,7 +1560,8 @@ def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, be
     an input of down, which is stored transposed. mu, decay: () float32; lr_N11: one per matrix.
     groups: see orthogonalise.
     """
-    x_NRC = nesterov(g_NRC, momentum_NRC, mu, dtype)
+    beta, share = (scalar(0.85), scalar(SLOW_SHARE)) if mixing else (mu, scalar(0.0))
+    x_NRC = nesterov(g_NRC, momentum_NRC, slow_NRC, mu, beta, share, dtype)
     x_NRC = orthogonalise(x_NRC, groups, kernels)
     apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2)
 
@@ -1564,6 +1598,8 @@ class Row(NamedTuple):
     groups: tuple = ()           # of rows, orthogonalised apart: as many for each matrix as lr; (): one
     copy_of: str = ""            # a row of the same shape, of which this is a copy, moments and all ..
     copy_until: int = 0          # .. until this step; its gradient is added to that row's
+    average: float = 0.0         # last fraction of the steps whose weights are averaged; see Optimizer.finish
+    slow_from: int = 0           # step from which NorMuon reads the slow momentum, too; 0: never
     used: bool = True            # False: its mechanism is off
 
 
@@ -1586,7 +1622,10 @@ class Part:
         if row.comms == "sharded":
             self.lo = min(self.per_rank * world.rank, self.units)
             self.hi = min(self.lo + self.per_rank, self.units)
-        self.moments = self.make_moments(self.as_units(p.data)[self.lo : self.hi])
+        own = self.as_units(p.data)[self.lo : self.hi]
+        self.moments = self.make_moments(own)
+        if row.average:
+            self.moments["average"] = torch.zeros_like(own)
 
     def reduce(self):
         """Start summing the gradient over ranks: (own part once the work is done, work or None)."""
@@ -1620,6 +1659,17 @@ class Part:
 
         return finish
 
+    def add_average(self, own: Tensor, step: int, total_steps: int):
+        """Exponential moving average of the weights of the last steps, beginning with the first of them."""
+        if not self.row.average:
+            return
+        first = total_steps - math.ceil(self.row.average * total_steps)
+        rate = 2 * self.row.every / (total_steps - first + self.row.every)
+        if step >= first + self.row.every:
+            self.moments["average"].mul_(1 - rate).add_(own, alpha=rate)
+        elif step >= first:
+            self.moments["average"].copy_(own)
+
     def unshard(self, part: Tensor) -> Tensor:
         """A moment of all units, on the CPU; collective."""
         if self.world.size == 1 or self.row.comms == "replicated":
@@ -1641,13 +1691,17 @@ class NorMuon(Part):
         self.groups = (self.row.groups * layers)[self.lo : self.hi]
         lr = torch.tensor(self.row.lr, device=p_NRC.device).repeat(layers)
         self.lr_N11 = lr[self.lo : self.hi].view(-1, 1, 1)
-        return {"momentum": torch.zeros_like(p_NRC), "second": torch.zeros_like(p_NRC[..., :1])}
+        moments = {"momentum": torch.zeros_like(p_NRC), "second": torch.zeros_like(p_NRC[..., :1])}
+        if self.row.slow_from:
+            moments["slow"] = torch.zeros_like(p_NRC)
+        return moments
 
     def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, muon_momentum: float):
         if len(p):  # else there are more ranks than matrices
             lr_N11, decay = self.lr_N11 * lr_multiplier, scalar(self.row.weight_decay * lr_multiplier)
             normuon_update(p, grad, self.moments["momentum"], self.moments["second"], lr_N11, decay,
-                           scalar(muon_momentum), self.row.betas[1], self.dtype, self.kernels, self.groups)
+                           scalar(muon_momentum), self.row.betas[1], self.dtype, self.kernels, self.groups,
+                           self.moments.get("slow"), self.row.slow_from > 0 and step >= self.row.slow_from)
 
 
 class Adam(Part):
@@ -1702,10 +1756,15 @@ def parameter_table(cfg: Config) -> list[Row]:
         return Row(name, shape, algorithm, "sharded", (lr,), betas=betas, weight_decay=decay,
                    every=ADAM_EVERY, **more)
 
+    slow_from = math.ceil(cfg.slow_momentum * cfg.scheduled_steps) if cfg.slow_momentum < 1 else 0
+
     def bank(name: str, shape: tuple, lr: tuple, **more):
-        return Row(name, shape, NorMuon, "sharded", lr, weight_decay=cfg.muon_weight_decay, **more)
+        return Row(name, shape, NorMuon, "sharded", lr, weight_decay=cfg.muon_weight_decay,
+                   betas=(0.0, 0.9 if cfg.betas_89 else 0.95), average=cfg.average,
+                   slow_from=slow_from, **more)
 
     smooth = (0.9, 0.99) if cfg.smooth_scalars else (0.65, 0.95)
+    betas = (0.5, 0.95) if cfg.betas_89 else (0.65, 0.95)
 
     def scalars(name: str, shape: tuple, start=0.0, lr: float = 5 * adam, betas=smooth, used: bool = True):
         return Row(name, shape, Adam, "replicated", (lr,), start, betas, every=ADAM_EVERY, used=used)
@@ -1714,25 +1773,27 @@ def parameter_table(cfg: Config) -> list[Row]:
     values = normal(cfg.value_std) if cfg.value_std else 0.0
     if cfg.untie_at:  # a copy of the head, at its rate and decay, until it gets a life of its own (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
-        embed = table("embed", (V, D), decay=150, start=normal(0.005), copy_of="head", copy_until=untied)
+        embed = table("embed", (V, D), decay=150, start=normal(0.005), copy_of="head", copy_until=untied,
+                      betas=betas, average=cfg.average)
     else:
         embed = table("embed", (V, D), ratio=EMBED_LR_RATIO, start=normal(1))
     pairs = bool(cfg.bigram_rows)
     return [
         embed,
-        table("head", (V, D), decay=150),
+        table("head", (V, D), decay=150, betas=betas, average=cfg.average),
         bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, groups=groups,
              start=uniform(std, 3 + cfg.draw_output)),
         bank("mlp_bank", (L, 2, MLP_RATIO * D, D), (2 * muon, 4 * muon), start=uniform(std, 1)),
         table("value_embeds", (cfg.value_tables * V, D), ratio=EMBED_LR_RATIO, decay=5, start=values,
-              used=cfg.value_tables > 0),
+              betas=(0.75, 0.95) if cfg.betas_89 else (0.65, 0.95), used=cfg.value_tables > 0),
         table("bigram_embed", (cfg.bigram_rows, D), ratio=EMBED_LR_RATIO, decay=5, betas=(0.75, 0.95),
               used=pairs),
         table("mtp_heads", (cfg.mtp_heads, V, D), decay=150, used=cfg.mtp_heads > 0),
         scalars("attn_gate", (A, cfg.heads, GATE_INPUTS), lr=adam, used=cfg.attn_gate),
-        scalars("smear_gate", (GATE_INPUTS,), lr=adam, used=cfg.smear),
+        scalars("value_gate", (A, cfg.heads, GATE_INPUTS), lr=adam, betas=(0.9, 0.99), used=cfg.value_gate),
+        scalars("smear_gate", (GATE_INPUTS,), lr=adam * (0.01 if cfg.betas_89 else 1), used=cfg.smear),
         scalars("attn_lambdas", (A, 2), (0.5, 1.0)),  # on v, on the output
-        scalars("resid_lambdas", (L,), 1.1, used=cfg.x0_mix),
+        scalars("resid_lambdas", (L,), 1.1, betas=(0.9, 0.95) if cfg.betas_89 else smooth, used=cfg.x0_mix),
         scalars("x0_lambdas", (L,), betas=(0.65, 0.95), used=cfg.x0_mix),  # never smoothed (record 52)
         scalars("bigram_lambdas", (L,), 0.1, betas=(0.65, 0.95), used=pairs),
         scalars("smear_lambda", (), used=cfg.smear),
@@ -1766,7 +1827,7 @@ class Optimizer:
         wrong = [row.name for row in table if row.copy_of and row.algorithm is not algorithms[row.copy_of]]
         if wrong:
             raise ValueError(f"optimizer table: {wrong} must be trained as what they copy (untie_at)")
-        self.world = world
+        self.world, self.total_steps = world, model.cfg.total_steps
         adam_first = sorted(table, key=lambda row: row.algorithm is NorMuon)
         self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in adam_first]
 
@@ -1796,6 +1857,7 @@ class Optimizer:
             grad = grad.to(own.dtype)
             # A metric of the gradient goes into the report here. It is summed over ranks: square norms first.
             part.update(own, grad, step, lr_multiplier, momentum)
+            part.add_average(own, step, self.total_steps)
             gathers.append(part.gather())
             part.parameter.grad.zero_()  # in place: graphs know its address
         sums = self.world.all_reduce(torch.stack(list(report.values())))
@@ -1806,6 +1868,18 @@ class Optimizer:
             for name, moment in original.moments.items():
                 copy.moments[name].copy_(moment)
         return dict(zip(report, sums))
+
+    @torch.no_grad()
+    def finish(self):
+        """After the last step: weights half way to their average, with their norms kept (record 92)."""
+        averaged = [part for part in self.parts if part.row.average]
+        for part in averaged:
+            p = part.parameter.data
+            dims = (-2, -1)
+            norm = p.norm(dim=dims, keepdim=True)
+            part.as_units(p)[part.lo : part.hi].lerp_(part.moments["average"], AVERAGE_BLEND)
+            part.gather()()
+            p.mul_(norm / p.norm(dim=dims, keepdim=True).clamp_min(1e-12))
 
     @torch.no_grad()
     def reset(self):
@@ -2259,7 +2333,8 @@ class Validation:
     def positions(self) -> int:
         """Tokens of the longest forward pass, training's included: how far the rotary tables must reach."""
         training = max(self.cfg.micro_tokens(stage) for stage in self.cfg.stages)
-        return max(training, min(self.cfg.val_chunk, self.count))
+        longest = max(training, min(self.cfg.val_chunk, self.count))
+        return longest * (1 + any(layer.paired for layer in self.cfg.layers))
 
     @torch.no_grad()
     def run(self, model: GPT, windows: dict, rotary: Rotary, world: World) -> dict:
@@ -2682,6 +2757,8 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
         if validating or saving or steps.stop or step == start:
             steps.flush()
             saving = saving or (steps.stop and cfg.save_every >= 0)  # a GPU's report is read here at last
+            if last:
+                optimizer.finish()
             clock.pause()
             if model.graphs:
                 model.graphs.release()  # what follows needs the memory
