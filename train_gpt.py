@@ -119,7 +119,8 @@ class Config:
     kernels: bool = flag(True, "Triton kernels")
     fa3: bool = flag(True, "FlashAttention 3, if flash_attn_interface is installed; else FlashAttention 2")
     graphs: bool = flag(True, "CUDA graphs of the micro-batches")
-    fp8: str = flag("head+mlp", "products in float8", choices=("head+mlp", "head", "off"))
+    fp8: str = flag("head+mlp", "products in float8; grad: of the MLP's backward, too",
+                    choices=("head+mlp+grad", "head+mlp", "head", "off"))
     # data
     data: str = flag("data/sample", "folder with NAME_train_000000.bin, NAME_val_000000.bin, ..")
     vocab_size: int = flag(0, "tokens; 0: as many as the data's token_bytes.npy lists, or GPT-2's 50257")
@@ -471,7 +472,7 @@ class Hardware(NamedTuple):
     compile: bool                # regions and the optimizer's updates
     kernels: str                 # "tma", "pointer" or "reference": see "Kernels"
     attention: str               # "fa3", "fa2" (FlashAttention, the latter inside torch) or "reference"
-    fp8: str                     # products in float8: "head+mlp", "head" or "off"
+    fp8: str                     # products in float8: Config.fp8, or "off"
     graphs: bool                 # training micro-batches as CUDA graphs
 
     @property
@@ -568,14 +569,15 @@ def store_tile(x, tile, row, column, rows, columns, ROWS: constexpr, COLUMNS: co
 
 
 @jit
-def mlp_kernel(a, b, aux, out, square, float8_scale, M, N, K, SLOPE: constexpr, BACKWARD: constexpr,
-               DTYPE: constexpr, FLOAT8: constexpr, TMA: constexpr, M_TILE: constexpr, N_TILE: constexpr,
-               K_TILE: constexpr, PROGRAMS: constexpr):
+def mlp_kernel(a, b, aux, out, square, flipped, float8_scale, M, N, K, SLOPE: constexpr,
+               BACKWARD: constexpr, DTYPE: constexpr, FLOAT8: constexpr, TMA: constexpr, M_TILE: constexpr,
+               N_TILE: constexpr, K_TILE: constexpr, PROGRAMS: constexpr):
     """u = a b^T tile by tile, with the activation fused. a: (M, K), b: (N, K); aux, out, square: (M, N).
 
     Forward: a is h, b is up; out = r = LeakyReLU(u), square = r^2. aux isn't read.
     Backward: a is the MLP's gradient, b is down, aux is r; out = u * 2 LeakyReLU(r), square = r^2.
-    FLOAT8, forward only: a, b and square are float8; float8_scale, (), multiplies u.
+    FLOAT8: a, b and square are float8; float8_scale, (), multiplies u. Backward, out is float8, too, flipped
+    is out transposed and square is transposed, (N, M) both: products that sum over M read them.
     """
     HALF: constexpr = N_TILE // 2
     n_tiles = tl.cdiv(N, N_TILE)
@@ -589,20 +591,29 @@ def mlp_kernel(a, b, aux, out, square, float8_scale, M, N, K, SLOPE: constexpr, 
         left, right = acc.reshape(M_TILE, 2, HALF).permute(0, 2, 1).split()  # halves need half the registers
         for half in tl.static_range(2):
             u = left if half == 0 else right
+            column = n + half * HALF
+            if FLOAT8:
+                u *= tl.load(float8_scale)
             if BACKWARD:
-                r = load_tile(aux, m, n + half * HALF, M, N, M_TILE, HALF, TMA).to(tl.float32)
+                r = load_tile(aux, m, column, M, N, M_TILE, HALF, TMA).to(tl.float32)
                 u = 2 * u * tl.where(r > 0, r, SLOPE * r)
             else:
-                if FLOAT8:
-                    u *= tl.load(float8_scale)
                 u = tl.where(u > 0, u, SLOPE * u)
                 r = u.to(DTYPE).to(tl.float32)
-            store_tile(out, u.to(DTYPE), m, n + half * HALF, M, N, M_TILE, HALF, TMA)
+            if FLOAT8 and BACKWARD:
+                r = tl.where(u == u, r, u)  # so r has u's layout: in another, loads of r wait for each other
             if FLOAT8:
                 post = tl.minimum(r * r, 448.0).to(tl.float8e4nv)
             else:
                 post = (r * r).to(DTYPE)
-            store_tile(square, post, m, n + half * HALF, M, N, M_TILE, HALF, TMA)
+            if FLOAT8 and BACKWARD:
+                eight = tl.clamp(u, -57344.0, 57344.0).to(tl.float8e5)
+                store_tile(out, eight, m, column, M, N, M_TILE, HALF, TMA)
+                store_tile(flipped, eight.T, column, m, N, M, HALF, M_TILE, TMA)
+                store_tile(square, post.T, column, m, N, M, HALF, M_TILE, TMA)
+            else:
+                store_tile(out, u.to(DTYPE), m, column, M, N, M_TILE, HALF, TMA)
+                store_tile(square, post, m, column, M, N, M_TILE, HALF, TMA)
 
 
 class Tiles(NamedTuple):
@@ -625,23 +636,28 @@ MLP_TILES = {  # (mode, whether backward)
 
 def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles | None = None,
                       float8_scale=None):
-    """Run mlp_kernel forward or, if aux_MN is given, backward. Returns out and square, (M, N) each."""
+    """Run mlp_kernel forward or, if aux_MN is given, backward. Returns out, square and flipped (or None)."""
     M, K = a_MK.shape
     N = b_NK.size(0)
     float8 = float8_scale is not None
     backward = aux_MN is not None
+    flips = float8 and backward
     dtype = torch.bfloat16 if float8 else a_MK.dtype
-    out_MN = torch.empty(M, N, dtype=dtype, device=a_MK.device)
-    square_MN = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
-    if mode == "tma" and (K * a_MK.element_size() % 16 or N * a_MK.element_size() % 16):
+    out_MN = torch.empty(M, N, dtype=torch.float8_e5m2 if flips else dtype, device=a_MK.device)
+    square = torch.empty(*((N, M) if flips else (M, N)), dtype=b_NK.dtype, device=a_MK.device)
+    flipped_NM = torch.empty(N, M, dtype=out_MN.dtype, device=a_MK.device) if flips else None
+    rows = (K, N, M) if flips else (K, N)
+    if mode == "tma" and any(row * a_MK.element_size() % 16 for row in rows):
         mode = "pointer"  # the copy engine wants rows of whole 16 bytes
     tiles = tiles or MLP_TILES[mode, backward]
     k_tile = 2 * tiles.k if float8 else tiles.k  # the same bytes
     # The kernel's matrices, for each of which TMA wants a descriptor; vectors and numbers come after them.
-    operands = [a_MK.contiguous(), b_NK.contiguous(), aux_MN if backward else out_MN, out_MN, square_MN]
+    operands = [a_MK.contiguous(), b_NK.contiguous(), aux_MN if backward else out_MN, out_MN, square,
+                flipped_NM if flips else out_MN]
     if mode == "tma":
         half = [tiles.m, tiles.n // 2]
-        blocks = [[tiles.m, k_tile], [tiles.n, k_tile], half, half, half]
+        turned = half[::-1] if flips else half
+        blocks = [[tiles.m, k_tile], [tiles.n, k_tile], half, half, turned, turned]
         operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(operands, blocks)]
     programs = triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n)
     if a_MK.is_cuda:
@@ -651,9 +667,9 @@ def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles 
     mlp_kernel[programs,](
         *operands, float8_scale, M, N, K, SLOPE=slope, BACKWARD=backward, DTYPE=getattr(tl, str(dtype)[6:]),
         FLOAT8=float8, TMA=mode == "tma", M_TILE=tiles.m, N_TILE=tiles.n, K_TILE=k_tile, PROGRAMS=programs,
-        num_warps=tiles.warps, num_stages=tiles.stages - float8,
+        num_warps=tiles.warps, num_stages=tiles.stages - (float8 and not backward),
     )
-    return out_MN, square_MN
+    return out_MN, square, flipped_NM
 
 
 def mlp_forward(h_TD, up_FD, slope: float, mode: str = "reference", scale: Tensor | None = None):
@@ -663,7 +679,7 @@ def mlp_forward(h_TD, up_FD, slope: float, mode: str = "reference", scale: Tenso
     cut off at 448, float8_e4m3fn.
     """
     if mode != "reference":
-        return launch_mlp_kernel(h_TD, up_FD, None, slope, mode, float8_scale=scale)
+        return launch_mlp_kernel(h_TD, up_FD, None, slope, mode, float8_scale=scale)[:2]
     if scale is not None:
         r_TF = F.leaky_relu(h_TD.float() @ up_FD.float().T * scale, slope).bfloat16()
         return r_TF, r_TF.float().square().clamp_max(448).to(h_TD.dtype)
@@ -671,10 +687,21 @@ def mlp_forward(h_TD, up_FD, slope: float, mode: str = "reference", scale: Tenso
     return r_TF, r_TF * r_TF
 
 
-def mlp_backward(grad_TD, down_FD, r_TF, slope: float, mode: str = "reference") -> tuple[Tensor, Tensor]:
-    """Gradient of the activation's input, grad down^T * 2 LeakyReLU(r), and r^2 again: both (T, F)."""
+def mlp_backward(grad_TD, down_FD, r_TF, slope: float, mode: str = "reference", scale: Tensor | None = None):
+    """Gradient of the activation's input, grad down^T * 2 LeakyReLU(r), and r^2 again: both (T, F).
+
+    With a scale, (), grad is float8_e5m2 and down float8_e4m3fn, their product is multiplied by it, the
+    gradient is float8_e5m2, cut off at its ends, and r^2 as forward but transposed, (F, T). The gradient
+    transposed comes third.
+    """
     if mode != "reference":
-        return launch_mlp_kernel(grad_TD, down_FD, r_TF, slope, mode)
+        results = launch_mlp_kernel(grad_TD, down_FD, r_TF, slope, mode, float8_scale=scale)
+        return results[:2] if scale is None else results
+    if scale is not None:
+        u_grad_TF = grad_TD.float() @ down_FD.float().T * scale * F.leaky_relu(r_TF.float(), slope) * 2
+        u_grad_TF = float8_region(u_grad_TF, scale.new_ones(()), grad_TD.dtype)
+        hidden_TF = r_TF.float().square().clamp_max(448).to(down_FD.dtype)
+        return u_grad_TF, hidden_TF.T.contiguous(), u_grad_TF.T.contiguous()
     return grad_TD @ down_FD.T * F.leaky_relu(r_TF, slope).mul_(2), r_TF * r_TF
 
 
@@ -1000,9 +1027,10 @@ class Mixing(torch.autograd.Function):
 
 
 @region
-def float8_region(x_TD, scale):
-    """x / scale as float8 of four exponent bits, largest value 448."""
-    return (x_TD.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+def float8_region(x_TD, scale, dtype=torch.float8_e4m3fn):
+    """x / scale in float8, cut off at the largest value: 448 or, of float8_e5m2, 57344."""
+    largest = torch.finfo(dtype).max
+    return (x_TD.float() / scale).clamp(-largest, largest).to(dtype)
 
 
 def as_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -1050,32 +1078,56 @@ class Branch(torch.autograd.Function):
 class MLP(torch.autograd.Function):
     """x += LeakyReLU(slope)(h @ up.T)^2 @ down, in place: (T, D). Backward needs only h and r.
 
-    eight: what products in float8 read, h over its scale first, see GPT.refresh; None for h's dtype.
+    eight: what products in float8 read, see GPT.mlp and GPT.refresh; None for h's dtype.
     """
 
     @staticmethod
     def forward(ctx, x_TD, h_TD, weight_2FD, grad_2FD, eight: tuple | None, slope: float, kernels: str):
+        saved = h_TD, weight_2FD
         if eight is None:
             r_TF, hidden_TF = mlp_forward(h_TD, weight_2FD[0], slope, kernels)
             x_TD.addmm_(hidden_TF, weight_2FD[1])
         else:
-            h8_TD, h_scale, up8_FD, up_scale, down8_DF, down_scale = eight
+            h8_TD, h_scale, _, up8_FD, up_scale, down8_DF, down_scale, *backward = eight
             r_TF, hidden_TF = mlp_forward(h8_TD, up8_FD, slope, kernels, h_scale * up_scale)
             one = torch.ones_like(down_scale)
             x_TD += float8_product(hidden_TF, down8_DF.T, one, down_scale, x_TD.dtype)
+            if backward:
+                saved = eight
         ctx.grad_2FD, ctx.slope, ctx.kernels = grad_2FD, slope, kernels
-        ctx.save_for_backward(h_TD, weight_2FD, r_TF)
+        ctx.save_for_backward(r_TF, *saved)
         ctx.mark_dirty(x_TD)
         return x_TD
 
     @staticmethod
     def backward(ctx, grad_TD):
-        h_TD, weight_2FD, r_TF = ctx.saved_tensors
-        up_FD, down_FD = weight_2FD
-        u_grad_TF, hidden_TF = mlp_backward(grad_TD, down_FD, r_TF, ctx.slope, ctx.kernels)
-        add_product(ctx.grad_2FD[1], hidden_TF, grad_TD)
-        add_product(ctx.grad_2FD[0], u_grad_TF, h_TD)
-        return grad_TD, u_grad_TF @ up_FD, None, None, None, None, None
+        r_TF, *saved = ctx.saved_tensors
+        if len(saved) > 2:
+            h_grad_TD = mlp_backward8(grad_TD, r_TF, saved, ctx.grad_2FD, ctx.slope, ctx.kernels)
+        else:
+            h_TD, (up_FD, down_FD) = saved
+            u_grad_TF, hidden_TF = mlp_backward(grad_TD, down_FD, r_TF, ctx.slope, ctx.kernels)
+            add_product(ctx.grad_2FD[1], hidden_TF, grad_TD)
+            add_product(ctx.grad_2FD[0], u_grad_TF, h_TD)
+            h_grad_TD = u_grad_TF @ up_FD
+        return grad_TD, h_grad_TD, None, None, None, None, None
+
+
+def mlp_backward8(grad_TD, r_TF, eight: list, grad_2FD, slope: float, mode: str) -> Tensor:
+    """MLP's backward with all products in float8 (PRs 344 and 360): the gradient of h, (T, D).
+
+    Those of the weights are added to grad_2FD. One scale, known beforehand, serves both gradients that are
+    rounded: float8_e5m2 has the range of float16.
+    """
+    h8_TD, h_scale, grad_scale, _, up_scale, _, down_scale, up8_DF, down8_FD = eight
+    grad8_TD = float8_region(grad_TD, grad_scale, torch.float8_e5m2)
+    u_grad8_TF, hidden8_FT, u_grad8_FT = mlp_backward(grad8_TD, down8_FD, r_TF, slope, mode, down_scale)
+    h8_DT, grad8_DT = transpose(h8_TD, mode), transpose(grad8_TD, mode)
+    up_grad_FD, down_grad_FD = grad_2FD
+    up_grad_FD += float8_product(u_grad8_FT, h8_DT.T, grad_scale, h_scale, torch.float32)
+    one = torch.ones_like(down_scale)
+    down_grad_FD += float8_product(hidden8_FT, grad8_DT.T, one, grad_scale, torch.float32)
+    return float8_product(u_grad8_TF, up8_DF.T, grad_scale, up_scale, grad_TD.dtype)
 
 
 def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block: int = 128) -> Tensor:
@@ -1300,6 +1352,7 @@ class GPT(nn.Module):
             self.register_parameter(row.name, nn.Parameter(torch.zeros(row.shape)) if row.used else None)
         scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # 2: smear-MTP adds two latents up
         self.register_buffer("latent_scale", scale, persistent=False)
+        self.register_buffer("grad_scale", torch.ones(()), persistent=False)
         if cfg.bigram_rows:  # +-1 by a seed of their own: they aren't saved
             random = torch.Generator().manual_seed(0)
             signs = torch.randint(2, (BIGRAM_SIGNS, cfg.width), generator=random, device="cpu")
@@ -1340,7 +1393,7 @@ class GPT(nn.Module):
         v_lambdas, out_lambdas = lambdas[::2], lambdas[1::2]
         attn_gates = unbind(self.attn_gate, len(cfg.attention_layers))
         value_gates = unbind(self.value_gate, len(cfg.attention_layers))
-        scale8 = self.latent_scale if self.fp8 == "head+mlp" and torch.is_grad_enabled() else None
+        scale8 = self.latent_scale if "mlp" in self.fp8 and torch.is_grad_enabled() else None
         outputs, late_TD, late_lead_TG = {}, None, None
         for i, layer in enumerate(cfg.layers):
             skip_TD = outputs[layer.skip_from] if i in cfg.skips else None
@@ -1390,7 +1443,9 @@ class GPT(nn.Module):
 
     def mlp(self, i: int, x_TD, h_TD, h8_TD) -> Tensor:
         """The residual stream plus the MLP of layer i, which reads its norm h; h8: h as float8, or None."""
-        eight = None if h8_TD is None else (h8_TD, self.latent_scale, *self.compute_weights["mlp8", i])
+        eight = None
+        if h8_TD is not None:
+            eight = h8_TD, self.latent_scale, self.grad_scale, *self.compute_weights["mlp8", i]
         weight_2FD, grad_2FD = self.compute_weights["mlp_bank"][0][i], self.bank_gradient(self.mlp_bank, i)
         return MLP.apply(x_TD, h_TD, weight_2FD, grad_2FD, eight, self.cfg.leaky_slope, self.kernels)
 
@@ -1411,12 +1466,13 @@ class GPT(nn.Module):
             else:  # as float8, also transposed
                 weight8_VD, scale = as_float8(head_VD)
                 self.keep(("head", k), weight8_VD, transpose(weight8_VD, self.kernels), scale)
-        if self.fp8 == "head+mlp":
+        if "mlp" in self.fp8:
             for i, (up_FD, down_FD) in enumerate(self.mlp_bank):
                 up8_FD, up_scale = as_float8(up_FD)
                 down8_FD, down_scale = as_float8(down_FD)
                 down8_DF = transpose(down8_FD, self.kernels)
-                self.keep(("mlp8", i), up8_FD, up_scale, down8_DF, down_scale)
+                backward = (transpose(up8_FD, self.kernels), down8_FD) if "grad" in self.fp8 else ()
+                self.keep(("mlp8", i), up8_FD, up_scale, down8_DF, down_scale, *backward)
 
     def keep(self, name, *tensors):
         """Copy tensors over those of compute_weights[name], which stay in place: CUDA graphs read them."""
@@ -2196,6 +2252,10 @@ def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: 
     """
     cfg, tokens = model.cfg, batch.tokens
     main_weights, auxiliary_weight = weights
+    # Over the weights' sum, MLPs' gradients had an RMS of 0.0014 to 0.012, those of their activations' inputs
+    # one of 0.0002 to 0.024 and a maximum of 1.2 (tiny, and a few steps of sprint). float8_e5m2's range has
+    # its middle at 2: this scale leaves a factor of 180 above that maximum.
+    model.grad_scale.copy_(main_weights.sum() * 2.0**-8)
     x_TD = model(tokens[:-1], batch.docs, plan.windows, rotary)
     latent_TD = x_TD.detach()
     count = len(plan.weights) - plan.prefix

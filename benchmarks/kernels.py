@@ -98,6 +98,20 @@ def mlp(s: Setting, stage: tg.Stage, backward: bool):
     yield Case(f"{T:,} x {D} x {hidden:,}", run, (first, r * r), 5e-3, 2 * T * D * hidden)
 
 
+def mlp_backward_float8(s: Setting, stage: tg.Stage):
+    """Two of the results are transposed: their first rows are the first hidden channels of all tokens."""
+    T, D, hidden, slope = s.tokens(stage), s.cfg.width, tg.MLP_RATIO * s.cfg.width, s.cfg.leaky_slope
+    grad_TD, r_TF = s.random(T, D).to(torch.float8_e5m2), s.random(T, hidden)
+    weight_FD, scale = s.random(hidden, D, std=D**-0.5).to(torch.float8_e4m3fn), r_TF.new_ones(()).float()
+    exact = []
+    for tokens, channels in ((slice(ROWS), slice(None)), (slice(None), slice(ROWS))):
+        r = r_TF[tokens, channels].double()
+        u_grad = grad_TD[tokens].double() @ weight_FD[channels].double().T * 2 * F.leaky_relu(r, slope)
+        exact += [u_grad, u_grad.T, (r * r).T]
+    run = partial(tg.mlp_backward, grad_TD, weight_FD, r_TF, slope, scale=scale)
+    yield Case(f"{T:,} x {D} x {hidden:,}", run, (exact[0], exact[5], exact[4]), 0.1, 2 * T * D * hidden)
+
+
 def cross_entropy(s: Setting, stage: tg.Stage, dtype: torch.dtype, bound: float):
     """A chunk of the head, scaled as in head_step. The bounds allow for rounding and an approximate tanh."""
     T, V, softcap = min(tg.LOSS_CHUNK, s.tokens(stage)), s.cfg.padded_vocab, s.cfg.logit_cap
@@ -157,6 +171,7 @@ def attention(s: Setting, stage: tg.Stage):
 
 KERNELS = {
     "mlp_forward": partial(mlp, backward=False), "mlp_backward": partial(mlp, backward=True),
+    "mlp_backward_float8": mlp_backward_float8,
     "cross_entropy_float8": partial(cross_entropy, dtype=torch.float8_e5m2, bound=0.06),
     "cross_entropy_bfloat16": partial(cross_entropy, dtype=torch.bfloat16, bound=5e-3),
     "transpose": transpose, "polynomial": polynomial, "attention": attention,
@@ -189,7 +204,8 @@ def measure(s: Setting, name: str, case: Case, flop_rate: float, byte_rate: floa
     row["torch_us"] = s.time_us(case.dense or partial(case.run, mode="reference"))
     if s.hardware.compile and not case.dense:
         compiled = torch.compile(case.run.func, dynamic=False)
-        row["compiled_us"] = s.time_us(partial(compiled, *case.run.args, mode="reference"))
+        compiled = partial(compiled, *case.run.args, **case.run.keywords, mode="reference")
+        row["compiled_us"] = s.time_us(compiled)
     return row
 
 
@@ -202,12 +218,15 @@ def markdown(row: dict) -> str:
 
 def tune(s: Setting, stages: list):
     """Times are summed over the stages."""
-    for name in ("mlp_forward", "mlp_backward"):
-        frozen, times = tg.MLP_TILES[s.mode, name == "mlp_backward"], {}
-        inputs = [case.run.args for stage in stages for case in KERNELS[name](s, stage)]
+    for name in ("mlp_forward", "mlp_backward", "mlp_backward_float8"):
+        frozen, times = tg.MLP_TILES[s.mode, name != "mlp_forward"], {}
+        inputs = [case.run for stage in stages for case in KERNELS[name](s, stage)]
         for tiles in dict.fromkeys([frozen, *TILES]):
-            calls = [partial(tg.launch_mlp_kernel, x, weight, *(r or [None]), slope, s.mode, tiles)
-                     for x, weight, *r, slope in inputs]
+            calls = []
+            for run in inputs:
+                x, weight, *r, slope = run.args
+                calls.append(partial(tg.launch_mlp_kernel, x, weight, *(r or [None]), slope, s.mode, tiles,
+                                     run.keywords.get("scale")))
             try:
                 times[tiles] = sum(map(s.time_us, calls))
             except tg.triton.TritonError:  # more shared memory than there is

@@ -44,6 +44,7 @@ VARIANTS = {
     "default": Variant(),
     "CUDA graphs off": Variant(("--graphs=off",)),
     "FlashAttention 2": Variant(("--fa3=off",)),
+    "float8 MLP in backward, too": Variant(("--fp8=head+mlp+grad",)),
     "float8 MLP off": Variant(("--fp8=head",)),
     "float8 MLP and head off": Variant(("--fp8=off",)),
     "float8 MLP and fused MLP off": Variant(("--fp8=head",), MLP),

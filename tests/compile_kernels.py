@@ -51,8 +51,10 @@ def launch(cfg: t.Config, kernels: str, fp8: str):
     t.mlp_backward(h_TD, weight_FD, r_TF, cfg.leaky_slope, kernels)
     if fp8 != "off":
         t.transpose(h_TD.to(eight), kernels)
-    if fp8 == "head+mlp":
+    if fp8 == "head+mlp+grad":
         t.mlp_forward(h_TD.to(eight), weight_FD.to(eight), cfg.leaky_slope, kernels, scale)
+        grad_TD = h_TD.to(torch.float8_e5m2)
+        t.mlp_backward(grad_TD, weight_FD.to(eight), r_TF, cfg.leaky_slope, kernels, scale)
     logits_TV = torch.zeros(16, cfg.padded_vocab, dtype=half)
     for dtype in (half,) if fp8 == "off" else (half, torch.float8_e5m2):
         for count in (1, 3):
@@ -65,7 +67,7 @@ def compile_all(capability: int) -> list:
     taken.clear()
     torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
     triton.runtime.driver.set_active(Driver(capability))
-    sprint = t.parse_config(["--track=sprint", "--fa3=off"])
+    sprint = t.parse_config(["--track=sprint", "--fa3=off", "--fp8=head+mlp+grad"])
     hardware = t.choose_hardware(sprint, t.World())
     launch(sprint, hardware.kernels, hardware.fp8)
     return list(taken)

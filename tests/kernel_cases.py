@@ -130,7 +130,7 @@ def check_mlp(rng, M, N, K, slope, dtype, mode):
 
 
 def check_float8_mlp(rng, M, N, K, slope, mode):
-    """Forward from float8 factors, so large that some squares are cut off at 448."""
+    """From float8 factors, so large that some squares are cut off at 448 and some gradients at 57344."""
     h = within_nan(normal(rng, M, K, std=20).to(torch.float8_e4m3fn))
     up = within_nan(normal(rng, N, K, std=20).to(torch.float8_e4m3fn))
     scale = torch.full((), 12 / 400 * K**-0.5, device=rng.device)
@@ -139,6 +139,13 @@ def check_float8_mlp(rng, M, N, K, slope, mode):
     wide = t.mlp_forward(h.double() * scale.double(), up.double(), slope)[0]
     check(r, wide, torch.bfloat16, (M, N), FLOAT8_SUM)
     check(square, r.double().square().clamp_max(448), torch.float8_e4m3fn, (M, N))
+    grad, scale = within_nan(normal(rng, M, K, std=20).to(torch.float8_e5m2)), 128 * scale
+    with poisoned():
+        before, square, flipped = t.mlp_backward(grad, up, r, slope, mode, scale)
+    wide = t.mlp_backward(grad.double() * scale.double(), up.double(), r.double(), slope)[0]
+    check(before, wide.clamp(-57344, 57344), torch.float8_e5m2, (M, N), FLOAT8_SUM)
+    check(square, r.T.double().square().clamp_max(448), torch.float8_e4m3fn, (N, M))
+    assert flipped.is_contiguous() and torch.equal(flipped.view(torch.uint8), before.view(torch.uint8).T)
 
 
 def check_mlp_function(rng, T, D, width, slope, dtype, mode):

@@ -412,6 +412,7 @@ CHOSEN = [  # compute capability, flags, attention, kernels, fp8, graphs
     ((9, 0), {"fa3": False}, "fa2", "tma", "head+mlp", True),
     ((9, 0), {"kernels": False}, "fa3", "reference", "head+mlp", True),
     ((9, 0), {"fp8": "head"}, "fa3", "tma", "head", True),
+    ((9, 0), {"fp8": "head+mlp+grad"}, "fa3", "tma", "head+mlp+grad", True),
     ((9, 0), {"fp8": "off", "graphs": False}, "fa3", "tma", "off", False),
     ((9, 0), {"compile": False}, "fa3", "tma", "head+mlp", False),
     ((9, 0), {"width": 40}, "fa3", "tma", "off", True),

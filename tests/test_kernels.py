@@ -64,7 +64,7 @@ def test_mlp_forward_and_backward_equal_float64(rng, mode, dtype, slope, shape):
     cases.check_mlp(rng, *shape, slope, dtype, mode)
 
 
-@pytest.mark.parametrize("shape, copies", [((37, 48, 24), 5), ((37, 45, 24), 0), ((37, 48, 19), 0)], ids=str)
+@pytest.mark.parametrize("shape, copies", [((37, 48, 24), 6), ((37, 45, 24), 0), ((37, 48, 19), 0)], ids=str)
 def test_mlp_takes_the_copy_engine_where_rows_are_whole_16_bytes(rng, monkeypatch, shape, copies):
     described, make = [], t.TensorDescriptor.from_tensor
     monkeypatch.setattr(t.TensorDescriptor, "from_tensor", lambda *args: described.append(1) or make(*args))
@@ -72,10 +72,19 @@ def test_mlp_takes_the_copy_engine_where_rows_are_whole_16_bytes(rng, monkeypatc
     assert len(described) == 2 * copies  # forward and backward
 
 
-@pytest.mark.parametrize("shape", [(131, 272, 80), (37, 45, 19)], ids=str)
+@pytest.mark.parametrize("rows, copies", [(32, 12), (37, 6)])
+def test_mlp_backward_from_float8_takes_it_where_tokens_are_16_at_a_time(rng, monkeypatch, rows, copies):
+    described, make = [], t.TensorDescriptor.from_tensor
+    monkeypatch.setattr(t.TensorDescriptor, "from_tensor", lambda *args: described.append(1) or make(*args))
+    cases.check_float8_mlp(rng, rows, 48, 32, 0.5, "tma")
+    assert len(described) == copies
+
+
+@pytest.mark.parametrize("shape", [(131, 272, 80), (37, 45, 19), (144, 272, 80)], ids=str)
+@pytest.mark.parametrize("slope", [0, 0.5])
 @pytest.mark.parametrize("mode", MODES)
-def test_mlp_forward_from_float8_equals_float64(rng, mode, shape):
-    cases.check_float8_mlp(rng, *shape, 0.5, mode)
+def test_mlp_forward_and_backward_from_float8_equal_float64(rng, mode, slope, shape):
+    cases.check_float8_mlp(rng, *shape, slope, mode)
 
 
 @pytest.mark.parametrize("slope", [0, 0.5])

@@ -682,9 +682,10 @@ def test_leaky_slope_gives_squared_leaky_relu_and_its_derivative():
         assert_close(trace.outputs[2] - trace.inputs[2], hidden @ down)
 
 
-def rounded(x, scale):
+def rounded(x, scale, dtype=torch.float8_e4m3fn):
     """What float8 keeps of x / scale, times scale."""
-    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    largest = 448 if dtype == torch.float8_e4m3fn else 57344
+    return (x / scale).clamp(-largest, largest).to(dtype).float() * scale
 
 
 def relative_error(found, expected):
@@ -713,6 +714,45 @@ def test_float8_rounds_the_operands_of_the_mlps_forward_products_in_training_alo
         assert relative_error(h_grad, before @ up) < 0.01
         assert relative_error(up_grad, before.T @ h) < 0.01
         assert relative_error(down_grad, (r**2).T @ direction) < 0.01
+
+
+@mechanism("float8 gradients", GPT={"fp8": "head+mlp"})
+def test_float8_rounds_the_operands_of_the_mlps_backward_products_where_it_is_asked_to():
+    text, slope = packed(9, 12), CFG.leaky_slope
+    model = make_model(CFG, fp8="head+mlp+grad")
+    model.grad_scale.fill_(0.01)
+    trace, grads = Trace(model, *text, training=True), t.gradient(model.mlp_bank)
+    plain = Trace(make_model(CFG, fp8="head+mlp"), *text, training=True)
+    layers = zip(trace.mlp_inputs, trace.outputs, plain.outputs, model.mlp_bank.detach(), grads, strict=True)
+    for (_, h), out, same, (up, down), found in layers:
+        assert torch.equal(out, same)
+        h8, up8, down8 = (rounded(x, scale) for x, scale in (
+            (h, 2 * math.sqrt(CFG.width) / 448), (up, up.abs().max() / 448), (down, down.abs().max() / 448)))
+        r, direction = F.leaky_relu(h8 @ up8.T, slope).bfloat16().float(), torch.randn_like(out)
+        out_grad = rounded(direction, 0.01, torch.float8_e5m2)
+        before = rounded(out_grad @ down8.T * 2 * F.leaky_relu(r, slope), 0.01, torch.float8_e5m2)
+        (h_grad,) = torch.autograd.grad(out, h, direction)
+        wanted = before @ up8, before.T @ h8, rounded(r**2, 1).T @ out_grad
+        for result, expected in zip((h_grad, *found), wanted):
+            assert relative_error(result, expected) < 1e-3
+        exact = direction @ down.T * 2 * F.leaky_relu(r, slope)
+        for result, expected in zip((h_grad, *found), (exact @ up, exact.T @ h, (r**2).T @ direction)):
+            assert 0.01 < relative_error(result, expected) < 0.15
+
+
+def test_gradients_in_float8_are_scaled_to_the_weights_of_the_loss_and_added_up():
+    batch = make_batch(17, 1, 20)
+    exact, eight = make_model(ALL_ON), make_model(ALL_ON, fp8="head+mlp+grad")
+    for part in (1.0, 2.0**-20):
+        weights = [part * w for w in t.loss_weights(ALL_ON, t.plan_step(ALL_ON, 0), CPU.device)]
+        for model in (exact, eight) * 2:  # the second time adds to the gradients of the first
+            micro_backward(model, batch, weights=weights)
+        assert_close(eight.grad_scale, part * torch.tensor(2.0 / 64 / 256), atol=0, rtol=1e-6)
+        for name in ("embed", "attn_bank", "mlp_bank"):
+            gradients = (model.get_parameter(name).grad for model in (eight, exact))
+            assert 0.01 < relative_error(*gradients) < 0.25
+        for p in (*exact.parameters(), *eight.parameters()):
+            p.grad = None
 
 
 def wrapped(n):
@@ -878,7 +918,7 @@ def test_every_mechanism_of_the_config_has_a_test():
     flags = {*names[names.index("attn_scale") : names.index("muon_lr")]}
     flags |= {"muon_heads", "smooth_scalars", "fp8"}
     others = {"documents", "windows", "stages", "layers", "rotary", "several value tables",
-              "shared value tables", "MTP_WEIGHT", "fused MLP kernel"}  # fmt: skip
+              "shared value tables", "MTP_WEIGHT", "fused MLP kernel", "float8 gradients"}  # fmt: skip
     assert set(MECHANISM_TESTS) == flags | others
 
 
@@ -1179,7 +1219,8 @@ def products_of(model):
     return [x for tensors in model.compute_weights.values() for x in tensors]
 
 
-@pytest.mark.parametrize("fp8, count", [("off", 2 + 3), ("head", 2 + 3 * 3), ("head+mlp", 2 + 3 * 3 + 4 * 4)])
+@pytest.mark.parametrize("fp8, count", [("off", 2 + 3), ("head", 2 + 3 * 3), ("head+mlp", 2 + 3 * 3 + 4 * 4),
+                                        ("head+mlp+grad", 2 + 3 * 3 + 4 * 6)])  # fmt: skip
 def test_refresh_shows_changed_weights_to_the_products_at_the_same_addresses(fp8, count):
     text, (first, second) = packed(9, 12), (make_model(ALL_ON, std).state_dict() for std in (0.3, 0.2))
     model, fresh = (t.GPT(ALL_ON, torch.bfloat16, fp8=fp8) for _ in range(2))
@@ -1221,7 +1262,7 @@ def test_compiled_regions_give_the_same_results_and_one_graph_serves_every_lengt
             monkeypatch.setattr(t, name, partial(use, name, t.region(getattr(t, name).__wrapped__)))
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        eager, compiled = (make_model(ALL_ON, fp8="head+mlp") for _ in range(2))
+        eager, compiled = (make_model(ALL_ON, fp8="head+mlp+grad") for _ in range(2))
         for lengths in ((20, 28), (17, 1, 12), (40, 40)):
             batch, results = make_batch(*lengths), []
             val, rotary = t.Validation(ALL_ON, batch.tokens.numpy()), build_rotary(ALL_ON, 100)
