@@ -323,6 +323,7 @@ MTP_WEIGHT = 0.1       # of the mean loss of auxiliary heads
 EMBED_LR_RATIO = 75.0  # learning rate of embedding tables over adam_lr
 ADAM_EVERY = 2         # steps between Adam's updates; gradients add up meanwhile
 KEEP_CHECKPOINTS = 2   # of a run, the last ones
+POINTER_TILE = 64      # queries and keys that its kernels read at a time
 
 # What a resumed run may change. `data` is where the data lies; that it is the same isn't checked.
 RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "data", "runs")
@@ -810,6 +811,130 @@ def polynomial(x_NRR, a: float, b: float, c: float, mode: str = "reference") -> 
         num_stages=3,
     )
     return out_NRR
+
+
+@jit
+def pointer_scores(q, k, targets, starts, row, column, T, window, TILE: constexpr):
+    """Tile of queries x keys: scores, -inf where a query may not look, and whether targets are the same."""
+    rows, columns = row + tl.arange(0, TILE), column + tl.arange(0, TILE)
+    back = rows[:, None] - columns[None]
+    inside = columns[None] >= tl.load(starts + rows, rows < T, other=0)[:, None]
+    scores = tl.dot(q, k.T, input_precision="ieee")
+    scores = tl.where(inside & (back > 0) & (back <= window), scores, -float("inf"))
+    own = tl.load(targets + rows, rows < T, other=0)
+    return scores, own[:, None] == tl.load(targets + columns, columns < T, other=0)[None]
+
+
+@jit
+def pointer_kernel(q, k, sink, targets, starts, masses, lse, window, T, E: constexpr, TILE: constexpr):
+    """A tile of queries: both masses, and the log of the exponentials' sum, which backward reads."""
+    row = tl.program_id(0) * TILE
+    rows = row + tl.arange(0, TILE)
+    queries = load_tile(q, row, 0, T, E, TILE, E, False)
+    sink_score = tl.load(sink).to(tl.float32)
+    top = tl.zeros((TILE,), tl.float32) + sink_score  # the largest score so far
+    total, copied = tl.zeros((TILE,), tl.float32) + 1, tl.zeros((TILE,), tl.float32)
+    first = tl.maximum(tl.load(starts + row), row - window) // TILE * TILE
+    for column in range(first, row + TILE, TILE):
+        keys = load_tile(k, column, 0, T, E, TILE, E, False)
+        scores, match = pointer_scores(queries, keys, targets, starts, row, column, T, window, TILE)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        mass, shrink = tl.exp(scores - higher[:, None]), tl.exp(top - higher)
+        total = total * shrink + tl.sum(mass, 1)
+        copied = copied * shrink + tl.sum(tl.where(match, mass, 0.0), 1)
+        top = higher
+    tl.store(masses + 2 * rows, copied / total, rows < T)
+    tl.store(masses + 2 * rows + 1, tl.exp(sink_score - top) / total, rows < T)
+    tl.store(lse + rows, top + tl.log(total), rows < T)
+
+
+@jit
+def pointer_backward_kernel(q, k, targets, starts, ends, grads, mean, lse, out, window, T, KEYS: constexpr,
+                            E: constexpr, TILE: constexpr):
+    """A tile of the gradient by keys (KEYS) or queries. mean: over a query's masses, of their gradients."""
+    own = tl.program_id(0) * TILE
+    if KEYS:
+        lo, last = own, tl.minimum(own + TILE, T) - 1
+        hi = tl.minimum(tl.load(ends + last), last + window + 1)
+    else:
+        lo, hi = tl.maximum(tl.load(starts + own), own - window) // TILE * TILE, own + TILE
+    acc = tl.zeros((TILE, E), tl.float32)
+    for other in range(lo, hi, TILE):
+        row = other if KEYS else own
+        column = own if KEYS else other
+        queries = load_tile(q, row, 0, T, E, TILE, E, False)
+        keys = load_tile(k, column, 0, T, E, TILE, E, False)
+        scores, match = pointer_scores(queries, keys, targets, starts, row, column, T, window, TILE)
+        rows = row + tl.arange(0, TILE)
+        mass = tl.exp(scores - tl.load(lse + rows, rows < T, other=float("inf"))[:, None])
+        copy_grad = tl.load(grads + 2 * rows, rows < T, other=0.0)[:, None]
+        slope = tl.where(match, copy_grad, 0.0) - tl.load(mean + rows, rows < T, other=0.0)[:, None]
+        slope = (mass * slope).to(queries.dtype)
+        if KEYS:
+            acc = tl.dot(slope.T, queries, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(slope, keys, acc, input_precision="ieee")
+    store_tile(out, acc.to(out.dtype.element_ty), own, 0, T, E, TILE, E, False)
+
+
+class Pointer(torch.autograd.Function):
+    """pointer_masses by kernels, whose memory is linear in T."""
+
+    @staticmethod
+    def forward(ctx, q_TE, k_TE, sink, targets_T, starts_T, ends_T, window: int) -> Tensor:
+        T, E = q_TE.shape
+        masses_T2, lse_T = torch.empty(T, 2, device=q_TE.device), torch.empty(T, device=q_TE.device)
+        q_TE, k_TE, targets_T = q_TE.contiguous(), k_TE.contiguous(), targets_T.contiguous()
+        pointer_kernel[triton.cdiv(T, POINTER_TILE),](
+            q_TE, k_TE, sink, targets_T, starts_T, masses_T2, lse_T, window, T, E=E, TILE=POINTER_TILE)
+        ctx.save_for_backward(q_TE, k_TE, targets_T, starts_T, ends_T, masses_T2, lse_T)
+        ctx.window = window
+        return masses_T2
+
+    @staticmethod
+    def backward(ctx, grad_T2):
+        q_TE, k_TE, targets_T, starts_T, ends_T, masses_T2, lse_T = ctx.saved_tensors
+        T, E = q_TE.shape
+        grad_T2 = grad_T2.contiguous()
+        mean_T = (masses_T2 * grad_T2).sum(1)
+        grads = torch.empty_like(q_TE), torch.empty_like(k_TE)
+        for keys, out_TE in enumerate(grads):
+            pointer_backward_kernel[triton.cdiv(T, POINTER_TILE),](
+                q_TE, k_TE, targets_T, starts_T, ends_T, grad_T2, mean_T, lse_T, out_TE, ctx.window, T,
+                KEYS=bool(keys), E=E, TILE=POINTER_TILE)
+        sink_grad = (masses_T2[:, 1] * (grad_T2[:, 1] - mean_T)).sum()
+        return *grads, sink_grad, None, None, None, None
+
+
+def pointer_reference(q_TE, k_TE, sink, targets_T, starts_T, window: int, block: int = 128) -> Tensor:
+    """pointer_masses in plain torch, block by block."""
+    q_TE, k_TE = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_TE, k_TE))
+    position, out = torch.arange(q_TE.size(0), device=q_TE.device), []
+    for lo in range(0, q_TE.size(0), block):
+        own = slice(lo, lo + block)
+        read = slice(max(0, lo - window), lo + block)
+        back = position[own, None] - position[read]
+        mask = (back > 0) & (back <= window) & (position[read] >= starts_T[own, None])
+        scores = (q_TE[own] @ k_TE[read].T).masked_fill(~mask, -math.inf)
+        masses = torch.cat([scores, sink.expand(len(scores), 1)], dim=1).softmax(1)
+        match = targets_T[read] == targets_T[own, None]
+        out.append(torch.stack([(masses[:, :-1] * match).sum(1), masses[:, -1]], dim=1))
+    return torch.cat(out)
+
+
+def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window: int, mode: str = "reference") -> Tensor:
+    """Attention as a distribution over earlier targets: (T, 2) float32, of which autograd knows the gradient.
+
+    Query t attends to positions i < t of its document, at most `window` back, and to a sink of score `sink`,
+    (). Scores are q.k, unscaled. Column 0: the mass on positions with the same target as t, column 1: the
+    sink's. Target i is token i + 1, so it is known at t. cu_seqlens: see Documents.
+    """
+    position = torch.arange(q_TE.size(0), device=q_TE.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    starts_T, ends_T = cu_seqlens[document], cu_seqlens[document + 1]
+    if mode == "reference":
+        return pointer_reference(q_TE, k_TE, sink, targets_T, starts_T, window)
+    return Pointer.apply(q_TE, k_TE, sink, targets_T, starts_T, ends_T, window)
 
 
 # ----------------------------------------------------------------------------------------------------------

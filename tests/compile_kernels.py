@@ -59,6 +59,9 @@ def launch(cfg: t.Config, kernels: str, fp8: str):
             targets_TK, weights_K = torch.zeros(16, count, dtype=torch.int64), torch.ones(count)
             t.cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, scale, dtype, kernels)
     t.polynomial(torch.zeros(2, D, D, dtype=half), *t.POLAR_EXPRESS[0], kernels)
+    q_TE, k_TE = torch.zeros(2, T, 128, dtype=half).requires_grad_()
+    cu_seqlens, targets_T = torch.tensor([0, T], dtype=torch.int32), torch.zeros(T, dtype=torch.int64)
+    t.pointer_masses(q_TE, k_TE, scale, targets_T, cu_seqlens, 2048, kernels).sum().backward()
 
 
 def compile_all(capability: int) -> list:

@@ -167,6 +167,17 @@ def test_branch_and_mixing_have_the_gradients_of_float64(rng, T, D):
     cases.check_mixing(rng, T, D)
 
 
+# Several tiles of 64 in a document, windows shorter than that, and documents of no tokens, as a graph's.
+POINTERS = [((1,), 16, 10), ((150,), 16, 1), ((5, 0, 64, 70, 1, 0, 0), 32, 40), ((130, 3, 64, 0), 128, 1000)]
+
+
+@pytest.mark.parametrize("lengths, E, window", POINTERS, ids=str)
+@pytest.mark.parametrize("mode, dtype", [("reference", torch.float64), *(("pointer", x) for x in DTYPES)], ids=str)
+def test_pointer_masses_and_their_gradients_are_those_of_a_dense_float64_formula(rng, mode, dtype, lengths, E,
+                                                                                 window):
+    cases.check_pointer(rng, lengths, E, window, 5, dtype, mode)
+
+
 # Bytes of shared memory that a block can have, by compute capability (CUDA programming guide): an A100 and an
 # RTX 3090, 4090, H100, B200 and RTX 5090.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -182,7 +193,8 @@ def test_kernels_compile_and_fit_without_the_gpu(tmp_path, capabilities):
     compiled = json.loads(done.stdout)
     assert list(compiled) == [*map(str, capabilities)]
     for capability, launches in zip(capabilities, compiled.values()):
-        kernels = {"mlp_kernel", "cross_entropy_kernel", "polynomial_kernel"}
+        kernels = {"mlp_kernel", "cross_entropy_kernel", "polynomial_kernel", "pointer_kernel",
+                   "pointer_backward_kernel"}
         kernels |= {"transpose_kernel"} if capability >= 89 else set()
         assert {name for name, _ in launches} == kernels
         assert max(taken for _, taken in launches) <= SHARED_MEMORY[capability]
