@@ -202,6 +202,33 @@ def check_cross_entropy(rng, T, V, weights, softcap, dtype, grad_dtype, mode, st
         assert 2**11 < grad.double().abs().max() <= 2**14
 
 
+def check_copying(rng, T, V, weights, softcap, dtype, grad_dtype, mode):
+    """Target 0 has the mixture's probability: losses and gradients against autograd of its formula."""
+    logits, targets, slot = normal(rng, T, V, dtype=dtype, std=4), targets_of(rng, T, V - 2, len(weights)), V - 2
+    weights = within_nan(torch.tensor(weights, device=rng.device))
+    masses = within_nan(normal(rng, T, 3, std=3).softmax(1)[:, :2])
+    masses[:2, 0] = 0  # nothing to copy
+    masses[1, 1] = 1
+    with poisoned():
+        grads = torch.empty_like(masses)
+        copying = t.Copying(slot, masses, grads)
+        loss, grad = t.cross_entropy(logits, targets, weights, softcap, torch.ones_like(weights[0]), grad_dtype,
+                                     mode, copying)
+    wide, c_s = logits.double().requires_grad_(), masses.double().requires_grad_()
+    q = (softcap.height * torch.tanh((wide + softcap.shift) / softcap.width)).softmax(1)
+    a, (c, s) = q[:, slot], c_s.unbind(1)
+    probabilities = q.gather(1, targets.clamp_min(0)).unbind(1)
+    probabilities = probabilities[0] / (1 - a) * (1 - a * (1 - s)) + a * c, *probabilities[1:]
+    losses = -torch.stack(probabilities, dim=1).log() * weights * (targets >= 0)
+    losses.sum().backward()
+    rough = APPROXIMATE if logits.is_cuda else EXACT
+    assert grad.dtype == grad_dtype and grad.shape == (T, V) and grad.is_contiguous()
+    assert error(loss, losses.sum(1).detach()) < rough
+    assert error(grad, wide.grad) < bound_of(grad).whole + rough
+    assert error(grads, c_s.grad) < rough
+    assert not grads[targets[:, 0] < 0].any()
+
+
 def check_transpose(rng, R, C, dtype, mode):
     """Every bit, those of NaN included."""
     x = within_nan(integers(rng, 0, 256, R, C).to(torch.uint8).view(dtype))

@@ -128,6 +128,16 @@ def test_cross_entropy_is_that_of_torch_and_its_gradient_that_of_autograd(rng, s
     assert cases.error(loss, expected.detach()) < 1e-6 and cases.error(grad / 2, wide.grad) < 1e-6
 
 
+@pytest.mark.parametrize("softcap", cases.SOFTCAPS, ids=str)
+@pytest.mark.parametrize("weights", [(1.0,), (0.5, 1.0, 0.25)], ids=len)
+@pytest.mark.parametrize("mode, dtype, grad_dtype", [
+    ("reference", torch.float64, torch.float64), ("pointer", torch.float32, torch.float32),
+    ("pointer", torch.float16, torch.float8_e5m2)], ids=str)  # fmt: skip
+def test_cross_entropy_of_a_mixture_with_copies_is_that_of_its_formula(rng, mode, dtype, grad_dtype, weights,
+                                                                       softcap):
+    cases.check_copying(rng, 9, 4500, weights, softcap, dtype, grad_dtype, mode)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("R, C", [(1, 1), (3, 300), (131, 129), (128, 256), (259, 37)])
 def test_transpose_keeps_every_bit(rng, R, C, dtype):
@@ -173,8 +183,7 @@ POINTERS = [((1,), 16, 10), ((150,), 16, 1), ((5, 0, 64, 70, 1, 0, 0), 32, 40), 
 
 @pytest.mark.parametrize("lengths, E, window", POINTERS, ids=str)
 @pytest.mark.parametrize("mode, dtype", [("reference", torch.float64), *(("pointer", x) for x in DTYPES)], ids=str)
-def test_pointer_masses_and_their_gradients_are_those_of_a_dense_float64_formula(rng, mode, dtype, lengths, E,
-                                                                                 window):
+def test_pointer_masses_and_their_gradients_are_those_of_a_dense_formula(rng, mode, dtype, lengths, E, window):
     cases.check_pointer(rng, lengths, E, window, 5, dtype, mode)
 
 
