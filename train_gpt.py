@@ -399,7 +399,7 @@ def check_config(cfg: Config) -> Config:
     require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
     require(not cfg.late_attention or any(map(cfg.reads_late, cfg.attention_layers)),
             "--late_attention: no attention after --backout_from; turn it off")
-    require(not cfg.pointer or cfg.vocab_size < cfg.padded_vocab, "--pointer: the vocabulary fills its padding")
+    require(not cfg.pointer or cfg.vocab_size < cfg.padded_vocab, "--pointer: no column is unused")
     require(not cfg.muon_heads or cfg.heads % cfg.muon_heads == 0,
             f"--muon_heads={cfg.muon_heads}: must divide --heads={cfg.heads}")
     return cfg

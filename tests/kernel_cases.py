@@ -204,16 +204,16 @@ def check_cross_entropy(rng, T, V, weights, softcap, dtype, grad_dtype, mode, st
 
 def check_copying(rng, T, V, weights, softcap, dtype, grad_dtype, mode):
     """Target 0 has the mixture's probability: losses and gradients against autograd of its formula."""
-    logits, targets, slot = normal(rng, T, V, dtype=dtype, std=4), targets_of(rng, T, V - 2, len(weights)), V - 2
-    weights = within_nan(torch.tensor(weights, device=rng.device))
+    slot, logits = V - 2, normal(rng, T, V, dtype=dtype, std=4)
+    targets = targets_of(rng, T, slot, len(weights))
+    weights, one = within_nan(torch.tensor(weights, device=rng.device)), torch.ones((), device=rng.device)
     masses = within_nan(normal(rng, T, 3, std=3).softmax(1)[:, :2])
     masses[:2, 0] = 0  # nothing to copy
     masses[1, 1] = 1
     with poisoned():
         grads = torch.empty_like(masses)
         copying = t.Copying(slot, masses, grads)
-        loss, grad = t.cross_entropy(logits, targets, weights, softcap, torch.ones_like(weights[0]), grad_dtype,
-                                     mode, copying)
+        loss, grad = t.cross_entropy(logits, targets, weights, softcap, one, grad_dtype, mode, copying)
     wide, c_s = logits.double().requires_grad_(), masses.double().requires_grad_()
     q = (softcap.height * torch.tanh((wide + softcap.shift) / softcap.width)).softmax(1)
     a, (c, s) = q[:, slot], c_s.unbind(1)
