@@ -65,9 +65,9 @@ if __name__ == "__main__":  # before the next statement, so that it imports from
 
 try:
     from train_gpt import (
-        GPT, LOSS_CHUNK, Config, Documents, Hardware, Log, UserError, Validation, World,
+        GPT, LOSS_CHUNK, POINTER_WINDOW, Config, Documents, Hardware, Log, UserError, Validation, World,
         backward_micro_batch, build_rotary, cap, check_ranks_agree, choose_hardware, cut_at_bos, data_folder,
-        final_windows, gradient, load_token_table, load_weights, log_root, loss_region, memory_mib, pinned,
+        final_windows, gradient, load_token_table, load_weights, log_root, memory_mib, mixture, pinned,
         plan_step, read_checkpoint, region, source, to_device, write_checkpoint,
     )
 except ImportError as error:
@@ -254,6 +254,7 @@ class WindowBatch(NamedTuple):
     """Windows one after the other, each filled up with BOS, which changes nothing before it."""
 
     tokens: Tensor               # (T,) int64
+    following: Tensor            # (T,) int64: the tokens after them
     docs: Documents
     window: Tensor               # (N,) int64: number of each block's window
     rows: Tensor                 # (R,) int64: where the latents of the scored targets are
@@ -269,11 +270,13 @@ def lay_out(tokens: np.ndarray, windows: list[Window], rows: int, bos: int, devi
     """A batch of windows with `rows` rows for each, or, if that is 0, with as many as it scores."""
     blocks = np.array([window.blocks for window in windows])
     ends = BLOCK * np.cumsum(blocks)
-    inputs_T = np.full(ends[-1], bos)
+    inputs_T, following_T = np.full((2, ends[-1]), bos)
     first_T = np.zeros(ends[-1], bool)
     at, places = [], []
     for window, start in zip(windows, ends - BLOCK * blocks):
-        inputs_T[start : start + window.hi - window.lo] = tokens[window.lo : window.hi]
+        length = window.hi - window.lo
+        inputs_T[start : start + length] = tokens[window.lo : window.hi]
+        following_T[start : start + length] = tokens[window.lo + 1 : window.hi + 1]
         first_T[start] = True
         own = np.arange(window.first, window.hi)
         at.append(np.resize(own, rows or len(own)) - window.lo + start)
@@ -284,7 +287,7 @@ def lay_out(tokens: np.ndarray, windows: list[Window], rows: int, bos: int, devi
     docs = Documents(cu_seqlens, BLOCK * int(blocks.max()), upload(first_T, device))
     window_N = np.repeat(np.arange(len(windows)), blocks)
     others = (upload(x, device) for x in (window_N, np.concatenate(at), targets_R, places_R))
-    return WindowBatch(upload(inputs_T, device), docs, *others)
+    return WindowBatch(upload(inputs_T, device), upload(following_T, device), docs, *others)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -432,10 +435,10 @@ class Evaluation:
         x_TD = self.model(batch.tokens, batch.docs, final_windows(self.cfg), self.rotary)
         x_RD = x_TD.index_select(0, batch.rows)
         size = LOSS_CHUNK if rows == 0 else len(x_RD)  # adapters of the head need all windows' rows
-        losses = []
-        for x, targets in zip(x_RD.split(size), batch.targets.split(size)):
-            losses.append(loss_region(self.model.products(x), targets, self.cfg.logit_cap))
-        losses_R = torch.cat(losses)
+        masses_R2 = self.model.copy_masses(x_TD, batch.following, batch.docs, POINTER_WINDOW[1])
+        if masses_R2 is not None:
+            masses_R2 = masses_R2.index_select(0, batch.rows)
+        losses_R = torch.cat([*self.model.token_losses(x_RD, batch.targets, masses_R2, size)])
         self.nats.index_add_(0, batch.places, losses_R.detach())
         self.times.index_add_(0, batch.places, (batch.targets >= 0).float())
         return losses_R
@@ -687,6 +690,24 @@ def find_tokenizer(options: Options, cfg: Config) -> Tokenizer:
     return tokenizer
 
 
+def next_token_logits(model: GPT, x_TD, targets_T) -> Tensor:
+    """Logits (V,), soft-capped, of the token after one document with these latents, copies mixed in.
+
+    targets_T: of all but its last position.
+    """
+    logits_V = cap(model.products(x_TD[-1:]), model.cfg.logit_cap)[0]
+    if not model.cfg.pointer:
+        return logits_V
+    q_TE, k_TE = model.pointer_heads(x_TD)
+    scores_T = (k_TE[:-1] @ q_TE[-1]).float()[-POINTER_WINDOW[1] :]
+    masses_T = torch.cat([scores_T, model.pointer_sink[None]]).softmax(0)
+    copied_V = torch.zeros_like(logits_V).index_add_(0, targets_T[-POINTER_WINDOW[1] :], masses_T[:-1])
+    q_V = logits_V.softmax(0)
+    a = q_V[model.cfg.vocab_size]
+    ratio_V = mixture(1 / q_V, a, (1 - a).clamp_min(1e-6), copied_V, masses_T[-1])[0]
+    return logits_V + ratio_V.log()
+
+
 @torch.no_grad()
 def sample_text(model: AdaptedGPT, tokenizer: Tokenizer, options: Options) -> str:
     """The text continued by sample_tokens tokens, or up to the end of the document. Nothing is cached."""
@@ -699,7 +720,7 @@ def sample_text(model: AdaptedGPT, tokenizer: Tokenizer, options: Options) -> st
     while len(ids) < len(rotary.cos_PJ):
         batch = to_device(cut_at_bos(torch.tensor([*ids, 0]), cfg.bos), device)
         x_TD = model(batch.tokens[:-1], batch.docs, final_windows(cfg), rotary)
-        logits_V = cap(model.products(x_TD[-1:]), cfg.logit_cap)[0, : cfg.vocab_size].cpu()
+        logits_V = next_token_logits(model, x_TD, batch.tokens[1:-1])[: cfg.vocab_size].cpu()
         probabilities_V = (logits_V / max(options.temperature, 1e-6)).softmax(-1)
         token = int(torch.multinomial(probabilities_V, 1, generator=generator))
         if token == cfg.bos:

@@ -164,6 +164,7 @@ class Config:
     leaky_slope: float = flag(0.5, "MLP activation LeakyReLU(slope) squared; 0 is ReLU squared")
     bigram_ratio: float = flag(0.0, "rows of the hashed bigram table over the vocabulary; 0: off (record 62)")
     untie_at: float = flag(0.0, "fraction of scheduled_steps with head and embedding tied (records 51, 53)")
+    pointer: bool = flag(False, "p(y) mixes in a copy distribution over the document (PR 379)")
     cut_documents: bool = flag(False, "smear, key offset, smear-MTP and pairs stop where a document starts")
     # loss
     multi_target: bool = flag(False, "predict further tokens, too, weighted as the stage table says")
@@ -330,6 +331,9 @@ MTP_WEIGHT = 0.1       # of the mean loss of auxiliary heads
 EMBED_LR_RATIO = 75.0  # learning rate of embedding tables over adam_lr
 ADAM_EVERY = 2         # steps between Adam's updates; gradients add up meanwhile
 KEEP_CHECKPOINTS = 2   # of a run, the last ones
+POINTER_WIDTH = 128    # of the pointer head's queries and keys
+POINTER_WINDOW = 2048, 8192  # tokens that the pointer head looks back: in training, in validation
+POINTER_TILE = 64      # queries and keys that its kernels read at a time
 
 # What a resumed run may change. `data` is where the data lies; that it is the same isn't checked.
 RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "data", "runs")
@@ -402,6 +406,7 @@ def check_config(cfg: Config) -> Config:
     require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
     require(not cfg.late_attention or any(map(cfg.reads_late, cfg.attention_layers)),
             "--late_attention: no attention after --backout_from; turn it off")
+    require(not cfg.pointer or cfg.vocab_size < cfg.padded_vocab, "--pointer: no column is unused")
     require(not cfg.muon_heads or cfg.heads % cfg.muon_heads == 0,
             f"--muon_heads={cfg.muon_heads}: must divide --heads={cfg.heads}")
     return cfg
@@ -715,9 +720,36 @@ def soft_tanh(x, APPROXIMATE: constexpr):
     return y
 
 
+class Copying(NamedTuple):
+    """What makes a model's distribution a mixture with copies: p(y) = q(y) A + a c(y) (PR 379).
+
+    q is the softmax, a its mass on the slot, c(y) the pointer's mass on copies of y and s that on its sink.
+    A = (1 - a (1 - s)) / (1 - a), so p sums to 1 over the columns other than the slot.
+    """
+
+    slot: int                    # a column of the logits that is no token
+    masses_T2: Tensor            # c(target 0) and s: see pointer_masses
+    grads_T2: Tensor | None = None  # float32, is filled with the loss's gradient by the masses
+
+
+def mixture(surprise, a, rest, c, s):
+    """p / q; its parts, the derivatives of log p by log q and log a; those by c and s.
+
+    surprise: 1 / q. rest: 1 - a. The softmax's gradient is that of two targets weighted with the parts.
+    """
+    ratio = (1 - a * (1 - s)) / rest + a * c * surprise
+    own = (1 - a * (1 - s)) / rest / ratio
+    slot = a * (s / (rest * rest) + c * surprise) / ratio
+    return ratio, own, slot, a * surprise / ratio, a / rest / ratio
+
+
+mixture_kernel = jit(mixture)
+
+
 @jit
-def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: constexpr, HEIGHT: constexpr,
-                         SHIFT: constexpr, WIDTH: constexpr, APPROXIMATE: constexpr, BLOCK: constexpr):
+def cross_entropy_kernel(logits, targets, weights, scale, masses, mass_grads, loss, grad, V, SLOT: constexpr,
+                         K: constexpr, HEIGHT: constexpr, SHIFT: constexpr, WIDTH: constexpr,
+                         APPROXIMATE: constexpr, BLOCK: constexpr):
     """One row: loss, and the gradient divided by `scale`, written in grad's own dtype."""
     LOG2E: constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
@@ -735,8 +767,21 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         target = tl.load(targets + row * K + k)
         weight = tl.where(target >= 0, tl.load(weights + k), 0.0)
         picked = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
-        value += weight * (lse - HEIGHT * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE))
-        weight_sum += weight
+        nll = lse - HEIGHT * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
+        if masses is not None and k == 0:
+            unused = tl.load(logits + row * V + SLOT).to(tl.float32)
+            a = tl.exp(HEIGHT * soft_tanh(unused * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE) - lse)
+            ratio, own, slot, copy_slope, sink_slope = mixture_kernel(
+                tl.exp(tl.minimum(nll, 80.0)), a, tl.maximum(1 - a, 1e-6), tl.load(masses + 2 * row),
+                tl.load(masses + 2 * row + 1))
+            tl.store(mass_grads + 2 * row, -weight * copy_slope)
+            tl.store(mass_grads + 2 * row + 1, -weight * sink_slope)
+            slot *= weight
+            value += weight * (nll - tl.log(ratio))
+            weight_sum += weight * own + slot
+        else:
+            value += weight * nll
+            weight_sum += weight
     tl.store(loss + row, value)
     inverse = HEIGHT / WIDTH / tl.load(scale)  # the softcap's steepest slope over the scale
     offset = (tl.log(weight_sum * inverse) - lse) * LOG2E  # weights and scale go into the exponent
@@ -749,41 +794,63 @@ def cross_entropy_kernel(logits, targets, weights, scale, loss, grad, V, K: cons
         for k in tl.static_range(K):
             at = tl.load(targets + row * K + k) - first
             if (at >= 0) & (at < BLOCK):
-                g -= tl.where(columns == at, tl.load(weights + k) * inverse, 0.0)
+                pull = tl.load(weights + k) * inverse
+                if masses is not None and k == 0:
+                    pull *= own
+                g -= tl.where(columns == at, pull, 0.0)
+        if masses is not None:
+            g -= tl.where(first + columns == SLOT, slot * inverse, 0.0)
         tl.store(grad + row * V + first + columns, (g * (1 - t * t)).to(grad.dtype.element_ty), inside)
 
 
 @region
-def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype):
-    """cross_entropy in plain torch."""
+def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype, masses_T2, slot):
+    """cross_entropy in plain torch; the gradient by the masses, if there are some, comes last."""
     z = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     t = torch.tanh((z + softcap.shift) / softcap.width)
     q = softcap.height * t
     lse = q.logsumexp(1, keepdim=True)
     at = targets_TK.clamp_min(0)
     weights_TK = weights_K * (targets_TK >= 0)
-    grad = weights_TK.sum(1, keepdim=True) * (q - lse).exp()
-    grad = grad.scatter_add(1, at, -weights_TK.to(grad.dtype))
+    nll_TK, pulls_TK, mass_grad_T2 = lse - q.gather(1, at), weights_TK, None
+    if masses_T2 is not None:
+        nll_T, a_T, weight_T = nll_TK[:, 0], (q[:, slot] - lse[:, 0]).exp(), weights_TK[:, 0]
+        ratio_T, own_T, slot_T, *slopes = mixture(
+            nll_T.clamp_max(80).exp(), a_T, (1 - a_T).clamp_min(1e-6), *masses_T2.unbind(1))
+        nll_TK = torch.cat([(nll_T - ratio_T.log())[:, None], nll_TK[:, 1:]], dim=1)
+        pulls_TK = torch.column_stack([weight_T * own_T, weights_TK[:, 1:], weight_T * slot_T])
+        at = F.pad(at, (0, 1), value=slot)
+        mass_grad_T2 = -weight_T[:, None] * torch.stack(slopes, dim=1)
+    grad = pulls_TK.sum(1, keepdim=True) * (q - lse).exp()
+    grad = grad.scatter_add(1, at, -pulls_TK.to(grad.dtype))
     grad = grad * (softcap.height / softcap.width) * (1 - t * t)
-    return (weights_TK * (lse - q.gather(1, at))).sum(1), (grad / scale).to(dtype)
+    return (weights_TK * nll_TK).sum(1), (grad / scale).to(dtype), mass_grad_T2
 
 
-def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype=None, mode="reference"):
+def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype=None, mode="reference",
+                  copying: Copying | None = None):
     """Soft-capped cross entropy, sum over k of weights[k] * loss with target k (none where it is -1).
 
     Returns the loss of each row (T,) float32 and its gradient by the logits (T, V), divided by `scale`, (),
     in `dtype` (None: the logits'). The kernel never writes float32 logits.
+    copying: for target 0, whose probability is then that of the mixture.
     """
     dtype = dtype or logits_TV.dtype
+    slot, masses_T2, mass_grads_T2 = copying or (0, None, None)
     if mode == "reference":
-        return cross_entropy_region(logits_TV, targets_TK, weights_K, softcap, scale, dtype)
+        loss_T, grad_TV, mass_grad_T2 = cross_entropy_region(
+            logits_TV, targets_TK, weights_K, softcap, scale, dtype, masses_T2, slot)
+        if copying:
+            mass_grads_T2.copy_(mass_grad_T2)
+        return loss_T, grad_TV
     T, V = logits_TV.shape
     loss_T = torch.empty(T, device=logits_TV.device)
     grad_TV = torch.empty(T, V, dtype=dtype, device=logits_TV.device)
     cross_entropy_kernel[T,](
-        logits_TV.contiguous(), targets_TK.contiguous(), weights_K.contiguous(), scale, loss_T, grad_TV, V,
-        K=targets_TK.size(1), HEIGHT=float(softcap.height), SHIFT=float(softcap.shift),
-        WIDTH=float(softcap.width), APPROXIMATE=logits_TV.is_cuda, BLOCK=4096, num_warps=16,
+        logits_TV.contiguous(), targets_TK.contiguous(), weights_K.contiguous(), scale, masses_T2,
+        mass_grads_T2, loss_T, grad_TV, V, SLOT=slot, K=targets_TK.size(1), HEIGHT=float(softcap.height),
+        SHIFT=float(softcap.shift), WIDTH=float(softcap.width), APPROXIMATE=logits_TV.is_cuda, BLOCK=4096,
+        num_warps=16,
     )
     return loss_T, grad_TV
 
@@ -843,6 +910,130 @@ def polynomial(x_NRR, a: float, b: float, c: float, mode: str = "reference") -> 
         num_stages=3,
     )
     return out_NRR
+
+
+@jit
+def pointer_scores(q, k, targets, starts, row, column, T, window, TILE: constexpr):
+    """Tile of queries x keys: scores, -inf where a query may not look, and whether targets are the same."""
+    rows, columns = row + tl.arange(0, TILE), column + tl.arange(0, TILE)
+    back = rows[:, None] - columns[None]
+    inside = columns[None] >= tl.load(starts + rows, rows < T, other=0)[:, None]
+    scores = tl.dot(q, k.T, input_precision="ieee")
+    scores = tl.where(inside & (back > 0) & (back <= window), scores, -float("inf"))
+    own = tl.load(targets + rows, rows < T, other=0)
+    return scores, own[:, None] == tl.load(targets + columns, columns < T, other=0)[None]
+
+
+@jit
+def pointer_kernel(q, k, sink, targets, starts, masses, lse, window, T, E: constexpr, TILE: constexpr):
+    """A tile of queries: both masses, and the log of the exponentials' sum, which backward reads."""
+    row = tl.program_id(0) * TILE
+    rows = row + tl.arange(0, TILE)
+    queries = load_tile(q, row, 0, T, E, TILE, E, False)
+    sink_score = tl.load(sink).to(tl.float32)
+    top = tl.zeros((TILE,), tl.float32) + sink_score  # the largest score so far
+    total, copied = tl.zeros((TILE,), tl.float32) + 1, tl.zeros((TILE,), tl.float32)
+    first = tl.maximum(tl.load(starts + row), row - window) // TILE * TILE
+    for column in range(first, row + TILE, TILE):
+        keys = load_tile(k, column, 0, T, E, TILE, E, False)
+        scores, match = pointer_scores(queries, keys, targets, starts, row, column, T, window, TILE)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        mass, shrink = tl.exp(scores - higher[:, None]), tl.exp(top - higher)
+        total = total * shrink + tl.sum(mass, 1)
+        copied = copied * shrink + tl.sum(tl.where(match, mass, 0.0), 1)
+        top = higher
+    tl.store(masses + 2 * rows, copied / total, rows < T)
+    tl.store(masses + 2 * rows + 1, tl.exp(sink_score - top) / total, rows < T)
+    tl.store(lse + rows, top + tl.log(total), rows < T)
+
+
+@jit
+def pointer_backward_kernel(q, k, targets, starts, ends, grads, mean, lse, out, window, T, KEYS: constexpr,
+                            E: constexpr, TILE: constexpr):
+    """A tile of the gradient by keys (KEYS) or queries. mean: over a query's masses, of their gradients."""
+    own = tl.program_id(0) * TILE
+    if KEYS:
+        lo, last = own, tl.minimum(own + TILE, T) - 1
+        hi = tl.minimum(tl.load(ends + last), last + window + 1)
+    else:
+        lo, hi = tl.maximum(tl.load(starts + own), own - window) // TILE * TILE, own + TILE
+    acc = tl.zeros((TILE, E), tl.float32)
+    for other in range(lo, hi, TILE):
+        row = other if KEYS else own
+        column = own if KEYS else other
+        queries = load_tile(q, row, 0, T, E, TILE, E, False)
+        keys = load_tile(k, column, 0, T, E, TILE, E, False)
+        scores, match = pointer_scores(queries, keys, targets, starts, row, column, T, window, TILE)
+        rows = row + tl.arange(0, TILE)
+        mass = tl.exp(scores - tl.load(lse + rows, rows < T, other=float("inf"))[:, None])
+        copy_grad = tl.load(grads + 2 * rows, rows < T, other=0.0)[:, None]
+        slope = tl.where(match, copy_grad, 0.0) - tl.load(mean + rows, rows < T, other=0.0)[:, None]
+        slope = (mass * slope).to(queries.dtype)
+        if KEYS:
+            acc = tl.dot(slope.T, queries, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(slope, keys, acc, input_precision="ieee")
+    store_tile(out, acc.to(out.dtype.element_ty), own, 0, T, E, TILE, E, False)
+
+
+class Pointer(torch.autograd.Function):
+    """pointer_masses by kernels, whose memory is linear in T."""
+
+    @staticmethod
+    def forward(ctx, q_TE, k_TE, sink, targets_T, starts_T, ends_T, window: int) -> Tensor:
+        T, E = q_TE.shape
+        masses_T2, lse_T = torch.empty(T, 2, device=q_TE.device), torch.empty(T, device=q_TE.device)
+        q_TE, k_TE, targets_T = q_TE.contiguous(), k_TE.contiguous(), targets_T.contiguous()
+        pointer_kernel[triton.cdiv(T, POINTER_TILE),](
+            q_TE, k_TE, sink, targets_T, starts_T, masses_T2, lse_T, window, T, E=E, TILE=POINTER_TILE)
+        ctx.save_for_backward(q_TE, k_TE, targets_T, starts_T, ends_T, masses_T2, lse_T)
+        ctx.window = window
+        return masses_T2
+
+    @staticmethod
+    def backward(ctx, grad_T2):
+        q_TE, k_TE, targets_T, starts_T, ends_T, masses_T2, lse_T = ctx.saved_tensors
+        T, E = q_TE.shape
+        grad_T2 = grad_T2.contiguous()
+        mean_T = (masses_T2 * grad_T2).sum(1)
+        grads = torch.empty_like(q_TE), torch.empty_like(k_TE)
+        for keys, out_TE in enumerate(grads):
+            pointer_backward_kernel[triton.cdiv(T, POINTER_TILE),](
+                q_TE, k_TE, targets_T, starts_T, ends_T, grad_T2, mean_T, lse_T, out_TE, ctx.window, T,
+                KEYS=bool(keys), E=E, TILE=POINTER_TILE)
+        sink_grad = (masses_T2[:, 1] * (grad_T2[:, 1] - mean_T)).sum()
+        return *grads, sink_grad, None, None, None, None
+
+
+def pointer_reference(q_TE, k_TE, sink, targets_T, starts_T, window: int, block: int = 128) -> Tensor:
+    """pointer_masses in plain torch, block by block."""
+    q_TE, k_TE = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_TE, k_TE))
+    position, out = torch.arange(q_TE.size(0), device=q_TE.device), []
+    for lo in range(0, q_TE.size(0), block):
+        own = slice(lo, lo + block)
+        read = slice(max(0, lo - window), lo + block)
+        back = position[own, None] - position[read]
+        mask = (back > 0) & (back <= window) & (position[read] >= starts_T[own, None])
+        scores = (q_TE[own] @ k_TE[read].T).masked_fill(~mask, -math.inf)
+        masses = torch.cat([scores, sink.expand(len(scores), 1)], dim=1).softmax(1)
+        match = targets_T[read] == targets_T[own, None]
+        out.append(torch.stack([(masses[:, :-1] * match).sum(1), masses[:, -1]], dim=1))
+    return torch.cat(out)
+
+
+def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window: int, mode: str = "reference") -> Tensor:
+    """Attention as a distribution over earlier targets: (T, 2) float32, of which autograd knows the gradient.
+
+    Query t attends to positions i < t of its document, at most `window` back, and to a sink of score `sink`,
+    (). Scores are q.k, unscaled. Column 0: the mass on positions with the same target as t, column 1: the
+    sink's. Target i is token i + 1, so it is known at t. cu_seqlens: see Documents.
+    """
+    position = torch.arange(q_TE.size(0), device=q_TE.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    starts_T, ends_T = cu_seqlens[document], cu_seqlens[document + 1]
+    if mode == "reference":
+        return pointer_reference(q_TE, k_TE, sink, targets_T, starts_T, window)
+    return Pointer.apply(q_TE, k_TE, sink, targets_T, starts_T, ends_T, window)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1281,15 +1472,31 @@ def final_region(x_TD, backout_TD, backout_lambda, smear_mtp_lambda, edges_T):
     return (x_TD + weighted(shift(x_TD, edges_T), smear_mtp_lambda)).type_as(x_TD)
 
 
+@region
+def pointer_region(qk_TC, gain):
+    """Normed queries, scaled, and keys of the pointer head."""
+    q_TE, k_TE = (norm(x) for x in qk_TC.chunk(2, dim=1))
+    return weighted(q_TE, gain * POINTER_WIDTH**-0.5).type_as(q_TE), k_TE
+
+
 def cap(logits: Tensor, softcap: Softcap) -> Tensor:
     """Soft-capped logits, float32."""
     return softcap.height * torch.tanh((logits.float() + softcap.shift) / softcap.width)
 
 
 @region
-def loss_region(logits_TV, targets_T, softcap: Softcap):
-    """Cross entropy of logits before the soft cap: (T,) float32, 0 where the target is -1."""
-    return F.cross_entropy(cap(logits_TV, softcap), targets_T, ignore_index=-1, reduction="none")
+def loss_region(logits_TV, targets_T, softcap: Softcap, masses_T2=None, slot: int = 0):
+    """Cross entropy of logits before the soft cap: (T,) float32, 0 where the target is -1.
+
+    masses_T2, slot: of Copying, if the distribution is a mixture.
+    """
+    capped_TV = cap(logits_TV, softcap)
+    nll_T = F.cross_entropy(capped_TV, targets_T, ignore_index=-1, reduction="none")
+    if masses_T2 is None:
+        return nll_T
+    a_T = (capped_TV[:, slot] - capped_TV.logsumexp(1)).exp()
+    ratio_T = mixture(nll_T.clamp_max(80).exp(), a_T, (1 - a_T).clamp_min(1e-6), *masses_T2.unbind(1))[0]
+    return (nll_T - ratio_T.log()).masked_fill(targets_T < 0, 0)
 
 
 def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype, fast=False) -> Tensor:
@@ -1300,11 +1507,11 @@ def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype
     return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
 
 
-def head_step(model, x_TD, k: int, targets_TK, weights_K) -> tuple[Tensor, Tensor]:
+def head_step(model, x_TD, k: int, targets_TK, weights_K, copying=None) -> tuple[Tensor, Tensor]:
     """Loss of head k (0: the main one) on latents, (), and their gradient, (T, D).
 
     The head's own gradient is added in place. The logits' gradient leaves the loss in the precision that the
-    next products read; for float8 (record 20) it is scaled to use the range.
+    next products read; for float8 (record 20) it is scaled to use the range. copying: see cross_entropy.
     """
     cfg, mode = model.cfg, model.kernels
     grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
@@ -1312,7 +1519,8 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K) -> tuple[Tensor, Tenso
         (weight_VD,) = model.compute_weights["head", k]
         one = torch.ones((), device=x_TD.device)
         logits_TV = x_TD @ weight_VD.T
-        loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, one, mode=mode)
+        loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, one, None, mode,
+                                        copying)
         add_product(grad_VD, grad_TV, x_TD)
         return loss_T.sum(), grad_TV @ weight_VD
     weight8_VD, weight8_DV, scale = model.compute_weights["head", k]
@@ -1321,7 +1529,7 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K) -> tuple[Tensor, Tenso
     x8_TD = float8_region(x_TD, x_scale)
     logits_TV = float8_product(x8_TD, weight8_VD.T, x_scale, scale, x_TD.dtype, fast=True)
     loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, grad_scale,
-                                    torch.float8_e5m2, mode)
+                                    torch.float8_e5m2, mode, copying)
     del logits_TV
     x_grad_TD = float8_product(grad_TV, weight8_DV.T, grad_scale, scale, x_TD.dtype)
     x8_DT, grad_VT = transpose(x8_TD, mode), transpose(grad_TV, mode)
@@ -1503,6 +1711,26 @@ class GPT(nn.Module):
         for i, factor in zip(cfg.skips, self.skip_lambdas.sigmoid().unbind() if cfg.skips else ()):
             skip[i] = factor if x[i] is None else x[i] * factor
         return list(zip(x, skip, x0, bigram))
+
+    def pointer_heads(self, x_TD) -> tuple[Tensor, Tensor]:
+        """Queries and keys of the pointer head, (T, 128) each, from final latents."""
+        grad_CD = self.bank_gradient(self.pointer, slice(None))
+        qk_TC = Linear.apply(x_TD, self.pointer.detach().to(x_TD.dtype), grad_CD)
+        return pointer_region(qk_TC, self.pointer_gain)
+
+    def copy_masses(self, x_TD, targets_T, docs: Documents, window: int) -> Tensor | None:
+        """pointer_masses of final latents and the tokens that follow; None without a pointer head."""
+        if not self.cfg.pointer:
+            return None
+        q_TE, k_TE = self.pointer_heads(x_TD)
+        window = min(window, docs.longest)
+        return pointer_masses(q_TE, k_TE, self.pointer_sink, targets_T, docs.cu_seqlens, window, self.kernels)
+
+    def token_losses(self, x_TD, targets_T, masses_T2, chunk: int = LOSS_CHUNK):
+        """Yields cross entropies, float32, of the true next tokens, `chunk` latents at a time."""
+        masses = itertools.repeat(None) if masses_T2 is None else masses_T2.split(chunk)
+        for x, targets, own in zip(x_TD.split(chunk), targets_T.split(chunk), masses):
+            yield loss_region(self.products(x), targets, self.cfg.logit_cap, own, self.cfg.vocab_size)
 
     def products(self, x_TD) -> Tensor:
         """Logits before the soft cap, (T, V), of final latents, in their dtype."""
@@ -1856,6 +2084,9 @@ def parameter_table(cfg: Config) -> list[Row]:
         scalars("skip_lambdas", (len(cfg.skips),), -1.5, used=bool(cfg.skips)),  # before a sigmoid
         scalars("backout_lambda", (), 0.5, used=cfg.backout_from >= 0),
         scalars("smear_mtp_lambda", (), used=cfg.smear_mtp),
+        scalars("pointer", (2 * POINTER_WIDTH, D), uniform(std, D), adam, (0.9, 0.99), cfg.pointer),
+        scalars("pointer_gain", (), 1.0, adam, (0.9, 0.99), cfg.pointer),
+        scalars("pointer_sink", (), 0.0, adam, (0.9, 0.99), cfg.pointer),
     ]
 
 
@@ -2263,16 +2494,23 @@ def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: 
     own_TK = targets_TK[:, :count]
     if plan.prefix:
         own_TK = torch.cat([own_TK, model.prefix_V[tokens[1:], None]], dim=1)
+    masses_T2, copying = model.copy_masses(x_TD, tokens[1:], batch.docs, POINTER_WINDOW[0]), None
+    mass_grads_T2 = None if masses_T2 is None else torch.empty_like(masses_T2)
     total, grads = torch.zeros((), device=tokens.device), []
     for lo in range(0, latent_TD.size(0), LOSS_CHUNK):
         chunk = slice(lo, lo + LOSS_CHUNK)
-        loss, grad_TD = head_step(model, latent_TD[chunk], 0, own_TK[chunk], main_weights)
+        if masses_T2 is not None:
+            copying = Copying(cfg.vocab_size, masses_T2.detach()[chunk], mass_grads_T2[chunk])
+        loss, grad_TD = head_step(model, latent_TD[chunk], 0, own_TK[chunk], main_weights, copying)
         for k in range(1, cfg.mtp_heads + 1):
             _, more = head_step(model, latent_TD[chunk], k, targets_TK[chunk, k : k + 1], auxiliary_weight)
             grad_TD = grad_TD + more
         total += loss
         grads.append(grad_TD)
-    x_TD.backward(torch.cat(grads))
+    if masses_T2 is None:
+        x_TD.backward(torch.cat(grads))
+    else:
+        torch.autograd.backward((x_TD, masses_T2), (torch.cat(grads), mass_grads_T2))
     return total
 
 
@@ -2407,8 +2645,8 @@ class Validation:
             chunk = self.tokens[lo : lo + len(chunks[i]) + 1]
             tokens, docs = to_device(cut_at_bos(chunk, self.cfg.bos), device)
             x_TD = model(tokens[:-1], docs, windows, rotary)
-            for x, targets in zip(x_TD.split(LOSS_CHUNK), tokens[1:].split(LOSS_CHUNK)):
-                loss_T = loss_region(model.products(x), targets, self.cfg.logit_cap)
+            masses_T2 = model.copy_masses(x_TD, tokens[1:], docs, POINTER_WINDOW[1])
+            for loss_T in model.token_losses(x_TD, tokens[1:], masses_T2):
                 totals[i] += loss_T.sum(dtype=torch.float64)
         nats = world.all_reduce(totals).sum().item()  # in the order of chunks, at every world size
         bpb = nats / math.log(2) / self.bytes if self.bytes else None

@@ -59,8 +59,13 @@ def launch(cfg: t.Config, kernels: str, fp8: str):
     for dtype in (half,) if fp8 == "off" else (half, torch.float8_e5m2):
         for count in (1, 3):
             targets_TK, weights_K = torch.zeros(16, count, dtype=torch.int64), torch.ones(count)
-            t.cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, scale, dtype, kernels)
+            for copying in (None, t.Copying(cfg.vocab_size, *torch.zeros(2, 16, 2))):
+                t.cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, scale, dtype, kernels,
+                                copying)
     t.polynomial(torch.zeros(2, D, D, dtype=half), *t.POLAR_EXPRESS[0], kernels)
+    q_TE, k_TE = torch.zeros(2, T, 128, dtype=half).requires_grad_()
+    cu_seqlens, targets_T = torch.tensor([0, T], dtype=torch.int32), torch.zeros(T, dtype=torch.int64)
+    t.pointer_masses(q_TE, k_TE, scale, targets_T, cu_seqlens, 2048, kernels).sum().backward()
 
 
 def compile_all(capability: int) -> list:

@@ -26,6 +26,7 @@ class Bound(NamedTuple):
 
 BOUNDS = {
     torch.float32: Bound(2e-6, 2e-6, 5e-7, 2e-6),
+    torch.float64: Bound(1e-12, 1e-12, 1e-12, 1e-12),
     torch.float16: Bound(1.5e-3, 2e-5, 8e-4, 2e-3),
     torch.bfloat16: Bound(1.2e-2, 2e-5, 5e-3, 1e-2),
     torch.float8_e4m3fn: Bound(0.063, 2e-5, 0.04, 0.065),
@@ -208,6 +209,33 @@ def check_cross_entropy(rng, T, V, weights, softcap, dtype, grad_dtype, mode, st
         assert 2**11 < grad.double().abs().max() <= 2**14
 
 
+def check_copying(rng, T, V, weights, softcap, dtype, grad_dtype, mode):
+    """Target 0 has the mixture's probability: losses and gradients against autograd of its formula."""
+    slot, logits = V - 2, normal(rng, T, V, dtype=dtype, std=4)
+    targets = targets_of(rng, T, slot, len(weights))
+    weights, one = within_nan(torch.tensor(weights, device=rng.device)), torch.ones((), device=rng.device)
+    masses = within_nan(normal(rng, T, 3, std=3).softmax(1)[:, :2])
+    masses[:2, 0] = 0  # nothing to copy
+    masses[1, 1] = 1
+    with poisoned():
+        grads = torch.empty_like(masses)
+        copying = t.Copying(slot, masses, grads)
+        loss, grad = t.cross_entropy(logits, targets, weights, softcap, one, grad_dtype, mode, copying)
+    wide, c_s = logits.double().requires_grad_(), masses.double().requires_grad_()
+    q = (softcap.height * torch.tanh((wide + softcap.shift) / softcap.width)).softmax(1)
+    a, (c, s) = q[:, slot], c_s.unbind(1)
+    probabilities = q.gather(1, targets.clamp_min(0)).unbind(1)
+    probabilities = probabilities[0] / (1 - a) * (1 - a * (1 - s)) + a * c, *probabilities[1:]
+    losses = -torch.stack(probabilities, dim=1).log() * weights * (targets >= 0)
+    losses.sum().backward()
+    rough = APPROXIMATE if logits.is_cuda else EXACT
+    assert grad.dtype == grad_dtype and grad.shape == (T, V) and grad.is_contiguous()
+    assert error(loss, losses.sum(1).detach()) < rough
+    assert error(grad, wide.grad) < bound_of(grad).whole + rough
+    assert error(grads, c_s.grad) < rough
+    assert not grads[targets[:, 0] < 0].any()
+
+
 def check_transpose(rng, R, C, dtype, mode):
     """Every bit, those of NaN included."""
     x = within_nan(integers(rng, 0, 256, R, C).to(torch.uint8).view(dtype))
@@ -285,3 +313,41 @@ def check_mixing(rng, T, D):
     pairs = [*zip(found, expected), *((v.grad, w.grad) for v, w in zip((x, bigram, weights), wide))]
     for actual, wanted in pairs:
         assert error(actual.detach(), wanted.detach()) < BOUNDS[torch.bfloat16].chain
+
+
+def naive_masses(q, k, sink, targets, cu_seqlens, window):
+    """t.pointer_masses by a dense (T, T) matrix; the distribution over the targets' positions comes first."""
+    place = torch.arange(len(q), device=q.device)
+    document = torch.zeros_like(place)
+    for end in cu_seqlens[1:-1].tolist():
+        document += place >= end
+    back = place[:, None] - place
+    allowed = (back > 0) & (back <= window) & (document[:, None] == document)
+    exps = (q @ k.T).exp() * allowed
+    total = exps.sum(1) + sink.exp()
+    masses = exps / total[:, None]
+    return masses, torch.stack([(masses * (targets[:, None] == targets)).sum(1), sink.exp() / total], dim=1)
+
+
+def pointer_inputs(rng, T, E, few, dtype):
+    """Queries and keys whose scores are of size 2, a sink, and few different targets."""
+    q, k = normal(rng, T, E, dtype=dtype, std=2 * E**-0.5), normal(rng, T, E, dtype=dtype)
+    return q, k, normal(rng, 1)[0], integers(rng, 0, few, T)
+
+
+def check_pointer(rng, lengths, E, window, few, dtype, mode):
+    """Masses, and gradients of all that has one, by a direction for each mass."""
+    T, ends = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    *floating, targets = pointer_inputs(rng, T, E, few, dtype)
+    cu_seqlens, direction = ends.to(rng.device, torch.int32), normal(rng, T, 2)
+    narrow, wide = ([x.detach().to(kind or x.dtype).requires_grad_() for x in floating]
+                    for kind in (None, torch.float64))  # fmt: skip
+    with poisoned():
+        masses = t.pointer_masses(*narrow, targets, cu_seqlens, window, mode)
+        masses.backward(direction)
+    _, expected = naive_masses(*wide, targets, cu_seqlens, window)
+    expected.backward(direction.double())
+    check(masses.detach(), expected.detach(), torch.promote_types(dtype, torch.float32), floor=1e-5)
+    for x, w in zip(narrow, wide, strict=True):
+        assert x.grad.dtype == x.dtype and x.grad.isfinite().all()
+        assert error(x.grad, w.grad) < bound_of(x).chain or w.grad.norm() < 1e-9

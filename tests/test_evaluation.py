@@ -29,7 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small import CPU, RESCALED, SMALL, checkpoint_of, free_port, write_corpus
-from test_model import CFG, PLAIN, cross_entropies
+from test_model import CFG, PLAIN, cross_entropies, mixed
 from torch.testing import assert_close
 
 import evaluate as ev
@@ -46,7 +46,7 @@ OPTIONS = ev.Options(
 EVERYTHING = {
     **RESCALED, "layers": CFG.layers, "key_offset": "all", "multi_target": True, "value_std": 0.01,
     "draw_output": True, "late_attention": True, "prefix_weight": 0.25, "bigram_ratio": 2.0, "untie_at": 0.5,
-    "muon_heads": 1, "smooth_scalars": True, "adam_weight_decay": 0.005,
+    "muon_heads": 1, "smooth_scalars": True, "adam_weight_decay": 0.005, "pointer": True,
 }  # fmt: skip
 both = pytest.mark.parametrize("model", ({}, EVERYTHING), ids=("defaults", "everything on"))
 METHODS = "document", "stride", "ttt-lora", "ttt-sgd"
@@ -132,18 +132,18 @@ def changed(tokens, place, value=None):
 @contextlib.contextmanager
 def recorded():
     """For each place of the stream, once it is over, the log-probabilities that its score was taken from."""
-    rows, batches, lay_out, loss_region = {}, [], ev.lay_out, ev.loss_region
+    rows, batches, lay_out, loss_region = {}, [], ev.lay_out, t.loss_region
 
     def spy_lay_out(*args):
         batch = lay_out(*args)
         batches.append((batch.places.tolist(), []))
         return batch
 
-    def spy_loss_region(logits_TV, targets_T, softcap):
+    def spy_loss_region(logits_TV, targets_T, softcap, *rest):
         batches[-1][1].append(t.cap(logits_TV.detach(), softcap).log_softmax(-1))
-        return loss_region(logits_TV, targets_T, softcap)
+        return loss_region(logits_TV, targets_T, softcap, *rest)
 
-    with mock.patch.multiple(ev, lay_out=spy_lay_out, loss_region=spy_loss_region):
+    with mock.patch.object(ev, "lay_out", spy_lay_out), mock.patch.object(t, "loss_region", spy_loss_region):
         yield rows
     for places, found in batches:
         for place, row in zip(places, torch.cat(found).numpy(), strict=True):
@@ -154,7 +154,8 @@ def recorded():
 def nats_of_window(model, tokens, window):
     """Of the targets that it scores, by the model on the window's tokens alone."""
     with torch.no_grad():
-        logits = logits_of(model, latents_of_window(model, tokens, window))
+        x_TD = latents_of_window(model, tokens, window)
+        logits = mixed(model, logits_of(model, x_TD), x_TD, torch.from_numpy(tokens[window.lo : window.hi]))
     return cross_entropy(logits, tokens, window)
 
 
@@ -163,16 +164,15 @@ def logits_of(model, x_TD):
 
 
 def latents_of_window(model, tokens, window):
-    """Where its scored targets are predicted."""
     inputs = torch.from_numpy(tokens[window.lo : window.hi])
     docs = t.Documents(torch.tensor([0, len(inputs)], dtype=torch.int32), len(inputs))
     rotary = t.build_rotary(model.cfg, len(model.cfg.stages) - 1, len(inputs), CPU.device)
-    return model(inputs, docs, t.final_windows(model.cfg), rotary)[window.first - window.lo :]
+    return model(inputs, docs, t.final_windows(model.cfg), rotary)
 
 
 def cross_entropy(logits, tokens, window):
     targets = torch.from_numpy(tokens[window.first + 1 : window.hi + 1])
-    return F.cross_entropy(logits, targets, reduction="none")
+    return F.cross_entropy(logits[window.first - window.lo :], targets, reduction="none")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -578,8 +578,10 @@ def reference_ttt_lora(tokens, cfg, monkeypatch):
         for window in ev.document_windows(lo, hi, OPTIONS.context, OPTIONS.stride):
             weights = merged(model, pairs_of(lora, leaves))
             model.compute_weights = {name: (weights[name],) for name in ("attn_bank", "mlp_bank")}
-            z = latents_of_window(model, tokens, window) @ weights["head"].T
+            x_TD = latents_of_window(model, tokens, window)
+            z = x_TD @ weights["head"].T
             logits = 23 * torch.sigmoid((z + 5) / 7.5) if cfg.softcap_shift else 15 * torch.tanh(z / 15)
+            logits = mixed(model, logits, x_TD, torch.from_numpy(tokens[window.lo : window.hi]))
             nats = cross_entropy(logits, tokens, window)
             out[window.first + 1 : window.hi + 1] = nats.detach()
             adam.zero_grad()
@@ -974,6 +976,18 @@ def test_at_temperature_0_each_token_is_the_likeliest_after_all_before_it(sample
         ids.append(int(logits_of(sampler.model, x_TD)[-1, :257].argmax()))
     assert 256 not in ids[1:]
     assert sampler("ab", 6, temperature=0) == BYTES.decode(ids[1:])
+
+
+def test_a_sample_is_drawn_from_the_mixture_with_copies_that_losses_are_of():
+    model, ids = make_model(replace(SMALL, vocab_size=257, pointer=True)), torch.tensor([256, *b"abcabcab"])
+    docs = t.Documents(torch.tensor([0, 9], dtype=torch.int32), 9)
+    with torch.no_grad():
+        x_TD = model(ids, docs, t.final_windows(model.cfg), t.build_rotary(model.cfg, 0, 9, CPU.device))
+        found = ev.next_token_logits(model, x_TD, ids[1:])
+        expected = mixed(model, logits_of(model, x_TD), x_TD, ids)[-1]
+        found, expected = found[:257].softmax(0), expected[:257].softmax(0)
+    assert_close(found, expected)
+    assert not torch.allclose(found, logits_of(model, x_TD)[-1, :257].softmax(0), rtol=0.01)
 
 
 def test_a_sample_changes_no_weight_and_no_state_of_torch(sampler):

@@ -137,6 +137,16 @@ def test_cross_entropy_is_that_of_torch_and_its_gradient_that_of_autograd(rng, s
     assert cases.error(loss, expected.detach()) < 1e-6 and cases.error(grad / 2, wide.grad) < 1e-6
 
 
+@pytest.mark.parametrize("softcap", cases.SOFTCAPS, ids=str)
+@pytest.mark.parametrize("weights", [(1.0,), (0.5, 1.0, 0.25)], ids=len)
+@pytest.mark.parametrize("mode, dtype, grad_dtype", [
+    ("reference", torch.float64, torch.float64), ("pointer", torch.float32, torch.float32),
+    ("pointer", torch.float16, torch.float8_e5m2)], ids=str)  # fmt: skip
+def test_cross_entropy_of_a_mixture_with_copies_is_that_of_its_formula(rng, mode, dtype, grad_dtype, weights,
+                                                                       softcap):
+    cases.check_copying(rng, 9, 4500, weights, softcap, dtype, grad_dtype, mode)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("R, C", [(1, 1), (3, 300), (131, 129), (128, 256), (259, 37)])
 def test_transpose_keeps_every_bit(rng, R, C, dtype):
@@ -176,6 +186,18 @@ def test_branch_and_mixing_have_the_gradients_of_float64(rng, T, D):
     cases.check_mixing(rng, T, D)
 
 
+# Several tiles of 64 in a document, windows shorter than that, and documents of no tokens, as a graph's.
+POINTERS = [((1,), 16, 10), ((150,), 16, 1), ((5, 0, 64, 70, 1, 0, 0), 32, 40), ((130, 3, 64, 0), 128, 1000)]
+
+
+@pytest.mark.parametrize("lengths, E, window", POINTERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_pointer_masses_and_their_gradients_are_those_of_a_dense_formula(rng, dtype, lengths, E, window):
+    """By the reference in float64, by the kernels else."""
+    mode = "reference" if dtype == torch.float64 else "pointer"
+    cases.check_pointer(rng, lengths, E, window, 5, dtype, mode)
+
+
 # Bytes of shared memory that a block can have, by compute capability (CUDA programming guide): an A100 and an
 # RTX 3090, 4090, H100, B200 and RTX 5090.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -191,7 +213,8 @@ def test_kernels_compile_and_fit_without_the_gpu(tmp_path, capabilities):
     compiled = json.loads(done.stdout)
     assert list(compiled) == [*map(str, capabilities)]
     for capability, launches in zip(capabilities, compiled.values()):
-        kernels = {"mlp_kernel", "cross_entropy_kernel", "polynomial_kernel"}
+        kernels = {"mlp_kernel", "cross_entropy_kernel", "polynomial_kernel", "pointer_kernel",
+                   "pointer_backward_kernel"}
         kernels |= {"transpose_kernel"} if capability >= 89 else set()
         assert {name for name, _ in launches} == kernels
         assert max(taken for _, taken in launches) <= SHARED_MEMORY[capability]

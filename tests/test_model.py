@@ -44,7 +44,7 @@ CFG = t.Config(
     layers=LAYERS, stages=STAGES, width=32, heads=2, vocab_size=BOS + 1, scheduled_steps=4, backout_from=1,
     val_windows=(10, 20), multi_target=True,
 )  # fmt: skip
-NEW = {**RESCALED, "late_attention": True, "prefix_weight": 0.25, "bigram_ratio": 2.0}
+NEW = {**RESCALED, "late_attention": True, "prefix_weight": 0.25, "bigram_ratio": 2.0, "pointer": True}
 ALL_ON = replace(CFG, key_offset="all", mtp_heads=2, leaky_slope=0.5, cut_documents=True, **NEW)
 ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
 
@@ -188,10 +188,29 @@ class Trace:
         return result
 
 
+def mixed(model, logits_TV, x_TD, tokens_T):
+    """Logits, capped, of the token after each of these, copies mixed in by a dense formula."""
+    if not model.cfg.pointer:
+        return logits_TV
+    slot, edge, place = model.cfg.vocab_size, t.POINTER_WIDTH, torch.arange(len(tokens_T))
+    q, k = (rms_normed(x_TD @ matrix.T) for matrix in (model.pointer[:edge], model.pointer[edge:]))
+    document = (tokens_T == model.cfg.bos).cumsum(0)
+    allowed = (document[:, None] == document) & (place[:, None] > place)
+    weights = (model.pointer_gain * (q @ k.T) / edge**0.5).exp() * allowed
+    total = weights.sum(1, keepdim=True) + model.pointer_sink.exp()
+    copied = weights[:, :-1] / total @ F.one_hot(tokens_T[1:], logits_TV.size(1)).to(weights.dtype)
+    q, s = logits_TV.softmax(1), model.pointer_sink.exp() / total
+    a = q[:, slot, None]
+    p = q / (1 - a) * (1 - a * (1 - s)) + a * copied
+    return p.log().masked_fill(torch.arange(p.size(1)) == slot, -1e9)
+
+
 def cross_entropies(model, head, x_TD, tokens, ahead):
     """Sum over t of the cross entropy of `head` at t with the token at t + ahead, where there is one."""
     height, shift, width = model.cfg.logit_cap
     logits = height * torch.tanh((x_TD @ head.T + shift) / width)
+    if ahead == 1:
+        logits = mixed(model, logits, x_TD, tokens[: len(x_TD)])
     pairs = [(row, tokens[i + ahead]) for i, row in enumerate(logits) if i + ahead < len(tokens)]
     return sum(row.logsumexp(0) - row[token] for row, token in pairs)
 
@@ -902,6 +921,32 @@ def test_a_tied_embedding_has_the_heads_rate_and_decay_and_value_tables_keep_the
         assert row.lr == (75 * cfg.adam_lr,) and row.weight_decay == 5 * 0.005 * 75 * cfg.adam_lr
 
 
+@mechanism("pointer", loss_region={"masses_T2": None}, head_step={"copying": None},
+           pointer_masses={"sink": lambda sink: sink + 50}, mixture={"c": lambda c: 0 * c})
+def test_a_pointer_mixes_copies_of_the_document_into_a_distribution_that_sums_to_1():
+    cfg = replace(CFG, pointer=True, multi_target=False)
+    batch, model, plain = make_batch(9, 12), make_model(cfg), make_model(cfg)
+    tokens, docs = batch.tokens[:-1], batch.docs
+    tokens[1:9], tokens[10:] = tokens[1:9] % 3, tokens[10:] % 3  # a view: so that there is much to copy
+    expected = cross_entropies(plain, plain.head, latents(plain, tokens, docs), batch.tokens, 1)
+    expected.backward()
+    assert_close(64 * micro_backward(model, batch), expected.detach())
+    for name, p in model.named_parameters():
+        assert_close(64 * p.grad, plain.get_parameter(name).grad, rtol=1e-4, atol=1e-4, msg=name)
+    validated = t.Validation(cfg, batch.tokens.numpy()).run(model, WIDE, build_rotary(cfg, 100), t.World())
+    assert_close(21 * validated["val_loss"], expected.item(), rtol=1e-5, atol=0)
+    with torch.no_grad():
+        x, total, log_p = latents(model, tokens, docs), 0, {}
+        logits = mixed(model, t.cap(model.products(x), cfg.logit_cap), x, tokens)[-1]
+        for token in (token for token in range(cfg.padded_vocab) if token != cfg.vocab_size):
+            following = batch.tokens[1:].index_fill(0, torch.tensor(20), token)
+            (losses,) = model.token_losses(x, following, model.copy_masses(x, following, docs, 2048))
+            total += losses[-1].neg().exp().item()
+            log_p[token] = -losses[-1]
+    assert total == pytest.approx(1, abs=1e-5)
+    assert_close(torch.stack([*log_p.values()]), logits[torch.tensor([*log_p])])
+
+
 def one_document(docs):
     return t.Documents(docs.cu_seqlens[[0, -1]], int(docs.cu_seqlens[-1]))
 
@@ -1010,6 +1055,28 @@ def test_a_layer_adds_gated_attention_then_the_mlp_of_the_normed_stream():
 
 # ----------------------------------------------------------------------------------------------------------
 # Causality
+
+
+@pytest.mark.parametrize("window", [1, 6, 2048])
+def test_losses_of_a_mixture_with_copies_stay_before_a_changed_token_and_in_other_documents(window):
+    cfg = replace(CFG, pointer=True, cut_documents=True)
+    model, (tokens, docs) = make_model(cfg), packed(17, 1, 25, 20)
+    tokens = tokens.where(tokens == BOS, tokens % 4)  # so that there is much to copy
+    edges = docs.cu_seqlens.tolist()
+
+    def losses(tokens):
+        with torch.no_grad():
+            x, following = latents(model, tokens, docs), tokens.roll(-1)
+            masses = model.copy_masses(x, following, docs, window)
+            return torch.cat([*model.token_losses(x, following, masses, 7)])
+
+    before = losses(tokens)
+    for place in (3, 15, 16, 19, 30, 60):
+        other = tokens.clone()
+        other[place] = (other[place] + 1) % 4
+        differ = (losses(other) != before).nonzero().flatten().tolist()
+        end = min(edge for edge in edges if edge > place)
+        assert differ[0] == place - 1 and differ[-1] < end and (place + 1 == end or place in differ)
 
 
 KEPT = replace(CFG, bigram_ratio=2.0, draw_output=True, untie_at=0.5, late_attention=True, **RESCALED)
@@ -1296,16 +1363,17 @@ def test_initial_values_are_the_documented_ones():
     model = t.build_model(ALL_ON, CPU)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
     zero = ("value_embeds", "head", "mtp_heads", "attn_gate", "smear_gate", "smear_lambda", "x0_lambdas",
-            "smear_mtp_lambda", "bigram_embed")  # fmt: skip
+            "smear_mtp_lambda", "bigram_embed", "pointer_sink")  # fmt: skip
     constant = dict.fromkeys(zero, 0.0) | {"skip_lambdas": -1.5, "backout_lambda": 0.5, "bigram_lambdas": 0.1,
-                                           "resid_lambdas": torch.tensor(1.1)}  # fmt: skip
-    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas"}
+                                           "resid_lambdas": torch.tensor(1.1),
+                                           "pointer_gain": 1.0}  # fmt: skip
+    rest = {"embed", "attn_bank", "mlp_bank", "attn_lambdas", "pointer"}
     assert {name for name, _ in model.named_parameters()} == set(constant) | rest
     for name, value in constant.items():
         assert (model.get_parameter(name) == value).all(), name
     assert model.attn_lambdas.tolist() == [[0.5, 1.0]] * 3
     assert not model.attn_bank[:, 3].any() and not model.mlp_bank[:, 1].any()
-    for weights in (model.attn_bank[:, :3], model.mlp_bank[:, 0]):
+    for weights in (model.attn_bank[:, :3], model.mlp_bank[:, 0], model.pointer):
         assert weights.abs().max() <= bound
         assert_close(weights.std().item(), 0.5 / math.sqrt(32), rtol=0.02, atol=0)
     assert_close(model.embed.std().item(), 1.0, rtol=0.02, atol=0)
@@ -1318,7 +1386,7 @@ def test_every_parameter_receives_a_gradient_within_four_steps():
         optimizer = t.Optimizer(model, t.optimizer_table(ALL_ON), t.World())
     shapes = {"attn_bank": (3, 4, -1), "mlp_bank": (4, 2, -1), "attn_gate": (3, 2, -1), "mtp_heads": (2, -1),
               "value_embeds": (2, -1), "embed": (1, -1), "head": (1, -1), "smear_gate": (1, -1),
-              "bigram_embed": (1, -1)}  # fmt: skip
+              "bigram_embed": (1, -1), "pointer": (2, -1)}  # fmt: skip
     reached = {name: False for name, _ in model.named_parameters()}
     for step in range(4):
         micro_backward(model, make_batch(17, 1, 20, seed=step))
@@ -1333,6 +1401,7 @@ OFF = {
     "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"},
     "x0_mix": {"resid_lambdas", "x0_lambdas"}, "smear": {"smear_gate", "smear_lambda"},
     "skip": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"}, "mtp_heads": {"mtp_heads"},
+    "pointer": {"pointer", "pointer_gain", "pointer_sink"},
     "backout_from": {"backout_lambda"}, "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
 }  # fmt: skip
 

@@ -17,7 +17,8 @@ from train_gpt import Validation
 TESTS = Path(__file__).resolve().parent
 STEP_SAVERS = ["--untie_at=0.5", "--bigram_ratio=2", "--muon_heads=1", "--prefix_weight=0.25",
                "--draw_output", "--value_std=0.01", "--smooth_scalars", "--adam_weight_decay=0.005",
-               "--lr_floor=0.15", "--late_attention", "--backout_from=0", *RESCALED_FLAGS]  # fmt: skip
+               "--lr_floor=0.15", "--late_attention", "--backout_from=0", "--pointer",
+               *RESCALED_FLAGS]  # fmt: skip
 
 
 def randomise(model, seed=0):

@@ -172,6 +172,20 @@ def test_polynomial_equals_float64_and_is_symmetric_to_the_bit(dtype, R, N, coef
     cases.check_polynomial(seeded(N, DEVICE), N, R, coefficients, dtype, "tma")
 
 
+@needs_gpu
+@pytest.mark.parametrize("dtype, grad_dtype, weights, softcap", CROSS_ENTROPY_SETTINGS)
+def test_cross_entropy_of_a_mixture_with_copies_is_that_of_its_formula(dtype, grad_dtype, weights, softcap):
+    cases.check_copying(seeded(0, DEVICE), 300, 50304, weights, softcap, dtype, grad_dtype, "tma")
+
+
+@needs_gpu
+@pytest.mark.parametrize("lengths, E, window", [
+    ((701, 1, 0, 299, 1030, 0, 0), 128, 300), ((2048,), 128, 2048), ((1, 4099, 60), 64, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_pointer_masses_and_their_gradients_are_those_of_a_dense_float64_formula(lengths, E, window, dtype):
+    cases.check_pointer(seeded(0, DEVICE), lengths, E, window, 50, dtype, "tma")
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """Regions run compiled, as in training."""
