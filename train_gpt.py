@@ -10,6 +10,7 @@ evaluate.py evaluates a checkpoint, samples from it and exports it.
 Shape suffixes: x_TD is (T, D).   T tokens of one packed micro-batch   D model width   H heads   E head width
     F hidden width of the MLP   V padded vocabulary   L layers   A layers with attention   K targets per token
     N matrices of a bank   R, C rows and columns of one matrix   P rotary positions   J = E/2   G gate inputs
+    S columns of the logits that a training loss is taken over
 "record 62" is record 62 of github.com/KellerJordan/modded-nanogpt, table "World record history".
 """
 
@@ -90,6 +91,7 @@ class Stage(NamedTuple):
     window_long: int
     lr: float                    # multiplier on every learning rate
     targets: tuple = ((1, 1),)   # loss weights of targets t+1, t+2, ..: each (at the stage's start, end)
+    columns: int = 0             # tokens among which the training loss chooses, also in the log; 0: all
 
 
 class Softcap(NamedTuple):
@@ -329,6 +331,7 @@ YARN_WINDOW = 1664     # tokens: longer windows leave the rotary tables as they 
 LOSS_CHUNK = 16_384    # tokens whose logits exist at a time
 MTP_WEIGHT = 0.1       # of the mean loss of auxiliary heads
 EMBED_LR_RATIO = 75.0  # learning rate of embedding tables over adam_lr
+COLUMN_STEP = 20_011   # tokens that the window of a stage's columns moves on at each micro-batch: a prime
 ADAM_EVERY = 2         # steps between Adam's updates; gradients add up meanwhile
 KEEP_CHECKPOINTS = 2   # of a run, the last ones
 POINTER_WIDTH = 128    # of the pointer head's queries and keys
@@ -400,6 +403,9 @@ def check_config(cfg: Config) -> Config:
     micro, last = cfg.micro_batches, len(cfg.layers) - 1
     batches = [stage.batch_tokens for stage in cfg.stages]
     require(not any(batch % micro for batch in batches), f"--micro_batches={micro}: must divide {batches}")
+    columns = [stage.columns for stage in cfg.stages]
+    require(not any(count % 16 for count in columns),
+            f"stage table: columns {columns}: must be multiples of 16")
     tables = {table for layer in cfg.layers for table in layer.value_embeds}
     require(tables == set(range(len(tables))), f"layer table: value_embeds {tables} must be 0, 1, ..")
     require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 * heads")
@@ -1507,23 +1513,22 @@ def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype
     return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
 
 
-def head_step(model, x_TD, k: int, targets_TK, weights_K, copying=None) -> tuple[Tensor, Tensor]:
-    """Loss of head k (0: the main one) on latents, (), and their gradient, (T, D).
+def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, copying) -> tuple[Tensor, Tensor]:
+    """head_step of tokens whose logits exist together. head: its compute_weights; grad_VD: its gradient.
 
-    The head's own gradient is added in place. The logits' gradient leaves the loss in the precision that the
-    next products read; for float8 (record 20) it is scaled to use the range. copying: see cross_entropy.
+    The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20)
+    it is scaled to use the range.
     """
     cfg, mode = model.cfg, model.kernels
-    grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
     if model.fp8 == "off":
-        (weight_VD,) = model.compute_weights["head", k]
+        (weight_VD,) = head
         one = torch.ones((), device=x_TD.device)
         logits_TV = x_TD @ weight_VD.T
         loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, one, None, mode,
                                         copying)
         add_product(grad_VD, grad_TV, x_TD)
         return loss_T.sum(), grad_TV @ weight_VD
-    weight8_VD, weight8_DV, scale = model.compute_weights["head", k]
+    weight8_VD, weight8_DV, scale = head
     x_scale = model.latent_scale
     grad_scale = (weights_K.sum() * max(1.0, cfg.softcap / cfg.softcap_width)).clamp_min(1e-30) * 2.0**-14
     x8_TD = float8_region(x_TD, x_scale)
@@ -1535,6 +1540,37 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K, copying=None) -> tuple
     x8_DT, grad_VT = transpose(x8_TD, mode), transpose(grad_TV, mode)
     grad_VD += float8_product(grad_VT, x8_DT.T, grad_scale, x_scale, torch.float32)
     return loss_T.sum(), x_grad_TD
+
+
+def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, copying: Copying | None = None):
+    """Loss of head k (0: the main one) on latents, (), and their gradient, (T, D). copying: see cross_entropy.
+
+    The head's own gradient is added in place. Chunks are backpropagated at once, so only LOSS_CHUNK tokens
+    have logits at a time.
+    columns_S: distinct tokens, int64, among which the loss chooses (record 92, PR 360); None: all. Other
+    targets give no loss.
+    """
+    head_grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
+    head, grad_VD = model.compute_weights["head", k], head_grad_VD
+    if columns_S is not None:
+        V, S = len(grad_VD), len(columns_S)
+        places = torch.full((V + 1,), -1, device=x_TD.device)  # the last is that of no target, -1
+        places[columns_S] = torch.arange(S, device=x_TD.device)
+        targets_TK = places[targets_TK]
+        weight_SD = head[0].view(torch.uint8)[columns_S].view(head[0].dtype)  # not every float8 has indexing
+        rest = () if model.fp8 == "off" else (transpose(weight_SD, model.kernels), head[2])
+        head = weight_SD, *rest
+        grad_VD = grad_VD.new_zeros(S, grad_VD.size(1))
+    losses, x_grads = [], []
+    for lo in range(0, x_TD.size(0), LOSS_CHUNK):
+        chunk = slice(lo, lo + LOSS_CHUNK)
+        own = copying and Copying(copying.slot, copying.masses_T2[chunk], copying.grads_T2[chunk])
+        loss, x_grad_TD = head_chunk(model, x_TD[chunk], head, grad_VD, targets_TK[chunk], weights_K, own)
+        losses.append(loss)
+        x_grads.append(x_grad_TD)
+    if columns_S is not None:
+        head_grad_VD.index_add_(0, columns_S, grad_VD)
+    return sum(losses), torch.cat(x_grads)
 
 
 def unbind(p: nn.Parameter | None, count: int) -> tuple:
@@ -2329,6 +2365,7 @@ class DocumentStream:
 class MicroBatch(NamedTuple):
     tokens: Tensor               # (T + 1,) int64: inputs are [:-1], targets [1:]
     docs: Documents
+    columns: Tensor | None = None  # (S,) int64: see choose_columns
 
 
 def pack(stream: DocumentStream, tokens: int, max_doc: int) -> tuple[np.ndarray, np.ndarray]:
@@ -2342,6 +2379,24 @@ def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None) ->
     """longest: a bound on the lengths, where it is known; a constant one lets CUDA graphs be replayed."""
     cu_seqlens = np.append(starts, tokens).astype(np.int32)
     return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
+
+
+def choose_columns(cfg: Config, stage: Stage, targets: np.ndarray, turn: int, device) -> Tensor | None:
+    """Distinct tokens among which the loss of micro-batch `turn` chooses (record 92, PR 360): (S,) int64.
+
+    All targets, then others from a window that walks through the padded vocabulary from turn to turn. None
+    if the stage wants all tokens or there are too many targets.
+    """
+    V = cfg.padded_vocab
+    is_target_V = np.bincount(targets, minlength=V) > 0
+    if cfg.pointer:
+        is_target_V[cfg.vocab_size] = True
+    needed = np.flatnonzero(is_target_V)[::-1]  # the pointer's slot comes first
+    if not len(needed) <= stage.columns < V:
+        return None
+    window = np.roll(np.arange(V), -turn * COLUMN_STEP % V)
+    others = window[~is_target_V[window]]
+    return pinned(np.append(needed, others[: stage.columns - len(needed)]), device)
 
 
 class Loader:
@@ -2360,17 +2415,19 @@ class Loader:
     def fill(self):
         try:
             for step in range(self.first, self.cfg.total_steps):
-                self.queue.put(self.batch(plan_step(self.cfg, step).stage))
+                self.queue.put(self.batch(plan_step(self.cfg, step).stage, step))
         except BaseException as error:  # handed to the consumer, which raises it
             self.queue.put(error)
 
-    def batch(self, stage: Stage) -> tuple[list[MicroBatch], Position]:
+    def batch(self, stage: Stage, step: int) -> tuple[list[MicroBatch], Position]:
         T, own = self.cfg.micro_tokens(stage), []
         for i in range(self.cfg.micro_batches):
             tokens, starts = pack(self.stream, T, stage.max_doc)
             if i % self.world.size == self.world.rank:
                 docs = to_documents(starts, T, stage.max_doc)
-                own.append(MicroBatch(pinned(tokens.astype(np.int64), self.device), docs))
+                turn = step * self.cfg.micro_batches + i
+                columns = choose_columns(self.cfg, stage, tokens[1:], turn, self.device)
+                own.append(MicroBatch(pinned(tokens.astype(np.int64), self.device), docs, columns))
         return own, self.stream.position
 
     def __iter__(self):
@@ -2455,7 +2512,8 @@ def pinned(data, device) -> Tensor:
 def to_device(batch: MicroBatch, device) -> MicroBatch:
     tokens = batch.tokens.to(device, non_blocking=True)
     cu_seqlens = batch.docs.cu_seqlens.to(device, non_blocking=True)
-    return MicroBatch(tokens, batch.docs._replace(cu_seqlens=cu_seqlens))
+    columns = None if batch.columns is None else batch.columns.to(device, non_blocking=True)
+    return MicroBatch(tokens, batch.docs._replace(cu_seqlens=cu_seqlens), columns)
 
 
 def multi_targets(targets_T, count: int) -> Tensor:
@@ -2478,8 +2536,7 @@ def loss_weights(cfg: Config, plan: StepPlan, device) -> tuple[Tensor, Tensor]:
 def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
     """Add the gradient of this micro-batch's part of the step's mean loss; returns that part, ().
 
-    weights: see loss_weights. Heads are done in chunks that are backpropagated at once, so only LOSS_CHUNK
-    tokens have logits at a time.
+    weights: see loss_weights.
     """
     cfg, tokens = model.cfg, batch.tokens
     main_weights, auxiliary_weight = weights
@@ -2494,24 +2551,19 @@ def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: 
     own_TK = targets_TK[:, :count]
     if plan.prefix:
         own_TK = torch.cat([own_TK, model.prefix_V[tokens[1:], None]], dim=1)
-    masses_T2, copying = model.copy_masses(x_TD, tokens[1:], batch.docs, POINTER_WINDOW[0]), None
-    mass_grads_T2 = None if masses_T2 is None else torch.empty_like(masses_T2)
-    total, grads = torch.zeros((), device=tokens.device), []
-    for lo in range(0, latent_TD.size(0), LOSS_CHUNK):
-        chunk = slice(lo, lo + LOSS_CHUNK)
-        if masses_T2 is not None:
-            copying = Copying(cfg.vocab_size, masses_T2.detach()[chunk], mass_grads_T2[chunk])
-        loss, grad_TD = head_step(model, latent_TD[chunk], 0, own_TK[chunk], main_weights, copying)
-        for k in range(1, cfg.mtp_heads + 1):
-            _, more = head_step(model, latent_TD[chunk], k, targets_TK[chunk, k : k + 1], auxiliary_weight)
-            grad_TD = grad_TD + more
-        total += loss
-        grads.append(grad_TD)
-    if masses_T2 is None:
-        x_TD.backward(torch.cat(grads))
-    else:
-        torch.autograd.backward((x_TD, masses_T2), (torch.cat(grads), mass_grads_T2))
-    return total
+    outputs, copying = [x_TD], None
+    if cfg.pointer:
+        masses_T2 = model.copy_masses(x_TD, tokens[1:], batch.docs, POINTER_WINDOW[0])
+        slot = cfg.vocab_size if batch.columns is None else 0
+        copying = Copying(slot, masses_T2.detach(), torch.empty_like(masses_T2))
+        outputs.append(masses_T2)
+    loss, grad_TD = head_step(model, latent_TD, 0, own_TK, main_weights, batch.columns, copying)
+    for k in range(1, cfg.mtp_heads + 1):
+        further_T1 = targets_TK[:, k : k + 1]
+        _, more_TD = head_step(model, latent_TD, k, further_T1, auxiliary_weight, batch.columns)
+        grad_TD = grad_TD + more_TD
+    torch.autograd.backward(outputs, [grad_TD, *(copying[2:] if copying else ())])
+    return loss
 
 
 def graph_inputs(batch: MicroBatch, weights) -> list | None:
@@ -2521,7 +2573,8 @@ def graph_inputs(batch: MicroBatch, weights) -> list | None:
     if len(starts) > room:
         return None
     padded = F.pad(starts, (0, room - len(starts)), value=tokens)  # with documents of no tokens
-    return [batch.tokens, padded, *weights]
+    columns = [] if batch.columns is None else [batch.columns]
+    return [batch.tokens, padded, *weights, *columns]
 
 
 class Graphs:
@@ -2538,11 +2591,16 @@ class Graphs:
         inputs = [x.to("cuda", copy=True) for x in graph_inputs(batch, weights)]
 
         def run():
-            tokens, cu_seqlens, *own_weights = inputs
-            packed = MicroBatch(tokens, Documents(cu_seqlens, batch.docs.longest))
-            return backward_micro_batch(model, packed, plan, rotary, own_weights)
+            tokens, cu_seqlens, main_weights, auxiliary_weight, *columns = inputs
+            packed = MicroBatch(tokens, Documents(cu_seqlens, batch.docs.longest), *columns)
+            return backward_micro_batch(model, packed, plan, rotary, (main_weights, auxiliary_weight))
 
-        self.recipes[plan.kind] = run, inputs
+        self.recipes[self.key(batch, plan)] = run, inputs
+
+    @staticmethod
+    def key(batch: MicroBatch, plan: StepPlan) -> tuple:
+        """A micro-batch without columns, in a stage that has them, finds no graph."""
+        return *plan.kind, batch.columns is None
 
     def capture(self):
         """Record what was added, unless it is."""
@@ -2571,19 +2629,20 @@ class Graphs:
 
 def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
     """backward_micro_batch, as a graph where there is one. batch: on the CPU; it is copied here."""
-    inputs = graph_inputs(batch, weights) if model.graphs and plan.kind in model.graphs.captured else None
+    key = Graphs.key(batch, plan)
+    inputs = graph_inputs(batch, weights) if model.graphs and key in model.graphs.captured else None
     if inputs is None:
         return backward_micro_batch(model, to_device(batch, model.embed.device), plan, rotary, weights)
     inputs[1] = pinned(inputs[1], model.embed.device)
-    return model.graphs.replay(plan.kind, inputs)
+    return model.graphs.replay(key, inputs)
 
 
 def train_step(model: GPT, optimizer: Optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int,
                stop: bool = False) -> dict:
     """One optimizer step over this rank's micro-batches. The one step function: warm-up and training call it.
 
-    Returns numbers for the log, on the device, summed over ranks: the training loss "train_loss", the number
-    of ranks that were asked to "stop", and whatever else is added to the report.
+    Returns numbers for the log, on the device, summed over ranks: the training loss "train_loss" (over the
+    stage's columns), the number of ranks that were asked to "stop", and what else is added to the report.
     """
     device = model.embed.device
     weights = loss_weights(model.cfg, plan, device)
@@ -2643,7 +2702,7 @@ class Validation:
         for i in range(world.rank, len(chunks), world.size):
             lo = i * self.cfg.val_chunk
             chunk = self.tokens[lo : lo + len(chunks[i]) + 1]
-            tokens, docs = to_device(cut_at_bos(chunk, self.cfg.bos), device)
+            tokens, docs, _ = to_device(cut_at_bos(chunk, self.cfg.bos), device)
             x_TD = model(tokens[:-1], docs, windows, rotary)
             masses_T2 = model.copy_masses(x_TD, tokens[1:], docs, POINTER_WINDOW[1])
             for loss_T in model.token_losses(x_TD, tokens[1:], masses_T2):
@@ -2927,7 +2986,9 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
         tokens[::length] = cfg.bos
         docs = to_documents(np.arange(0, T, length), T, plan.stage.max_doc)
-        batch = MicroBatch(torch.from_numpy(tokens), docs)
+        some = tokens[:1]  # all targets might be too many
+        columns = choose_columns(cfg, plan.stage, some, 0, hardware.device)
+        batch = MicroBatch(torch.from_numpy(tokens), docs, columns)
         rotary = build_rotary(cfg, plan.stage_index, val.positions, hardware.device)
         for step in range(ADAM_EVERY):
             train_step(model, optimizer, [batch], plan, rotary, step)
