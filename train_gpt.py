@@ -10,6 +10,7 @@ evaluate.py evaluates a checkpoint, samples from it and exports it.
 Shape suffixes: x_TD is (T, D).   T tokens of one packed micro-batch   D model width   H heads   E head width
     F hidden width of the MLP   V padded vocabulary   L layers   A layers with attention   K targets per token
     N matrices of a bank   R, C rows and columns of one matrix   P rotary positions   J = E/2   G gate inputs
+    S columns of the logits that a training loss is taken over
 "record 62" is record 62 of github.com/KellerJordan/modded-nanogpt, table "World record history".
 """
 
@@ -88,6 +89,7 @@ class Stage(NamedTuple):
     window_long: int
     lr: float                    # multiplier on every learning rate
     targets: tuple = ((1, 1),)   # loss weights of targets t+1, t+2, ..: each (at the stage's start, end)
+    columns: int = 0             # tokens among which the training loss chooses, also in the log; 0: all
 
 
 class Softcap(NamedTuple):
@@ -321,6 +323,7 @@ YARN_WINDOW = 1664     # tokens: longer windows leave the rotary tables as they 
 LOSS_CHUNK = 16_384    # tokens whose logits exist at a time
 MTP_WEIGHT = 0.1       # of the mean loss of auxiliary heads
 EMBED_LR_RATIO = 75.0  # learning rate of embedding tables over adam_lr
+COLUMN_STEP = 20_011   # tokens that the window of a stage's columns moves on at each micro-batch: a prime
 ADAM_EVERY = 2         # steps between Adam's updates; gradients add up meanwhile
 KEEP_CHECKPOINTS = 2   # of a run, the last ones
 
@@ -389,6 +392,9 @@ def check_config(cfg: Config) -> Config:
     micro, last = cfg.micro_batches, len(cfg.layers) - 1
     batches = [stage.batch_tokens for stage in cfg.stages]
     require(not any(batch % micro for batch in batches), f"--micro_batches={micro}: must divide {batches}")
+    columns = [stage.columns for stage in cfg.stages]
+    require(not any(count % 16 for count in columns),
+            f"stage table: columns {columns}: must be multiples of 16")
     tables = {table for layer in cfg.layers for table in layer.value_embeds}
     require(tables == set(range(len(tables))), f"layer table: value_embeds {tables} must be 0, 1, ..")
     require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 * heads")
@@ -1232,22 +1238,21 @@ def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype
     return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
 
 
-def head_step(model, x_TD, k: int, targets_TK, weights_K) -> tuple[Tensor, Tensor]:
-    """Loss of head k (0: the main one) on latents, (), and their gradient, (T, D).
+def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K) -> tuple[Tensor, Tensor]:
+    """head_step of tokens whose logits exist together. head: its compute_weights; grad_VD: its gradient.
 
-    The head's own gradient is added in place. The logits' gradient leaves the loss in the precision that the
-    next products read; for float8 (record 20) it is scaled to use the range.
+    The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20)
+    it is scaled to use the range.
     """
     cfg, mode = model.cfg, model.kernels
-    grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
     if model.fp8 == "off":
-        (weight_VD,) = model.compute_weights["head", k]
+        (weight_VD,) = head
         one = torch.ones((), device=x_TD.device)
         logits_TV = x_TD @ weight_VD.T
         loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, one, mode=mode)
         add_product(grad_VD, grad_TV, x_TD)
         return loss_T.sum(), grad_TV @ weight_VD
-    weight8_VD, weight8_DV, scale = model.compute_weights["head", k]
+    weight8_VD, weight8_DV, scale = head
     x_scale = model.latent_scale
     grad_scale = (weights_K.sum() * max(1.0, cfg.softcap / cfg.softcap_width)).clamp_min(1e-30) * 2.0**-14
     x8_TD = float8_region(x_TD, x_scale)
@@ -1259,6 +1264,33 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K) -> tuple[Tensor, Tenso
     x8_DT, grad_VT = transpose(x8_TD, mode), transpose(grad_TV, mode)
     grad_VD += float8_product(grad_VT, x8_DT.T, grad_scale, x_scale, torch.float32)
     return loss_T.sum(), x_grad_TD
+
+
+def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None) -> tuple[Tensor, Tensor]:
+    """Loss of head k (0: the main one) on latents, (), and their gradient, (T, D).
+
+    The head's own gradient is added in place. Chunks are backpropagated at once, so only LOSS_CHUNK tokens
+    have logits at a time.
+    columns_S: distinct tokens, int64, among which the loss chooses (record 92, PR 360); None: all. Other
+    targets give no loss.
+    """
+    head_grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
+    head, grad_VD = model.compute_weights["head", k], head_grad_VD
+    if columns_S is not None:
+        V, S = len(grad_VD), len(columns_S)
+        places = torch.full((V + 1,), -1, device=x_TD.device)  # the last is that of no target, -1
+        places[columns_S] = torch.arange(S, device=x_TD.device)
+        targets_TK = places[targets_TK]
+        weight_SD = head[0].view(torch.uint8)[columns_S].view(head[0].dtype)  # not every float8 has indexing
+        rest = () if model.fp8 == "off" else (transpose(weight_SD, model.kernels), head[2])
+        head = weight_SD, *rest
+        grad_VD = grad_VD.new_zeros(S, grad_VD.size(1))
+    chunks = zip(x_TD.split(LOSS_CHUNK), targets_TK.split(LOSS_CHUNK))
+    results = [head_chunk(model, x, head, grad_VD, targets, weights_K) for x, targets in chunks]
+    if columns_S is not None:
+        head_grad_VD.index_add_(0, columns_S, grad_VD)
+    losses, x_grads = zip(*results)
+    return sum(losses), torch.cat(x_grads)
 
 
 def unbind(p: nn.Parameter | None, count: int) -> tuple:
@@ -1968,6 +2000,7 @@ class DocumentStream:
 class MicroBatch(NamedTuple):
     tokens: Tensor               # (T + 1,) int64: inputs are [:-1], targets [1:]
     docs: Documents
+    columns: Tensor | None = None  # (S,) int64: see choose_columns
 
 
 def pack(stream: DocumentStream, tokens: int, max_doc: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1981,6 +2014,22 @@ def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None) ->
     """longest: a bound on the lengths, where it is known; a constant one lets CUDA graphs be replayed."""
     cu_seqlens = np.append(starts, tokens).astype(np.int32)
     return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
+
+
+def choose_columns(cfg: Config, stage: Stage, targets: np.ndarray, turn: int, device) -> Tensor | None:
+    """Distinct tokens among which the loss of micro-batch `turn` chooses (record 92, PR 360): (S,) int64.
+
+    All targets, then others from a window that walks through the padded vocabulary from turn to turn. None
+    if the stage wants all tokens or there are too many targets.
+    """
+    V = cfg.padded_vocab
+    is_target_V = np.bincount(targets, minlength=V) > 0
+    needed = np.flatnonzero(is_target_V)
+    if not len(needed) <= stage.columns < V:
+        return None
+    window = np.roll(np.arange(V), -turn * COLUMN_STEP % V)
+    others = window[~is_target_V[window]]
+    return pinned(np.append(needed, others[: stage.columns - len(needed)]), device)
 
 
 class Loader:
@@ -1999,17 +2048,19 @@ class Loader:
     def fill(self):
         try:
             for step in range(self.first, self.cfg.total_steps):
-                self.queue.put(self.batch(plan_step(self.cfg, step).stage))
+                self.queue.put(self.batch(plan_step(self.cfg, step).stage, step))
         except BaseException as error:  # handed to the consumer, which raises it
             self.queue.put(error)
 
-    def batch(self, stage: Stage) -> tuple[list[MicroBatch], Position]:
+    def batch(self, stage: Stage, step: int) -> tuple[list[MicroBatch], Position]:
         T, own = self.cfg.micro_tokens(stage), []
         for i in range(self.cfg.micro_batches):
             tokens, starts = pack(self.stream, T, stage.max_doc)
             if i % self.world.size == self.world.rank:
                 docs = to_documents(starts, T, stage.max_doc)
-                own.append(MicroBatch(pinned(tokens.astype(np.int64), self.device), docs))
+                turn = step * self.cfg.micro_batches + i
+                columns = choose_columns(self.cfg, stage, tokens[1:], turn, self.device)
+                own.append(MicroBatch(pinned(tokens.astype(np.int64), self.device), docs, columns))
         return own, self.stream.position
 
     def __iter__(self):
@@ -2094,7 +2145,8 @@ def pinned(data, device) -> Tensor:
 def to_device(batch: MicroBatch, device) -> MicroBatch:
     tokens = batch.tokens.to(device, non_blocking=True)
     cu_seqlens = batch.docs.cu_seqlens.to(device, non_blocking=True)
-    return MicroBatch(tokens, batch.docs._replace(cu_seqlens=cu_seqlens))
+    columns = None if batch.columns is None else batch.columns.to(device, non_blocking=True)
+    return MicroBatch(tokens, batch.docs._replace(cu_seqlens=cu_seqlens), columns)
 
 
 def multi_targets(targets_T, count: int) -> Tensor:
@@ -2117,8 +2169,7 @@ def loss_weights(cfg: Config, plan: StepPlan, device) -> tuple[Tensor, Tensor]:
 def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
     """Add the gradient of this micro-batch's part of the step's mean loss; returns that part, ().
 
-    weights: see loss_weights. Heads are done in chunks that are backpropagated at once, so only LOSS_CHUNK
-    tokens have logits at a time.
+    weights: see loss_weights.
     """
     cfg, tokens = model.cfg, batch.tokens
     main_weights, auxiliary_weight = weights
@@ -2129,17 +2180,13 @@ def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: 
     own_TK = targets_TK[:, :count]
     if plan.prefix:
         own_TK = torch.cat([own_TK, model.prefix_V[tokens[1:], None]], dim=1)
-    total, grads = torch.zeros((), device=tokens.device), []
-    for lo in range(0, latent_TD.size(0), LOSS_CHUNK):
-        chunk = slice(lo, lo + LOSS_CHUNK)
-        loss, grad_TD = head_step(model, latent_TD[chunk], 0, own_TK[chunk], main_weights)
-        for k in range(1, cfg.mtp_heads + 1):
-            _, more = head_step(model, latent_TD[chunk], k, targets_TK[chunk, k : k + 1], auxiliary_weight)
-            grad_TD = grad_TD + more
-        total += loss
-        grads.append(grad_TD)
-    x_TD.backward(torch.cat(grads))
-    return total
+    loss, grad_TD = head_step(model, latent_TD, 0, own_TK, main_weights, batch.columns)
+    for k in range(1, cfg.mtp_heads + 1):
+        further_T1 = targets_TK[:, k : k + 1]
+        _, more_TD = head_step(model, latent_TD, k, further_T1, auxiliary_weight, batch.columns)
+        grad_TD = grad_TD + more_TD
+    x_TD.backward(grad_TD)
+    return loss
 
 
 def graph_inputs(batch: MicroBatch, weights) -> list | None:
@@ -2149,7 +2196,8 @@ def graph_inputs(batch: MicroBatch, weights) -> list | None:
     if len(starts) > room:
         return None
     padded = F.pad(starts, (0, room - len(starts)), value=tokens)  # with documents of no tokens
-    return [batch.tokens, padded, *weights]
+    columns = [] if batch.columns is None else [batch.columns]
+    return [batch.tokens, padded, *weights, *columns]
 
 
 class Graphs:
@@ -2166,11 +2214,16 @@ class Graphs:
         inputs = [x.to("cuda", copy=True) for x in graph_inputs(batch, weights)]
 
         def run():
-            tokens, cu_seqlens, *own_weights = inputs
-            packed = MicroBatch(tokens, Documents(cu_seqlens, batch.docs.longest))
-            return backward_micro_batch(model, packed, plan, rotary, own_weights)
+            tokens, cu_seqlens, main_weights, auxiliary_weight, *columns = inputs
+            packed = MicroBatch(tokens, Documents(cu_seqlens, batch.docs.longest), *columns)
+            return backward_micro_batch(model, packed, plan, rotary, (main_weights, auxiliary_weight))
 
-        self.recipes[plan.kind] = run, inputs
+        self.recipes[self.key(batch, plan)] = run, inputs
+
+    @staticmethod
+    def key(batch: MicroBatch, plan: StepPlan) -> tuple:
+        """A micro-batch without columns, in a stage that has them, finds no graph."""
+        return *plan.kind, batch.columns is None
 
     def capture(self):
         """Record what was added, unless it is."""
@@ -2199,19 +2252,20 @@ class Graphs:
 
 def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
     """backward_micro_batch, as a graph where there is one. batch: on the CPU; it is copied here."""
-    inputs = graph_inputs(batch, weights) if model.graphs and plan.kind in model.graphs.captured else None
+    key = Graphs.key(batch, plan)
+    inputs = graph_inputs(batch, weights) if model.graphs and key in model.graphs.captured else None
     if inputs is None:
         return backward_micro_batch(model, to_device(batch, model.embed.device), plan, rotary, weights)
     inputs[1] = pinned(inputs[1], model.embed.device)
-    return model.graphs.replay(plan.kind, inputs)
+    return model.graphs.replay(key, inputs)
 
 
 def train_step(model: GPT, optimizer: Optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int,
                stop: bool = False) -> dict:
     """One optimizer step over this rank's micro-batches. The one step function: warm-up and training call it.
 
-    Returns numbers for the log, on the device, summed over ranks: the training loss "train_loss", the number
-    of ranks that were asked to "stop", and whatever else is added to the report.
+    Returns numbers for the log, on the device, summed over ranks: the training loss "train_loss" (over the
+    stage's columns), the number of ranks that were asked to "stop", and what else is added to the report.
     """
     device = model.embed.device
     weights = loss_weights(model.cfg, plan, device)
@@ -2270,7 +2324,7 @@ class Validation:
         for i in range(world.rank, len(chunks), world.size):
             lo = i * self.cfg.val_chunk
             chunk = self.tokens[lo : lo + len(chunks[i]) + 1]
-            tokens, docs = to_device(cut_at_bos(chunk, self.cfg.bos), device)
+            tokens, docs, _ = to_device(cut_at_bos(chunk, self.cfg.bos), device)
             x_TD = model(tokens[:-1], docs, windows, rotary)
             for x, targets in zip(x_TD.split(LOSS_CHUNK), tokens[1:].split(LOSS_CHUNK)):
                 loss_T = loss_region(model.products(x), targets, self.cfg.logit_cap)
@@ -2554,7 +2608,9 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
         tokens[::length] = cfg.bos
         docs = to_documents(np.arange(0, T, length), T, plan.stage.max_doc)
-        batch = MicroBatch(torch.from_numpy(tokens), docs)
+        some = tokens[:1]  # all targets might be too many
+        columns = choose_columns(cfg, plan.stage, some, 0, hardware.device)
+        batch = MicroBatch(torch.from_numpy(tokens), docs, columns)
         rotary = build_rotary(cfg, plan.stage_index, val.positions, hardware.device)
         for step in range(ADAM_EVERY):
             train_step(model, optimizer, [batch], plan, rotary, step)

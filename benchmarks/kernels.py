@@ -61,7 +61,7 @@ class Setting(NamedTuple):
         return torch.randn(shape, device=self.hardware.device).mul_(std).to(self.hardware.dtype)
 
     def batch(self, stage: tg.Stage) -> tuple[Tensor, tg.Documents]:
-        tokens, docs = synthetic_batch(self.cfg, stage, np.random.default_rng(0))
+        tokens, docs, _ = synthetic_batch(self.cfg, stage, np.random.default_rng(0))
         cu_seqlens = docs.cu_seqlens.to(self.hardware.device)
         return tokens.to(self.hardware.device), docs._replace(cu_seqlens=cu_seqlens)
 

@@ -65,7 +65,8 @@ def synthetic_batch(cfg: tg.Config, stage: tg.Stage, rng) -> tg.MicroBatch:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     starts = starts[starts < T]
     tokens[starts] = cfg.bos
-    return tg.MicroBatch(torch.from_numpy(tokens), tg.to_documents(starts, T, stage.max_doc))
+    columns = tg.choose_columns(cfg, stage, tokens[1:], 0, torch.device("cpu"))
+    return tg.MicroBatch(torch.from_numpy(tokens), tg.to_documents(starts, T, stage.max_doc), columns)
 
 
 class Bench:
@@ -98,7 +99,11 @@ class Bench:
         longest = max(self.cfg.micro_tokens(stage) for stage in self.cfg.stages)
         self.rotary = tg.build_rotary(self.cfg, plan.stage_index, longest, self.hardware.device)
         batches = [synthetic_batch(self.cfg, plan.stage, rng) for _ in range(self.cfg.micro_batches)]
-        self.batches = [tg.MicroBatch(t.pin_memory() if self.cuda else t, docs) for t, docs in batches]
+        device = self.hardware.device
+        self.batches = [
+            tg.MicroBatch(tg.pinned(tokens, device), docs, None if c is None else tg.pinned(c, device))
+            for tokens, docs, c in batches
+        ]
 
     def train(self, plan: tg.StepPlan) -> torch.Tensor:
         report = tg.train_step(self.model, self.optimizer, self.batches, plan, self.rotary, self.step)

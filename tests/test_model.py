@@ -131,9 +131,10 @@ def packed(*lengths, seed=0):
     return tokens, t.Documents(cu_seqlens, max(lengths))
 
 
-def make_batch(*lengths, seed=0):
+def make_batch(*lengths, seed=0, columns=0):
     tokens, docs = packed(*lengths, seed=seed)
-    return t.MicroBatch(torch.cat([tokens, tokens[1:2]]), docs)
+    tokens, stage = torch.cat([tokens, tokens[1:2]]), STAGES[0]._replace(columns=columns)
+    return t.MicroBatch(tokens, docs, t.choose_columns(CFG, stage, tokens[1:].numpy(), 3, CPU.device))
 
 
 def build_rotary(cfg, positions, stage=0):
@@ -657,6 +658,67 @@ def test_the_mean_loss_of_mtp_heads_counts_with_its_weight():
         assert_close(model.mtp_heads.grad, plain.mtp_heads.grad)
 
 
+def losses_among(columns, softcap, x_TD, head_VD, targets_TK, weights):
+    """Sum of weight * cross entropy among the columns alone, in float64; other targets are left out."""
+    height, shift, width = softcap
+    logits = height * torch.tanh((x_TD.double() @ head_VD.double()[columns].T + shift) / width)
+    places = {token: place for place, token in enumerate(columns.tolist())}
+    rows = [(row, zip(weights, targets)) for row, targets in zip(logits, targets_TK.tolist(), strict=True)]
+    return sum(weight * (row.logsumexp(0) - row[places[target]])
+               for row, pairs in rows for weight, target in pairs if target in places)  # fmt: skip
+
+
+NO_COLUMNS = {"stage": lambda stage: stage._replace(columns=0)}
+
+
+@mechanism("columns", choose_columns=NO_COLUMNS, head_step={"columns_S": None},
+           MicroBatch={"columns": None})  # fmt: skip
+def test_columns_are_the_tokens_among_which_all_training_losses_choose():
+    """Of the prefixes, some aren't among them."""
+    batch = t.to_device(make_batch(9, 12, columns=48), CPU.device)
+    assert batch.columns is not None and len(batch.columns) == 48
+    following, prefixes = batch.tokens[1:], torch.arange(257) - 1
+    further = [F.pad(following[k:], (0, k), value=-1) for k in range(3)]
+    missing = ~torch.isin(prefixes[following], batch.columns)
+    assert missing.any() and not missing.all() and torch.isin(following, batch.columns).all()
+    for multi, weights in ((True, (1, 0.5, 0.25, 0.25)), (False, (1, 0.25))):
+        cfg = replace(CFG, mtp_heads=2, prefix_weight=0.25, multi_target=multi, **RESCALED)
+        model, plain = make_model(cfg), make_model(cfg)
+        model.prefix_V = prefixes
+        with mock.patch.object(t, "LOSS_CHUNK", 5):
+            found = micro_backward(model, batch)
+        x = latents(plain, batch.tokens[:-1], batch.docs)
+        losses = partial(losses_among, batch.columns, cfg.logit_cap, x)
+        own_TK = torch.stack([*further[: len(weights) - 1], prefixes[following]], dim=1)
+        own = losses(plain.head, own_TK, weights) / 64
+        heads = [losses(plain.mtp_heads[k], further[k + 1][:, None], [0.05]) for k in range(2)]
+        (own + sum(heads) / 64).backward()
+        assert_close(found.double(), own.detach(), rtol=1e-5, atol=0)
+        for (name, p), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert_close(p.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+        others = [token for token in range(384) if token not in batch.columns]
+        assert not model.head.grad[others].any() and not model.mtp_heads.grad[:, others].any()
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_head_step_among_columns_has_the_loss_and_gradients_of_float64(k, exact, monkeypatch):
+    monkeypatch.setattr(t, "LOSS_CHUNK", 7)
+    cfg = replace(ALL_ON, mtp_heads=2)
+    model, plain = (make_model(cfg, dtype=torch.float64) for _ in range(2))
+    x, columns = torch.randn(20, 32, dtype=torch.float64, requires_grad=True), torch.randperm(384)[:80]
+    targets, weights = torch.randint(-1, 384, (20, 2)), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    targets[:5, 0] = columns[:5]
+    model.refresh()
+    (model.mtp_heads if k else model.head).grad = torch.ones_like(model.mtp_heads if k else model.head)
+    loss, x_grad = t.head_step(model, x.detach(), k, targets, weights, columns)
+    head, own = [plain.head, *plain.mtp_heads][k], [model.head.grad, *t.gradient(model.mtp_heads)][k]
+    expected = losses_among(columns, cfg.logit_cap, x, head, targets, weights)
+    head_grad, expected_grad = torch.autograd.grad(expected, (head, x))
+    assert_close(loss, expected.detach())
+    assert_close(x_grad, expected_grad)
+    assert_close(own - 1, head_grad, rtol=1e-7, atol=1e-12)
+
+
 def apply_to_copy(x, *rest):
     return t.MLP.apply(x.clone(), *rest)
 
@@ -878,7 +940,7 @@ def test_every_mechanism_of_the_config_has_a_test():
     flags = {*names[names.index("attn_scale") : names.index("muon_lr")]}
     flags |= {"muon_heads", "smooth_scalars", "fp8"}
     others = {"documents", "windows", "stages", "layers", "rotary", "several value tables",
-              "shared value tables", "MTP_WEIGHT", "fused MLP kernel"}  # fmt: skip
+              "shared value tables", "MTP_WEIGHT", "fused MLP kernel", "columns"}  # fmt: skip
     assert set(MECHANISM_TESTS) == flags | others
 
 
@@ -1151,12 +1213,15 @@ def test_gradients_of_bfloat16_products_and_rows_are_summed_in_float32():
 STEEP = {"softcap": 60.0, "softcap_shift": 0.0, "softcap_width": 15.0}
 
 
+@pytest.mark.parametrize("columns", [0, 64])
 @pytest.mark.parametrize("softcap, bound", [(RESCALED, 0.1), (STEEP, 0.15)], ids=["rescaled", "steep"])
-def test_a_head_in_float8_has_nearly_the_loss_and_gradients_of_one_in_float32(softcap, bound, monkeypatch):
+def test_a_head_in_float8_has_nearly_the_loss_and_gradients_of_one_in_float32(softcap, bound, columns,
+                                                                              monkeypatch):  # fmt: skip
     """Also where the soft cap is so steep, 4, that gradients would not fit."""
     monkeypatch.setattr(t, "LOSS_CHUNK", 16)
     monkeypatch.setattr(t, "MTP_WEIGHT", 0.25)
-    batch, cfg = make_batch(17, 1, 20), replace(ALL_ON, **softcap)
+    batch, cfg = make_batch(17, 1, 20, columns=columns), replace(ALL_ON, **softcap)
+    assert (batch.columns is None) == (columns == 0)
     exact, rounded = make_model(cfg), t.GPT(cfg, fp8="head")
     rounded.load_state_dict(exact.state_dict())
     for _ in range(2):  # the second adds to the gradients of the first

@@ -11,8 +11,8 @@ import torch
 
 from small import BOS, SMALL, random_tokens, write_shard, write_split
 from train_gpt import (
-    DocumentStream, Loader, Position, Shards, Stage, UserError, Validation, World, check_supply, pack,
-    plan_step,
+    DocumentStream, Loader, Position, Shards, Stage, UserError, Validation, World, check_config,
+    check_supply, choose_columns, pack, plan_step,
 )  # fmt: skip
 
 
@@ -195,6 +195,40 @@ def test_restart_from_a_saved_position_gives_the_same_continuation_at_every_step
         assert [p for _, p in rest_of_run] == [p for _, p in whole[step:]]
         for (found, _), (expected, _) in zip(rest_of_run, whole[step:]):
             assert list(map(plain, found)) == list(map(plain, expected))
+
+
+def test_columns_hold_all_targets_and_walk_through_the_vocabulary_the_same_at_every_world_size(tmp_path):
+    """They also do from any step on."""
+    stages = tuple(stage._replace(columns=64) for stage in data_config().stages)
+    cfg, device = data_config(stages=stages, epochs=3), torch.device("cpu")
+    shards = shards_of(tmp_path, cfg, [random_tokens(np.random.default_rng(3), 1500)])
+    loader = Loader(cfg, World(), shards, device)
+    batches, positions = zip(*loader)
+    whole = [batch for own in batches for batch in own]
+    for turn, batch in enumerate(whole):
+        columns, targets = batch.columns.tolist(), set(batch.tokens[1:].tolist())
+        assert batch.columns.dtype == torch.int64 and len(set(columns)) == len(columns) == 64
+        others = [token for token in (np.arange(384) + 20_011 * turn) % 384 if token not in targets]
+        assert columns == [*sorted(targets), *others[: 64 - len(targets)]]
+    assert {token for batch in whole[:10] for token in batch.columns.tolist()} == set(range(384))
+    rests = [(Loader(cfg, World(rank, 2), shards, device), whole[rank::2]) for rank in range(2)]
+    rests += [(Loader(cfg, World(), shards, device, 7, positions[6]), whole[14:])]
+    for loader, expected in rests:
+        found = [batch for own, _ in loader for batch in own]
+        for batch, other in zip(found, expected, strict=True):
+            assert torch.equal(batch.tokens, other.tokens) and torch.equal(batch.columns, other.columns)
+
+
+def test_columns_that_dont_hold_all_targets_or_are_all_tokens_are_left_out():
+    def chosen(columns, targets):
+        stage = cfg.stages[0]._replace(columns=columns)
+        return choose_columns(cfg, stage, np.arange(targets, dtype=np.uint16), 5, torch.device("cpu"))
+
+    cfg = data_config()
+    assert chosen(0, 1) is None and chosen(16, 17) is None and chosen(384, 1) is None
+    assert chosen(16, 16).tolist() == list(range(16)) and len(chosen(368, 1)) == 368
+    with pytest.raises(UserError, match=r"stage table: columns \[24, 0\]: must be multiples of 16"):
+        check_config(replace(cfg, stages=(cfg.stages[0]._replace(columns=24), cfg.stages[1])))
 
 
 def test_each_epoch_reads_the_same_pieces_again(tmp_path):

@@ -1,5 +1,6 @@
 """Tests of training: schedule, validation, warm-up, graphs, clock, checkpoint files."""
 
+import itertools
 import json
 import math
 import pickle
@@ -410,6 +411,41 @@ def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(runs, g
     assert events.count("replay") == 3
     assert replayed.losses[-1:] == plain.losses
     assert_equal(weights_of(replayed.model), weights_of(plain.model))
+
+
+def test_micro_batch_with_more_targets_than_columns_has_all_and_no_graph(runs, graphs, monkeypatch):
+    """If all have, the stage's columns change nothing."""
+
+    def pack_letters(stream, tokens, max_doc):
+        letters = 97 + np.arange(tokens + 1, dtype=np.uint16) % next(counts)
+        letters[0] = BOS
+        return letters, np.zeros(1, np.int64)
+
+    def train(columns, letters):
+        nonlocal counts
+        counts = itertools.cycle(letters)
+        stages = tuple(stage._replace(columns=columns) for stage in SMALL.stages)
+        monkeypatch.setitem(TRACKS, "tiny", replace(SMALL, stages=stages))
+        run = runs("--scheduled_steps=2", "--save_every=-1")
+        return run.losses[-2:], weights_of(run.model)
+
+    counts = None
+    monkeypatch.setattr(train_gpt, "pack", pack_letters)
+    none, mixed, overfull = train(0, [20]), train(16, [5, 20, 16, 17]), train(16, [20])
+    assert none[0] == overfull[0]
+    assert_equal(none[1], overfull[1])
+    events = graphs()
+    replayed = train(16, [5, 20, 16, 17])
+    assert events.count("replay") == 4
+    assert replayed[0] == mixed[0]
+    assert_equal(replayed[1], mixed[1])
+
+
+def test_a_configuration_from_before_the_stage_table_had_columns_is_read():
+    old = json.loads(json.dumps(vars(SMALL)))
+    old["stages"] = [row[:7] for row in old["stages"]]
+    stages = tuple(stage._replace(columns=0) for stage in SMALL.stages)
+    assert train_gpt.config_from_json(old) == replace(SMALL, stages=stages)
 
 
 # ---------------------------------------------------------------------- clock

@@ -252,7 +252,7 @@ def test_mlp_function_from_float8_is_near_float64(T, width):
     assert error(grad, wide[1].grad) < BOUNDS[E4M3].chain
 
 
-def check_head(rng, T, width, vocab, fp8, head, softcap, bound):
+def check_head(rng, T, width, vocab, fp8, head, softcap, bound, columns=None):
     """Loss and gradients from head_step; those of the head's weight are added up over two steps."""
     capped = dict(zip(("softcap", "softcap_shift", "softcap_width"), softcap))
     model = gpu_model(fp8, width=width, vocab_size=vocab, **capped)
@@ -263,13 +263,19 @@ def check_head(rng, T, width, vocab, fp8, head, softcap, bound):
     x, targets = (latents + 0.3 * t.shift(latents)).to(BF16), cases.targets_of(rng, T, vocab, 2)
     weights, x64, weight64 = torch.tensor([1, 0.5], device=DEVICE) / T, x.double(), weight.double()
     one = torch.ones_like(x64[0, 0])
-    losses, grad64 = t.cross_entropy(x64 @ weight64.T, targets, weights.double(), softcap, one)
+    among = torch.arange(len(weight), device=DEVICE) if columns is None else columns
+    places = torch.full((len(weight),), -1, device=DEVICE)
+    places[among] = torch.arange(len(among), device=DEVICE)
+    own = torch.where(targets < 0, -1, places[targets])
+    losses, grad64 = t.cross_entropy(x64 @ weight64[among].T, own, weights.double(), softcap, one)
+    expected = torch.zeros_like(weight64)
+    expected[among] = grad64.T @ x64
     for repeat in (1, 2):
-        loss, x_grad = t.head_step(model, x, head, targets, weights)
+        loss, x_grad = t.head_step(model, x, head, targets, weights, columns)
         weight_grad = model.mtp_heads.grad[0] if head else model.head.grad
         assert loss.item() == pytest.approx(losses.sum().item(), rel=cases.LOSS)
-        assert x_grad.dtype == BF16 and error(x_grad, grad64 @ weight64) < bound
-        assert weight_grad.dtype == FP32 and error(weight_grad, repeat * (grad64.T @ x64)) < bound
+        assert x_grad.dtype == BF16 and error(x_grad, grad64 @ weight64[among]) < bound
+        assert weight_grad.dtype == FP32 and error(weight_grad, repeat * expected) < bound
 
 
 @needs_gpu
@@ -281,6 +287,16 @@ def check_head(rng, T, width, vocab, fp8, head, softcap, bound):
 def test_head_step_has_the_loss_and_gradients_of_float64_and_adds_them_up(T, width, vocab, fp8, head, cap):
     bound = BOUNDS[BF16 if fp8 == "off" else E5M2].chain
     check_head(seeded(T, DEVICE), T, width, vocab, fp8, head, cap, bound)
+
+
+@needs_gpu
+@needs_float8
+@pytest.mark.parametrize("fp8", ["head", "off"])
+@pytest.mark.parametrize("head", [0, 1])
+def test_head_step_among_columns_has_the_loss_and_gradients_of_float64(fp8, head):
+    rng, bound = seeded(0, DEVICE), BOUNDS[BF16 if fp8 == "off" else E5M2].chain
+    columns = torch.randperm(5120, generator=torch.Generator().manual_seed(0))[:2064].to(DEVICE)
+    check_head(rng, 2048, 768, 5000, fp8, head, RESCALED, bound, columns)
 
 
 @needs_gpu
@@ -341,7 +357,8 @@ def race_batch(cfg):
     tokens = torch.randint(cfg.bos, (2049,), generator=generator)
     starts = torch.arange(0, 2048, 400)
     tokens[starts] = cfg.bos
-    return t.MicroBatch(tokens, t.to_documents(starts.numpy(), 2048, 512))
+    columns = t.choose_columns(cfg, cfg.stages[0], tokens[1:].numpy(), 5, torch.device(DEVICE))
+    return t.MicroBatch(tokens, t.to_documents(starts.numpy(), 2048, 512), columns)
 
 
 def race_model(cfg, hardware):
@@ -374,12 +391,15 @@ def losses_and_gradients(model, runs):
 # single numbers, which are left out, are sums that may cancel.
 @needs_gpu
 @needs_float8
+@pytest.mark.parametrize("columns", [0, 1536])
 @pytest.mark.parametrize("fp8, bound", [("off", 0.06), ("head+mlp", 0.4)])
-def test_a_micro_batch_with_and_without_graph_has_nearly_the_gradients_of_plain_float32(fp8, bound):
+def test_a_micro_batch_with_and_without_graph_has_nearly_the_gradients_of_plain_float32(fp8, bound, columns):
     """Compiled, with kernels and FlashAttention, as the GPU at hand has them."""
-    cfg, cuda = replace(RACE, fp8=fp8), torch.device(DEVICE)
+    stages, cuda = (RACE.stages[0]._replace(columns=columns),), torch.device(DEVICE)
+    cfg = replace(RACE, fp8=fp8, stages=stages)
     batch, plan, rotary = race_batch(cfg), t.plan_step(cfg, 0), t.build_rotary(cfg, 0, 2048, cuda)
     weights = t.loss_weights(cfg, plan, cuda)
+    assert (batch.columns is None) == (columns == 0)
 
     def eager(model):
         return t.backward_micro_batch(model, t.to_device(batch, cuda), plan, rotary, weights)
