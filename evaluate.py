@@ -702,9 +702,9 @@ def next_token_logits(model: GPT, x_TD, targets_T) -> Tensor:
     scores_T = (k_TE[:-1] @ q_TE[-1]).float()[-POINTER_WINDOW[1] :]
     masses_T = torch.cat([scores_T, model.pointer_sink[None]]).softmax(0)
     copied_V = torch.zeros_like(logits_V).index_add_(0, targets_T[-POINTER_WINDOW[1] :], masses_T[:-1])
-    q_V = logits_V.softmax(0)
-    a = q_V[model.cfg.vocab_size]
-    ratio_V = mixture(1 / q_V, a, (1 - a).clamp_min(1e-6), copied_V, masses_T[-1])[0]
+    q_V = logits_V.softmax(0).clamp_min(1e-30)
+    a = q_V[model.cfg.vocab_size].clamp_max(1 - 1e-6)
+    ratio_V, *_ = mixture(1 / q_V, a, copied_V, masses_T[-1])
     return logits_V + ratio_V.log()
 
 

@@ -736,18 +736,20 @@ class Copying(NamedTuple):
 
     slot: int                    # a column of the logits that is no token
     masses_T2: Tensor            # c(target 0) and s: see pointer_masses
-    grads_T2: Tensor | None = None  # float32, is filled with the loss's gradient by the masses
+    grads_T2: Tensor             # which is overwritten with the loss's gradient by the masses
 
 
-def mixture(surprise, a, rest, c, s):
-    """p / q; its parts, the derivatives of log p by log q and log a; those by c and s.
+def mixture(inverse, a, c, s):
+    """p / q, see Copying, then the derivatives of log p by log q, by log a, by c and by s. inverse: 1 / q.
 
-    surprise: 1 / q. rest: 1 - a. The softmax's gradient is that of two targets weighted with the parts.
+    a must be below 1. By the logits, log p has the gradient of two targets, y and the slot, weighted with the
+    first two derivatives.
     """
-    ratio = (1 - a * (1 - s)) / rest + a * c * surprise
-    own = (1 - a * (1 - s)) / rest / ratio
-    slot = a * (s / (rest * rest) + c * surprise) / ratio
-    return ratio, own, slot, a * surprise / ratio, a / rest / ratio
+    rest = 1 - a
+    kept = (1 - a * (1 - s)) / rest
+    ratio = kept + a * c * inverse
+    slot = a * (s / (rest * rest) + c * inverse) / ratio
+    return ratio, kept / ratio, slot, a * inverse / ratio, a / rest / ratio
 
 
 mixture_kernel = jit(mixture)
@@ -779,7 +781,7 @@ def cross_entropy_kernel(logits, targets, weights, scale, masses, mass_grads, lo
             unused = tl.load(logits + row * V + SLOT).to(tl.float32)
             a = tl.exp(HEIGHT * soft_tanh(unused * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE) - lse)
             ratio, own, slot, copy_slope, sink_slope = mixture_kernel(
-                tl.exp(tl.minimum(nll, 80.0)), a, tl.maximum(1 - a, 1e-6), tl.load(masses + 2 * row),
+                tl.exp(tl.minimum(nll, 80.0)), tl.minimum(a, 1 - 1e-6), tl.load(masses + 2 * row),
                 tl.load(masses + 2 * row + 1))
             tl.store(mass_grads + 2 * row, -weight * copy_slope)
             tl.store(mass_grads + 2 * row + 1, -weight * sink_slope)
@@ -811,27 +813,28 @@ def cross_entropy_kernel(logits, targets, weights, scale, masses, mass_grads, lo
 
 
 @region
-def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype, masses_T2, slot):
-    """cross_entropy in plain torch; the gradient by the masses, if there are some, comes last."""
+def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype, slot, masses_T2,
+                         mass_grads_T2):
+    """cross_entropy in plain torch."""
     z = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     t = torch.tanh((z + softcap.shift) / softcap.width)
     q = softcap.height * t
     lse = q.logsumexp(1, keepdim=True)
     at = targets_TK.clamp_min(0)
     weights_TK = weights_K * (targets_TK >= 0)
-    nll_TK, pulls_TK, mass_grad_T2 = lse - q.gather(1, at), weights_TK, None
+    nll_TK, pulls_TK = lse - q.gather(1, at), weights_TK
     if masses_T2 is not None:
-        nll_T, a_T, weight_T = nll_TK[:, 0], (q[:, slot] - lse[:, 0]).exp(), weights_TK[:, 0]
-        ratio_T, own_T, slot_T, *slopes = mixture(
-            nll_T.clamp_max(80).exp(), a_T, (1 - a_T).clamp_min(1e-6), *masses_T2.unbind(1))
+        nll_T, weight_T = nll_TK[:, 0], weights_TK[:, 0]
+        a_T = (q[:, slot] - lse[:, 0]).exp().clamp_max(1 - 1e-6)
+        ratio_T, own_T, slot_T, *slopes = mixture(nll_T.clamp_max(80).exp(), a_T, *masses_T2.unbind(1))
         nll_TK = torch.cat([(nll_T - ratio_T.log())[:, None], nll_TK[:, 1:]], dim=1)
         pulls_TK = torch.column_stack([weight_T * own_T, weights_TK[:, 1:], weight_T * slot_T])
         at = F.pad(at, (0, 1), value=slot)
-        mass_grad_T2 = -weight_T[:, None] * torch.stack(slopes, dim=1)
+        mass_grads_T2.copy_(-weight_T[:, None] * torch.stack(slopes, dim=1))
     grad = pulls_TK.sum(1, keepdim=True) * (q - lse).exp()
     grad = grad.scatter_add(1, at, -pulls_TK.to(grad.dtype))
     grad = grad * (softcap.height / softcap.width) * (1 - t * t)
-    return (weights_TK * nll_TK).sum(1), (grad / scale).to(dtype), mass_grad_T2
+    return (weights_TK * nll_TK).sum(1), (grad / scale).to(dtype)
 
 
 def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype=None, mode="reference",
@@ -843,19 +846,15 @@ def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dty
     copying: for target 0, whose probability is then that of the mixture.
     """
     dtype = dtype or logits_TV.dtype
-    slot, masses_T2, mass_grads_T2 = copying or (0, None, None)
+    slot, *masses = copying or (0, None, None)
     if mode == "reference":
-        loss_T, grad_TV, mass_grad_T2 = cross_entropy_region(
-            logits_TV, targets_TK, weights_K, softcap, scale, dtype, masses_T2, slot)
-        if copying:
-            mass_grads_T2.copy_(mass_grad_T2)
-        return loss_T, grad_TV
+        return cross_entropy_region(logits_TV, targets_TK, weights_K, softcap, scale, dtype, slot, *masses)
     T, V = logits_TV.shape
     loss_T = torch.empty(T, device=logits_TV.device)
     grad_TV = torch.empty(T, V, dtype=dtype, device=logits_TV.device)
     cross_entropy_kernel[T,](
-        logits_TV.contiguous(), targets_TK.contiguous(), weights_K.contiguous(), scale, masses_T2,
-        mass_grads_T2, loss_T, grad_TV, V, SLOT=slot, K=targets_TK.size(1), HEIGHT=float(softcap.height),
+        logits_TV.contiguous(), targets_TK.contiguous(), weights_K.contiguous(), scale, *masses,
+        loss_T, grad_TV, V, SLOT=slot, K=targets_TK.size(1), HEIGHT=float(softcap.height),
         SHIFT=float(softcap.shift), WIDTH=float(softcap.width), APPROXIMATE=logits_TV.is_cuda, BLOCK=4096,
         num_warps=16,
     )
@@ -1012,22 +1011,6 @@ class Pointer(torch.autograd.Function):
         return *grads, sink_grad, None, None, None, None
 
 
-def pointer_reference(q_TE, k_TE, sink, targets_T, starts_T, window: int, block: int = 128) -> Tensor:
-    """pointer_masses in plain torch, block by block."""
-    q_TE, k_TE = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_TE, k_TE))
-    position, out = torch.arange(q_TE.size(0), device=q_TE.device), []
-    for lo in range(0, q_TE.size(0), block):
-        own = slice(lo, lo + block)
-        read = slice(max(0, lo - window), lo + block)
-        back = position[own, None] - position[read]
-        mask = (back > 0) & (back <= window) & (position[read] >= starts_T[own, None])
-        scores = (q_TE[own] @ k_TE[read].T).masked_fill(~mask, -math.inf)
-        masses = torch.cat([scores, sink.expand(len(scores), 1)], dim=1).softmax(1)
-        match = targets_T[read] == targets_T[own, None]
-        out.append(torch.stack([(masses[:, :-1] * match).sum(1), masses[:, -1]], dim=1))
-    return torch.cat(out)
-
-
 def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window: int, mode: str = "reference") -> Tensor:
     """Attention as a distribution over earlier targets: (T, 2) float32, of which autograd knows the gradient.
 
@@ -1038,9 +1021,19 @@ def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window: int, mode: s
     position = torch.arange(q_TE.size(0), device=q_TE.device, dtype=cu_seqlens.dtype)
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
     starts_T, ends_T = cu_seqlens[document], cu_seqlens[document + 1]
-    if mode == "reference":
-        return pointer_reference(q_TE, k_TE, sink, targets_T, starts_T, window)
-    return Pointer.apply(q_TE, k_TE, sink, targets_T, starts_T, ends_T, window)
+    if mode != "reference":
+        return Pointer.apply(q_TE, k_TE, sink, targets_T, starts_T, ends_T, window)
+    q_TE, k_TE = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_TE, k_TE))
+    out, block = [], 128  # queries at a time, so that memory is linear in T
+    for lo in range(0, q_TE.size(0), block):
+        own, read = slice(lo, lo + block), slice(max(0, lo - window), lo + block)
+        back = position[own, None] - position[read]
+        mask = (back > 0) & (back <= window) & (position[read] >= starts_T[own, None])
+        scores = (q_TE[own] @ k_TE[read].T).masked_fill(~mask, -math.inf)
+        masses = torch.cat([scores, sink.expand(len(scores), 1)], dim=1).softmax(1)
+        match = targets_T[read] == targets_T[own, None]
+        out.append(torch.stack([(masses[:, :-1] * match).sum(1), masses[:, -1]], dim=1))
+    return torch.cat(out)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1501,8 +1494,8 @@ def loss_region(logits_TV, targets_T, softcap: Softcap, masses_T2=None, slot: in
     nll_T = F.cross_entropy(capped_TV, targets_T, ignore_index=-1, reduction="none")
     if masses_T2 is None:
         return nll_T
-    a_T = (capped_TV[:, slot] - capped_TV.logsumexp(1)).exp()
-    ratio_T = mixture(nll_T.clamp_max(80).exp(), a_T, (1 - a_T).clamp_min(1e-6), *masses_T2.unbind(1))[0]
+    a_T = (capped_TV[:, slot] - capped_TV.logsumexp(1)).exp().clamp_max(1 - 1e-6)
+    ratio_T, *_ = mixture(nll_T.clamp_max(80).exp(), a_T, *masses_T2.unbind(1))
     return (nll_T - ratio_T.log()).masked_fill(targets_T < 0, 0)
 
 
@@ -1760,11 +1753,11 @@ class GPT(nn.Module):
         if not self.cfg.pointer:
             return None
         q_TE, k_TE = self.pointer_heads(x_TD)
-        window = min(window, docs.longest)
-        return pointer_masses(q_TE, k_TE, self.pointer_sink, targets_T, docs.cu_seqlens, window, self.kernels)
+        return pointer_masses(q_TE, k_TE, self.pointer_sink, targets_T, docs.cu_seqlens,
+                              min(window, docs.longest), self.kernels)
 
-    def token_losses(self, x_TD, targets_T, masses_T2, chunk: int = LOSS_CHUNK):
-        """Yields cross entropies, float32, of the true next tokens, `chunk` latents at a time."""
+    def token_losses(self, x_TD, targets_T, masses_T2, chunk: int):
+        """Yields the cross entropies of `chunk` targets at a time, float32; 0 where a target is -1."""
         masses = itertools.repeat(None) if masses_T2 is None else masses_T2.split(chunk)
         for x, targets, own in zip(x_TD.split(chunk), targets_T.split(chunk), masses):
             yield loss_region(self.products(x), targets, self.cfg.logit_cap, own, self.cfg.vocab_size)
@@ -2706,7 +2699,7 @@ class Validation:
             tokens, docs, _ = to_device(cut_at_bos(chunk, self.cfg.bos), device)
             x_TD = model(tokens[:-1], docs, windows, rotary)
             masses_T2 = model.copy_masses(x_TD, tokens[1:], docs, POINTER_WINDOW[1])
-            for loss_T in model.token_losses(x_TD, tokens[1:], masses_T2):
+            for loss_T in model.token_losses(x_TD, tokens[1:], masses_T2, LOSS_CHUNK):
                 totals[i] += loss_T.sum(dtype=torch.float64)
         nats = world.all_reduce(totals).sum().item()  # in the order of chunks, at every world size
         bpb = nats / math.log(2) / self.bytes if self.bytes else None

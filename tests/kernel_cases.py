@@ -347,7 +347,9 @@ def check_pointer(rng, lengths, E, window, few, dtype, mode):
         masses.backward(direction)
     _, expected = naive_masses(*wide, targets, cu_seqlens, window)
     expected.backward(direction.double())
-    check(masses.detach(), expected.detach(), torch.promote_types(dtype, torch.float32), floor=1e-5)
+    rough = 1e-10 if dtype == torch.float64 else EXACT
+    check(masses.detach(), expected.detach(), torch.promote_types(dtype, torch.float32), floor=rough)
     for x, w in zip(narrow, wide, strict=True):
-        assert x.grad.dtype == x.dtype and x.grad.isfinite().all()
-        assert error(x.grad, w.grad) < bound_of(x).chain or w.grad.norm() < 1e-9
+        assert x.grad.dtype == x.dtype and x.grad.shape == x.shape
+        size = w.grad.norm() if x.dim() else direction.norm()  # the sink's is a sum that cancels
+        assert (x.grad.double() - w.grad).norm() <= max(bound_of(x).chain, rough) * size + 1e-9

@@ -388,7 +388,7 @@ def race_model(cfg, hardware):
 
 
 RACE = replace(t.TRACKS["sprint"], width=256, heads=2, vocab_size=2000, micro_batches=1, scheduled_steps=10,
-               stages=(t.Stage(0.0, 2048, 512, 128, 384, 1.0),))  # fmt: skip
+               pointer=True, stages=(t.Stage(0.0, 2048, 512, 128, 384, 1.0),))  # fmt: skip
 
 
 def losses_and_gradients(model, runs):
@@ -430,5 +430,6 @@ def test_a_micro_batch_with_and_without_graph_has_nearly_the_gradients_of_plain_
     (loss, found), (graph_loss, again) = losses_and_gradients(fast, [eager, replayed])
     assert loss == pytest.approx(plain_loss, rel=0.01) and graph_loss == pytest.approx(loss, rel=1e-5)
     for name in [name for name, expected in plain.items() if expected.numel() > 1]:
-        assert error(found[name], plain[name].double()) < bound, name
+        of_masses = 2 if name == "pointer" else 1  # differences between masses that are nearly the same
+        assert error(found[name], plain[name].double()) < of_masses * bound, name
         assert error(again[name], found[name].double()) < 1e-2, name
