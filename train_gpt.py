@@ -1142,79 +1142,25 @@ class Linear(torch.autograd.Function):
         return grad_TR @ weight_RC, None, None
 
 
-def scaled_norm(x_TD) -> tuple[Tensor, Tensor]:
-    """norm(x), and what x was multiplied by, (T, 1)."""
-    x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-    scale_T1 = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
-    return (x * scale_T1).type_as(x_TD), scale_T1
-
-
-def norm_backward(h_TD, scale_T1, grad_TD) -> Tensor:
-    """Gradient of x by that of h = norm(x), in the precision of its scale (Jacobian of h = x scale(x))."""
-    h, g = h_TD.type_as(scale_T1), grad_TD.type_as(scale_T1)
-    return scale_T1 * (g - h * (g * h).mean(-1, keepdim=True))
-
-
 def weighted(x_TD, weight) -> Tensor:
     """weight * x. As (T, 1) the weight makes the product float32 and gets its gradient row by row."""
     return x_TD if weight is None else weight.expand(x_TD.size(0), 1) * x_TD
 
 
 @region
-def mix_region(x_TD, skip_TD, x0_TD, bigram_TD, weights: tuple, reads: bool):
-    """Mixing: the sum and, for a layer that reads it, the same normed, its scale and leading channels."""
+def mix_region(x_TD, delta_TD, skip_TD, x0_TD, bigram_TD, weights: tuple, reads: bool):
+    """Weighted sum of the streams that enter a layer, (T, D); None streams are skipped, None weights are 1.
+
+    delta: what is added to x before, or None. If `reads`, also the sum's norm and its leading channels.
+    """
+    if delta_TD is not None:
+        x_TD = x_TD + delta_TD
     streams = zip((x_TD, skip_TD, x0_TD, bigram_TD), weights)
     sum_TD = sum(weighted(stream, weight) for stream, weight in streams if stream is not None).type_as(x_TD)
     if not reads:
-        return sum_TD, None, None, None
-    h_TD, scale_T1 = scaled_norm(sum_TD)
-    return sum_TD, h_TD, scale_T1, h_TD[:, :GATE_INPUTS].contiguous()
-
-
-@region
-def mix_backward_region(x_TD, skip_TD, x0_TD, bigram_TD, h_TD, scale_T1, grad_TD, h_grad_TD, lead_grad_TG,
-                        x0_grad_TD, bigram_grad_TD, weights: tuple):
-    """Gradients of the streams, later layers' of x0 and bigrams included, then of the weights."""
-    grad_TD = grad_TD.to(torch.promote_types(grad_TD.dtype, torch.float32))
-    if h_grad_TD is not None:
-        if lead_grad_TG is not None:
-            h_grad_TD = h_grad_TD + F.pad(lead_grad_TG, (0, h_grad_TD.size(1) - lead_grad_TG.size(1)))
-        grad_TD = grad_TD + norm_backward(h_TD, scale_T1, h_grad_TD)
-    streams = (x_TD, skip_TD, x0_TD, bigram_TD)
-    later = (None, None, x0_grad_TD, bigram_grad_TD)
-    stream_grads, weight_grads, rows = [None] * 4, [None] * 4, {}
-    for i, (stream, weight, more) in enumerate(zip(streams, weights, later)):
-        if stream is not None:
-            own = weighted(grad_TD, weight)
-            stream_grads[i] = (own if more is None else own + more).type_as(stream)
-            if weight is not None:
-                rows[i] = (grad_TD * stream).sum(1)
-    if rows:  # summed together, by one kernel
-        for i, total in zip(rows, torch.stack([*rows.values()]).sum(1).unbind()):
-            weight_grads[i] = total
-    return *stream_grads, *weight_grads
-
-
-class Mixing(torch.autograd.Function):
-    """Weighted sum of the streams that enter a layer, (T, D); None streams are skipped, None weights are 1.
-
-    If `reads`, also its norm and leading channels (T, G). x0 and bigrams pass through: gradients of later
-    layers arrive already summed, and this layer's kernel adds its own.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TD, skip_TD, x0_TD, bigram_TD, x_weight, skip_weight, x0_weight, bigram_weight, reads):
-        weights = (x_weight, skip_weight, x0_weight, bigram_weight)
-        sum_TD, h_TD, scale_T1, lead_TG = mix_region(x_TD, skip_TD, x0_TD, bigram_TD, weights, reads)
-        ctx.save_for_backward(x_TD, skip_TD, x0_TD, bigram_TD, h_TD, scale_T1, *weights)
-        ctx.set_materialize_grads(False)
-        return sum_TD, h_TD, lead_TG, x0_TD, bigram_TD
-
-    @staticmethod
-    def backward(ctx, *grads):
-        *tensors, x_weight, skip_weight, x0_weight, bigram_weight = ctx.saved_tensors
-        weights = (x_weight, skip_weight, x0_weight, bigram_weight)
-        return *mix_backward_region(*tensors, *grads, weights), None
+        return sum_TD, None, None
+    h_TD = norm(sum_TD)
+    return sum_TD, h_TD, h_TD[:, :GATE_INPUTS].contiguous()
 
 
 @region
@@ -1232,63 +1178,34 @@ def as_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @region
 def branch_region(x_TD, o_TD, scale8):
-    """Residual stream after attention, the same normed, what it was multiplied by, (T, 1), and in float8."""
+    """Residual stream after attention, the same normed, and that in float8, if its scale is given."""
     sum_TD = x_TD + o_TD
-    h_TD, scale_T1 = scaled_norm(sum_TD)
-    return sum_TD, h_TD, scale_T1, None if scale8 is None else float8_region(h_TD, scale8)
-
-
-@region
-def branch_backward_region(h_TD, scale_T1, grad_TD, h_grad_TD):
-    """Gradient of the sum: its own, plus what comes back through the norm."""
-    return (grad_TD + norm_backward(h_TD, scale_T1, h_grad_TD)).type_as(grad_TD)
-
-
-class Branch(torch.autograd.Function):
-    """x + o, the same normed, and that as float8 over `scale8`, if given: one kernel.
-
-    Backward keeps the normed sum and its scale; the sum itself may be changed in place.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TD, o_TD, scale8: Tensor | None):
-        sum_TD, h_TD, scale_T1, h8_TD = branch_region(x_TD, o_TD, scale8)
-        ctx.save_for_backward(h_TD, scale_T1)
-        ctx.set_materialize_grads(False)
-        if h8_TD is not None:
-            ctx.mark_non_differentiable(h8_TD)
-        return sum_TD, h_TD, h8_TD
-
-    @staticmethod
-    def backward(ctx, grad_TD, h_grad_TD, _):
-        h_TD, scale_T1 = ctx.saved_tensors
-        grad_TD = branch_backward_region(h_TD, scale_T1, grad_TD, h_grad_TD)
-        return grad_TD, grad_TD, None
+    h_TD = norm(sum_TD)
+    return sum_TD, h_TD, None if scale8 is None else float8_region(h_TD.detach(), scale8)
 
 
 class MLP(torch.autograd.Function):
-    """x += LeakyReLU(slope)(h @ up.T)^2 @ down, in place: (T, D). Backward needs only h and r.
+    """LeakyReLU(slope)(h @ up.T)^2 @ down: (T, D). Backward needs only h and r.
 
     eight: what products in float8 read, see GPT.mlp and GPT.refresh; None for h's dtype.
     """
 
     @staticmethod
-    def forward(ctx, x_TD, h_TD, weight_2FD, grad_2FD, eight: tuple | None, slope: float, kernels: str):
+    def forward(ctx, h_TD, weight_2FD, grad_2FD, eight: tuple | None, slope: float, kernels: str):
         saved = h_TD, weight_2FD
         if eight is None:
             r_TF, hidden_TF = mlp_forward(h_TD, weight_2FD[0], slope, kernels)
-            x_TD.addmm_(hidden_TF, weight_2FD[1])
+            out_TD = hidden_TF @ weight_2FD[1]
         else:
             h8_TD, h_scale, _, up8_FD, up_scale, down8_DF, down_scale, *backward = eight
             r_TF, hidden_TF = mlp_forward(h8_TD, up8_FD, slope, kernels, h_scale * up_scale)
             one = torch.ones_like(down_scale)
-            x_TD += float8_product(hidden_TF, down8_DF.T, one, down_scale, x_TD.dtype)
+            out_TD = float8_product(hidden_TF, down8_DF.T, one, down_scale, h_TD.dtype)
             if backward:
                 saved = eight
         ctx.grad_2FD, ctx.slope, ctx.kernels = grad_2FD, slope, kernels
         ctx.save_for_backward(r_TF, *saved)
-        ctx.mark_dirty(x_TD)
-        return x_TD
+        return out_TD
 
     @staticmethod
     def backward(ctx, grad_TD):
@@ -1301,7 +1218,7 @@ class MLP(torch.autograd.Function):
             add_product(ctx.grad_2FD[1], hidden_TF, grad_TD)
             add_product(ctx.grad_2FD[0], u_grad_TF, h_TD)
             h_grad_TD = u_grad_TF @ up_FD
-        return grad_TD, h_grad_TD, None, None, None, None, None
+        return h_grad_TD, None, None, None, None, None
 
 
 def mlp_backward8(grad_TD, r_TF, eight: list, grad_2FD, slope: float, mode: str) -> Tensor:
@@ -1462,8 +1379,10 @@ def gate_region(y_THE, lead_TG, gate_HG, out_lambda):
 
 
 @region
-def final_region(x_TD, backout_TD, backout_lambda, smear_mtp_lambda, edges_T):
+def final_region(x_TD, delta_TD, backout_TD, backout_lambda, smear_mtp_lambda, edges_T):
     """Latents that the head reads: backout, norm, and smear-MTP y'[t] = y[t] + lambda y[t-1] (PR 151)."""
+    if delta_TD is not None:
+        x_TD = x_TD + delta_TD
     if backout_TD is not None:
         x_TD = (x_TD - weighted(backout_TD, backout_lambda)).type_as(x_TD)
     x_TD = norm(x_TD)
@@ -1632,15 +1551,13 @@ class GPT(nn.Module):
         attn_gates = unbind(self.attn_gate, len(cfg.attention_layers))
         value_gates = unbind(self.value_gate, len(cfg.attention_layers))
         scale8 = self.latent_scale if "mlp" in self.fp8 and torch.is_grad_enabled() else None
-        outputs, late_TD, late_lead_TG = {}, None, None
+        outputs, delta_TD, late_TD, late_lead_TG = {}, None, None, None
         for i, layer in enumerate(cfg.layers):
             skip_TD = outputs[layer.skip_from] if i in cfg.skips else None
             reads = not cfg.reads_late(i)
             injected = (x0_TD, bigram_TD) if layer.inject else (None, None)
-            x_TD, h_TD, lead_TG, *injected = Mixing.apply(  # h = norm(x); lead = what gates read of it
-                x_TD, skip_TD, *injected, *stream_weights[i], reads)
-            if layer.inject:
-                x0_TD, bigram_TD = injected
+            x_TD, h_TD, lead_TG = mix_region(  # h = norm(x); lead = what gates read of it
+                x_TD, delta_TD, skip_TD, *injected, stream_weights[i], reads)
             h8_TD = None
             if layer.window != "none":
                 if not reads:
@@ -1660,16 +1577,17 @@ class GPT(nn.Module):
                 y_THE = y_THE.reshape(len(qkv_TC), cfg.heads, -1)
                 y_TD = gate_region(y_THE, lead_TG, attn_gates[a], out_lambdas[a])
                 o_TD = self.project("o", a, y_TD)
-                x_TD, h_TD, h8_TD = Branch.apply(x_TD, o_TD, scale8)
+                x_TD, h_TD, h8_TD = branch_region(x_TD, o_TD, scale8)
             elif scale8 is not None:
                 h8_TD = float8_region(h_TD.detach(), scale8)
-            x_TD = self.mlp(i, x_TD, h_TD, h8_TD)
+            delta_TD = self.mlp(i, h_TD, h8_TD)  # added by the next kernel that reads x
             if i in self.tap_layers:
+                x_TD, delta_TD = x_TD + delta_TD, None
                 outputs[i] = x_TD
             if i == cfg.backout_from and cfg.late_attention:
                 late_TD, late_lead_TG = late_region(x_TD)
         backout_TD = outputs.get(cfg.backout_from)
-        return final_region(x_TD, backout_TD, self.backout_lambda, self.smear_mtp_lambda, edges_T)
+        return final_region(x_TD, delta_TD, backout_TD, self.backout_lambda, self.smear_mtp_lambda, edges_T)
 
     def project(self, name: str, a: int, x_TD) -> Tensor:
         """Product with Q, K and V ("qkv": (T, 3 D)) or O ("o": (T, D)) of attention layer a."""
@@ -1679,13 +1597,13 @@ class GPT(nn.Module):
         grad_RC = None if grad_4DD is None else grad_4DD[matrices].flatten(0, 1)
         return Linear.apply(x_TD, weight_RC, grad_RC)
 
-    def mlp(self, i: int, x_TD, h_TD, h8_TD) -> Tensor:
-        """The residual stream plus the MLP of layer i, which reads its norm h; h8: h as float8, or None."""
+    def mlp(self, i: int, h_TD, h8_TD) -> Tensor:
+        """What the MLP of layer i adds to the residual stream, whose norm h is; h8: h as float8, or None."""
         eight = None
         if h8_TD is not None:
             eight = h8_TD, self.latent_scale, self.grad_scale, *self.compute_weights["mlp8", i]
         weight_2FD, grad_2FD = self.compute_weights["mlp_bank"][0][i], self.bank_gradient(self.mlp_bank, i)
-        return MLP.apply(x_TD, h_TD, weight_2FD, grad_2FD, eight, self.cfg.leaky_slope, self.kernels)
+        return MLP.apply(h_TD, weight_2FD, grad_2FD, eight, self.cfg.leaky_slope, self.kernels)
 
     def bank_gradient(self, bank: nn.Parameter, layer: int) -> Tensor | None:
         """What the products of a layer add their weights' gradients to; None where nothing is trained."""
