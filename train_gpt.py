@@ -95,7 +95,7 @@ class Stage(NamedTuple):
 
 
 class Softcap(NamedTuple):
-    """Logits become height * tanh((z + shift) / width)."""
+    """Logits become height * tanh((z + shift) / width) (record 54)."""
 
     height: float
     shift: float
@@ -146,28 +146,15 @@ class Config:
     width: int = flag(768, "width of the residual stream", 1)
     heads: int = flag(6, "attention heads", 1)
     attn_scale: float = flag(0.1, "attention's scale in the first stage")
-    yarn: bool = flag(True, "stretch rotary embeddings as windows grow")
-    value_embeds: bool = flag(True, "value embeddings")
     value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
     value_gate: bool = flag(False, "a learned gate on value embeddings for each head (record 55)")
-    key_offset: str = flag("table", "partial key offset. table: in marked layers, table-full: there of all "
-                           "dims, all: in every layer", choices=("table", "table-full", "all", "off"))
-    x0_mix: bool = flag(True, "before each layer, learned weights of the stream and of the input embedding")
-    smear: bool = flag(True, "add the previous token's embedding, gated")
-    skip: bool = flag(True, "skip connections of the layer table")
-    backout_from: int = flag(-1, "layer whose output is partly subtracted before the head; -1: none", -1)
-    late_attention: bool = flag(False, "attention after backout_from reads that layer's output (record 77)")
-    draw_output: bool = flag(False, "attention's output matrices start random instead of 0 (record 64)")
-    attn_gate: bool = flag(True, "a learned gate for each attention head")
-    softcap: float = flag(15.0, "logits become softcap * tanh((z + softcap_shift) / softcap_width)", 0.1)
-    softcap_shift: float = flag(0.0, "see softcap (record 54)")
-    softcap_width: float = flag(15.0, "see softcap", 0.1)
+    backout_from: int = flag(-1, "layer whose output later attention reads, and which is partly subtracted "
+                             "before the head; -1: none", -1)
     smear_mtp: bool = flag(True, "smear-MTP: mix the previous position into the final latents (PR 151)")
     leaky_slope: float = flag(0.5, "MLP activation LeakyReLU(slope) squared; 0 is ReLU squared")
     bigram_ratio: float = flag(0.0, "rows of the hashed bigram table over the vocabulary; 0: off (record 62)")
     untie_at: float = flag(0.0, "fraction of scheduled_steps with head and embedding tied (records 51, 53)")
     pointer: bool = flag(False, "p(y) mixes in a copy distribution over the document (PR 379)")
-    cut_documents: bool = flag(False, "smear, key offset, smear-MTP and pairs stop where a document starts")
     # loss
     multi_target: bool = flag(False, "predict further tokens, too, weighted as the stage table says")
     mtp_heads: int = flag(0, "auxiliary heads for t+2, t+3, ..: trained, not exported")
@@ -175,14 +162,11 @@ class Config:
     # optimizer: `parameter_table` has each parameter's own learning rate
     muon_lr: float = flag(0.023, "learning rate of NorMuon: attention x attn_lr_ratio, MLP x 2 and x 4")
     muon_weight_decay: float = flag(0.0276, "per step lr * this, both times the schedule's multiplier")
-    muon_heads: int = flag(0, "heads of Q, and of K, orthogonalised together (record 80); 0: all")
     slow_momentum: float = flag(1.0, "fraction of scheduled_steps after which Muon reads a slow momentum, too")
     average: float = flag(0.0, "last fraction of the steps whose weights are averaged into the final ones")
     betas_89: bool = flag(False, "betas of record 89")
     attn_lr_ratio: float = flag(2.0, "learning rate of the attention matrices over muon_lr")
     adam_lr: float = flag(0.008, "learning rate of tables, heads, gates and scalars")
-    adam_weight_decay: float = flag(0.0, "of tables x 5 and heads x 150, times lr squared (record 50: 0.005)")
-    smooth_scalars: bool = flag(False, "betas of scalars and gates: 0.9, 0.99, not 0.65, 0.95 (record 52)")
 
     @property
     def padded_vocab(self) -> int:
@@ -197,22 +181,17 @@ class Config:
         return self.scheduled_steps + self.extension_steps
 
     @property
-    def logit_cap(self) -> Softcap:
-        return Softcap(self.softcap, self.softcap_shift, self.softcap_width)
-
-    @property
     def attention_layers(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if layer.window != "none"]
 
     @property
     def value_tables(self) -> int:
-        tables = {table for layer in self.layers for table in layer.value_embeds}
-        return len(tables) if self.value_embeds else 0
+        return len({table for layer in self.layers for table in layer.value_embeds})
 
     @property
     def skips(self) -> list[int]:
         """Layers with a skip connection."""
-        return [i for i, layer in enumerate(self.layers) if self.skip and layer.skip_from >= 0]
+        return [i for i, layer in enumerate(self.layers) if layer.skip_from >= 0]
 
     @property
     def bigram_rows(self) -> int:
@@ -223,8 +202,8 @@ class Config:
         return stage.batch_tokens // self.micro_batches
 
     def reads_late(self, i: int) -> bool:
-        """Whether attention in layer i reads the output of backout_from."""
-        return self.late_attention and 0 <= self.backout_from < i and i in self.attention_layers
+        """Whether attention in layer i reads the output of backout_from (record 77)."""
+        return 0 <= self.backout_from < i and i in self.attention_layers
 
 
 def short_layers(*tables: int) -> tuple:
@@ -251,10 +230,6 @@ SHORT_STAGES = (
     Stage(2 / 3, 393_216, 2048,    640,  1408,  1.73, ((1, 1),)),
     Stage(1.0,   393_216, 2048,    768,  1664,  1.00, ((1, 1),)),
 )
-
-# A quarter of short's batch: so few tokens are better spent in more steps.
-SPRINT_STAGES = tuple(stage._replace(batch_tokens=stage.batch_tokens // 4) for stage in SHORT_STAGES)
-SPRINT_STAGES = (SPRINT_STAGES[0]._replace(max_doc=896), *SPRINT_STAGES[1:])
 
 MEDIUM_LAYERS = (
     Layer("long", value_embeds=(0,), key_offset=True),
@@ -297,8 +272,9 @@ TINY_STAGES = (
 )
 
 SHORT = Config(
-    track="short", data="data/fineweb10B", layers=short_layers(1, 2, 0, 1, 2), stages=SHORT_STAGES,
+    track="short", data="data/fineweb10B", layers=short_layers(0, 1, 2, 3, 4), stages=SHORT_STAGES,
     scheduled_steps=2070, extension_steps=40, val_tokens=10_485_760, val_every=250, backout_from=7,
+    lr_floor=0.15, value_std=0.01, prefix_weight=0.25, bigram_ratio=5.0, untie_at=2 / 3,
 )
 
 TRACKS = {
@@ -309,22 +285,23 @@ TRACKS = {
         momentum_cooldown=25,
     ),
     "sprint": replace(
-        SHORT, track="sprint", layers=short_layers(0, 1, 2, 3, 4), stages=SPRINT_STAGES, micro_batches=2,
-        scheduled_steps=460, extension_steps=20, momentum_warmup=1200, val_tokens=2_097_152, val_every=120,
-        lr_floor=0.15, value_std=0.01, draw_output=True, late_attention=True, softcap=11.5, softcap_shift=5.0,
-        softcap_width=15.0, prefix_weight=0.25, bigram_ratio=5.0, untie_at=2 / 3, muon_heads=2,
-        adam_weight_decay=0.005, smooth_scalars=True,
+        SHORT, track="sprint", scheduled_steps=290, extension_steps=10, epochs=3, val_tokens=2_097_152,
+        val_every=100,
     ),
     "short": SHORT,
     "medium": replace(
         SHORT, track="medium", layers=MEDIUM_LAYERS, stages=MEDIUM_STAGES, width=1024, heads=8,
         scheduled_steps=4700, backout_from=11, cooldown=0.7, val_windows=(1408, 3456), muon_lr=0.015,
-        muon_weight_decay=0.018, adam_lr=0.004, fp8="head",
+        muon_weight_decay=0.018, adam_lr=0.004, fp8="head", lr_floor=0.1, value_std=0.0, prefix_weight=0.0,
+        bigram_ratio=0.0, untie_at=0.0,
     ),
 }
 
 # Constants that no track varies.
 MLP_RATIO = 4          # hidden width of the MLP over the model's
+SOFTCAP = Softcap(11.5, 5.0, 15.0)
+MUON_HEADS = 2         # heads of Q, and of K, that Muon orthogonalises together (record 80)
+ADAM_DECAY = 0.005     # weight decay of tables (x 5) and heads (x 150), times lr squared (record 50)
 GATE_INPUTS = 12       # leading channels that attention's gates and the smear's read
 ROTARY_FRACTION = 0.5  # of the head dimensions that rotate; the rest are stationary
 YARN_WINDOW = 1664     # tokens: longer windows leave the rotary tables as they are
@@ -410,11 +387,8 @@ def check_config(cfg: Config) -> Config:
     require(tables == set(range(len(tables))), f"layer table: value_embeds {tables} must be 0, 1, ..")
     require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 * heads")
     require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
-    require(not cfg.late_attention or any(map(cfg.reads_late, cfg.attention_layers)),
-            "--late_attention: no attention after --backout_from; turn it off")
     require(not cfg.pointer or cfg.vocab_size < cfg.padded_vocab, "--pointer: no column is unused")
-    require(not cfg.muon_heads or cfg.heads % cfg.muon_heads == 0,
-            f"--muon_heads={cfg.muon_heads}: must divide --heads={cfg.heads}")
+    require(cfg.heads % MUON_HEADS == 0, f"--heads={cfg.heads}: must be a multiple of {MUON_HEADS}")
     return cfg
 
 
@@ -1056,11 +1030,9 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
-def shift(x: Tensor, edges_T=None) -> Tensor:
-    """x[t-1] at position t; zero at t = 0 and, if edges_T (bool) is given, where it is true."""
-    previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
-    if edges_T is None:
-        return previous
+def shift(x, edges_T) -> Tensor:
+    """x[t-1] at position t; zero where edges_T (bool) is true."""
+    previous = torch.cat([x[:1], x[:-1]])
     return previous.masked_fill(edges_T.view(-1, *[1] * (x.dim() - 1)), 0)
 
 
@@ -1072,15 +1044,11 @@ def rotate(x_THE, cos_TJ, sin_TJ) -> Tensor:
 
 
 def offset_keys(k_THE, dims_E, edges_T) -> Tensor:
-    """Partial key offset (record 49): k[t] with the marked dims taken from k[t-1]; t = 0 keeps its own.
+    """Partial key offset (record 49): k[t] with the marked dims taken from k[t-1], but for edges.
 
-    dims_E: bool. edges_T: bool, positions that keep their own key too, or None to cross documents.
+    dims_E: bool. edges_T: bool, positions that keep their own key.
     """
-    take = dims_E.expand(k_THE.size(0), -1)[:, None].clone()
-    take[0] = False
-    if edges_T is not None:
-        take = take & ~edges_T[:, None, None]
-    return torch.where(take, shift(k_THE), k_THE)
+    return torch.where(dims_E & ~edges_T[:, None, None], shift(k_THE, edges_T), k_THE)
 
 
 def gradient(p: nn.Parameter) -> Tensor:
@@ -1287,14 +1255,14 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
     scale = cfg.attn_scale
     for old, new in zip(cfg.stages[:stage], cfg.stages[1:]):
         stretch = new.window_long / old.window_long
-        if not cfg.yarn or new.window_long > YARN_WINDOW:
+        if new.window_long > YARN_WINDOW:
             continue
         turns = old.window_long * frequency / (2 * math.pi)
         keep = ((turns - 1) / 31).clamp(0, 1)
         frequency = frequency * (1 / stretch + keep * (1 - 1 / stretch))
         scale *= 1 + 0.2 * math.log(stretch)
     angle_PJ = torch.arange(positions).double()[:, None] * frequency
-    offset_E = ((frequency == 0) | (cfg.key_offset == "table-full")).repeat(2) & (cfg.key_offset != "off")
+    offset_E = (frequency == 0).repeat(2)
     tables = angle_PJ.cos().float(), angle_PJ.sin().float(), torch.tensor(scale).float(), offset_E
     return Rotary(*(table.to(device) for table in tables))
 
@@ -1305,10 +1273,8 @@ def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
 @region
 def embed_region(embed_TD, gate_G, smear_lambda, edges_T):
     """Token embeddings smeared with their predecessor, normed: (T, D)."""
-    if gate_G is not None:
-        gate = torch.sigmoid(embed_TD[:, : gate_G.numel()] @ gate_G.to(embed_TD.dtype))
-        embed_TD = embed_TD + smear_lambda * gate[:, None] * shift(embed_TD, edges_T)
-    return norm(embed_TD)
+    gate_T1 = torch.sigmoid(embed_TD[:, :GATE_INPUTS] @ gate_G.to(embed_TD.dtype))[:, None]
+    return norm(embed_TD + smear_lambda * gate_T1 * shift(embed_TD, edges_T))
 
 
 BIGRAM_SIGNS = 8192
@@ -1320,12 +1286,10 @@ def bigram_region(tokens_T, edges_T, rows: int):
 
     Where nothing is before, the last row and the first signs. Products wrap around as int32.
     """
-    alone_T = torch.arange(tokens_T.size(0), device=tokens_T.device) == 0
-    alone_T = alone_T if edges_T is None else alone_T | edges_T
     token_T, before_T = tokens_T.int(), shift(tokens_T).int()
     row_T = ((36313 * token_T) ^ (27191 * before_T)) % (rows - 1)
     sign_T = (token_T ^ before_T) % BIGRAM_SIGNS
-    return row_T.masked_fill(alone_T, rows - 1).long(), sign_T.masked_fill(alone_T, 0).long()
+    return row_T.masked_fill(edges_T, rows - 1).long(), sign_T.masked_fill(edges_T, 0).long()
 
 
 @region
@@ -1372,9 +1336,7 @@ def qkv_region(qkv_TC, v_lambda, value_TD, lead_TG, gate_HG, cos_PJ, sin_PJ, sca
 @region
 def gate_region(y_THE, lead_TG, gate_HG, out_lambda):
     """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D)."""
-    factor_TH = out_lambda.expand(y_THE.size(0), 1)
-    if gate_HG is not None:
-        factor_TH = factor_TH * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)
+    factor_TH = out_lambda.expand(y_THE.size(0), 1) * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)
     return (y_THE * factor_TH[..., None]).type_as(y_THE).flatten(1)
 
 
@@ -1398,18 +1360,18 @@ def pointer_region(qk_TC, gain):
     return weighted(q_TE, gain * POINTER_WIDTH**-0.5).type_as(q_TE), k_TE
 
 
-def cap(logits: Tensor, softcap: Softcap) -> Tensor:
+def cap(logits: Tensor) -> Tensor:
     """Soft-capped logits, float32."""
-    return softcap.height * torch.tanh((logits.float() + softcap.shift) / softcap.width)
+    return SOFTCAP.height * torch.tanh((logits.float() + SOFTCAP.shift) / SOFTCAP.width)
 
 
 @region
-def loss_region(logits_TV, targets_T, softcap: Softcap, masses_T2=None, slot: int = 0):
+def loss_region(logits_TV, targets_T, masses_T2=None, slot: int = 0):
     """Cross entropy of logits before the soft cap: (T,) float32, 0 where the target is -1.
 
     masses_T2, slot: of Copying, if the distribution is a mixture.
     """
-    capped_TV = cap(logits_TV, softcap)
+    capped_TV = cap(logits_TV)
     nll_T = F.cross_entropy(capped_TV, targets_T, ignore_index=-1, reduction="none")
     if masses_T2 is None:
         return nll_T
@@ -1437,16 +1399,16 @@ def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, copying
         (weight_VD,) = head
         one = torch.ones((), device=x_TD.device)
         logits_TV = x_TD @ weight_VD.T
-        loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, one, None, mode,
+        loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, SOFTCAP, one, None, mode,
                                         copying)
         add_product(grad_VD, grad_TV, x_TD)
         return loss_T.sum(), grad_TV @ weight_VD
     weight8_VD, weight8_DV, scale = head
     x_scale = model.latent_scale
-    grad_scale = (weights_K.sum() * max(1.0, cfg.softcap / cfg.softcap_width)).clamp_min(1e-30) * 2.0**-14
+    grad_scale = (weights_K.sum() * max(1.0, SOFTCAP.height / SOFTCAP.width)).clamp_min(1e-30) * 2.0**-14
     x8_TD = float8_region(x_TD, x_scale)
     logits_TV = float8_product(x8_TD, weight8_VD.T, x_scale, scale, x_TD.dtype, fast=True)
-    loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, grad_scale,
+    loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, SOFTCAP, grad_scale,
                                     torch.float8_e5m2, mode, copying)
     del logits_TV
     x_grad_TD = float8_product(grad_TV, weight8_DV.T, grad_scale, scale, x_TD.dtype)
@@ -1537,18 +1499,17 @@ class GPT(nn.Module):
         cfg = self.cfg
         if not self.compute_weights:
             self.refresh()
-        edges_T = docs.first_T
-        if edges_T is None and cfg.cut_documents:
-            edges_T = tokens_T == cfg.bos
+        edges_T = tokens_T == cfg.bos if docs.first_T is None else docs.first_T
+        edges_T[0] = True
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype)
         x_TD = embed_region(embed_TD, self.smear_gate, self.smear_lambda, edges_T)
-        x0_TD = x_TD if cfg.x0_mix else None
+        x0_TD = x_TD
         values = self.value_rows(tokens_T)
         bigram_TD = self.bigrams(tokens_T, edges_T)
         stream_weights = self.stream_weights()
         lambdas = self.attn_lambdas.flatten().unbind()
         v_lambdas, out_lambdas = lambdas[::2], lambdas[1::2]
-        attn_gates = unbind(self.attn_gate, len(cfg.attention_layers))
+        attn_gates = self.attn_gate.unbind()
         value_gates = unbind(self.value_gate, len(cfg.attention_layers))
         scale8 = self.latent_scale if "mlp" in self.fp8 and torch.is_grad_enabled() else None
         outputs, delta_TD, late_TD, late_lead_TG = {}, None, None, None
@@ -1566,7 +1527,7 @@ class GPT(nn.Module):
                 qkv_TC = self.project("qkv", a, h_TD)
                 own_values = [values[table] for table in layer.value_embeds if values]
                 value_TD = sum(own_values[1:], own_values[0]) if own_values else None
-                offset_E = rotary.offset_E if layer.key_offset or cfg.key_offset == "all" else None
+                offset_E = rotary.offset_E if layer.key_offset else None
                 q_THE, k_THE, v_THE = qkv_region(
                     qkv_TC, v_lambdas[a], value_TD, lead_TG, value_gates[a], rotary.cos_PJ, rotary.sin_PJ,
                     rotary.scale, offset_E, edges_T, cfg.heads, layer.paired)
@@ -1584,7 +1545,7 @@ class GPT(nn.Module):
             if i in self.tap_layers:
                 x_TD, delta_TD = x_TD + delta_TD, None
                 outputs[i] = x_TD
-            if i == cfg.backout_from and cfg.late_attention:
+            if i == cfg.backout_from:
                 late_TD, late_lead_TG = late_region(x_TD)
         backout_TD = outputs.get(cfg.backout_from)
         return final_region(x_TD, delta_TD, backout_TD, self.backout_lambda, self.smear_mtp_lambda, edges_T)
@@ -1678,7 +1639,7 @@ class GPT(nn.Module):
         """Yields the cross entropies of `chunk` targets at a time, float32; 0 where a target is -1."""
         masses = itertools.repeat(None) if masses_T2 is None else masses_T2.split(chunk)
         for x, targets, own in zip(x_TD.split(chunk), targets_T.split(chunk), masses):
-            yield loss_region(self.products(x), targets, self.cfg.logit_cap, own, self.cfg.vocab_size)
+            yield loss_region(self.products(x), targets, own, self.cfg.vocab_size)
 
     def products(self, x_TD) -> Tensor:
         """Logits before the soft cap, (T, V), of final latents, in their dtype."""
@@ -1984,7 +1945,7 @@ def parameter_table(cfg: Config) -> list[Row]:
 
     def table(name: str, shape: tuple, ratio=1.0, decay=1.0, betas=(0.65, 0.95), algorithm=Adam, **more):
         lr = ratio * adam
-        decay *= cfg.adam_weight_decay * lr
+        decay *= ADAM_DECAY * lr
         return Row(name, shape, algorithm, "sharded", (lr,), betas=betas, weight_decay=decay,
                    every=ADAM_EVERY, **more)
 
@@ -1995,13 +1956,13 @@ def parameter_table(cfg: Config) -> list[Row]:
                    betas=(0.0, 0.9 if cfg.betas_89 else 0.95), average=cfg.average,
                    slow_from=slow_from, **more)
 
-    smooth = (0.9, 0.99) if cfg.smooth_scalars else (0.65, 0.95)
+    smooth = 0.9, 0.99  # record 52
     betas = (0.5, 0.95) if cfg.betas_89 else (0.65, 0.95)
 
     def scalars(name: str, shape: tuple, start=0.0, lr: float = 5 * adam, betas=smooth, used: bool = True):
         return Row(name, shape, Adam, "replicated", (lr,), start, betas, every=ADAM_EVERY, used=used)
 
-    groups = (cfg.heads // cfg.muon_heads,) * 2 + (1, 1) if cfg.muon_heads else ()
+    pairs_of_heads = cfg.heads // MUON_HEADS
     values = normal(cfg.value_std) if cfg.value_std else 0.0
     if cfg.untie_at:  # a copy of the head, at its rate and decay, until it gets a life of its own (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
@@ -2013,22 +1974,22 @@ def parameter_table(cfg: Config) -> list[Row]:
     return [
         embed,
         table("head", (V, D), decay=150, betas=betas, average=cfg.average),
-        bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, groups=groups,
-             start=uniform(std, 3 + cfg.draw_output)),
+        bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, groups=(pairs_of_heads, pairs_of_heads, 1, 1),
+             start=uniform(std, 4)),
         bank("mlp_bank", (L, 2, MLP_RATIO * D, D), (2 * muon, 4 * muon), start=uniform(std, 1)),
         table("value_embeds", (cfg.value_tables * V, D), ratio=EMBED_LR_RATIO, decay=5, start=values,
               betas=(0.75, 0.95) if cfg.betas_89 else (0.65, 0.95), used=cfg.value_tables > 0),
         table("bigram_embed", (cfg.bigram_rows, D), ratio=EMBED_LR_RATIO, decay=5, betas=(0.75, 0.95),
               used=pairs),
         table("mtp_heads", (cfg.mtp_heads, V, D), decay=150, used=cfg.mtp_heads > 0),
-        scalars("attn_gate", (A, cfg.heads, GATE_INPUTS), lr=adam, used=cfg.attn_gate),
+        scalars("attn_gate", (A, cfg.heads, GATE_INPUTS), lr=adam),
         scalars("value_gate", (A, cfg.heads, GATE_INPUTS), lr=adam, betas=(0.9, 0.99), used=cfg.value_gate),
-        scalars("smear_gate", (GATE_INPUTS,), lr=adam * (0.01 if cfg.betas_89 else 1), used=cfg.smear),
+        scalars("smear_gate", (GATE_INPUTS,), lr=adam * (0.01 if cfg.betas_89 else 1)),
         scalars("attn_lambdas", (A, 2), (0.5, 1.0)),  # on v, on the output
-        scalars("resid_lambdas", (L,), 1.1, betas=(0.9, 0.95) if cfg.betas_89 else smooth, used=cfg.x0_mix),
-        scalars("x0_lambdas", (L,), betas=(0.65, 0.95), used=cfg.x0_mix),  # never smoothed (record 52)
+        scalars("resid_lambdas", (L,), 1.1, betas=(0.9, 0.95) if cfg.betas_89 else smooth),
+        scalars("x0_lambdas", (L,), betas=(0.65, 0.95)),  # never smoothed (record 52)
         scalars("bigram_lambdas", (L,), 0.1, betas=(0.65, 0.95), used=pairs),
-        scalars("smear_lambda", (), used=cfg.smear),
+        scalars("smear_lambda", ()),
         scalars("skip_lambdas", (len(cfg.skips),), -1.5, used=bool(cfg.skips)),  # before a sigmoid
         scalars("backout_lambda", (), 0.5, used=cfg.backout_from >= 0),
         scalars("smear_mtp_lambda", (), used=cfg.smear_mtp),
@@ -2570,7 +2531,7 @@ def cut_at_bos(tokens: Tensor, bos: int) -> MicroBatch:
     """How validation lays out successive tokens of its stream: a document from each BOS to the next.
 
     The first may begin inside a document. Other cuts: other starts for to_documents. They bound attention;
-    what else reads the previous token stops at BOS (with cut_documents), or where first_T says.
+    what else reads the previous token stops at BOS, or where first_T says.
     """
     starts = np.append(0, np.flatnonzero(tokens[1:-1].numpy() == bos) + 1)
     return MicroBatch(tokens, to_documents(starts, len(tokens) - 1))
