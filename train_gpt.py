@@ -121,8 +121,7 @@ class Config:
     kernels: bool = flag(True, "Triton kernels")
     fa3: bool = flag(True, "FlashAttention 3, if flash_attn_interface is installed; else FlashAttention 2")
     graphs: bool = flag(True, "CUDA graphs of the micro-batches")
-    fp8: str = flag("head+mlp", "products in float8; grad: of the MLP's backward, too",
-                    choices=("head+mlp+grad", "head+mlp", "head", "off"))
+    fp8: bool = flag(True, "products of the head and of the MLPs in float8")
     # data
     data: str = flag("data/sample", "folder with NAME_train_000000.bin, NAME_val_000000.bin, ..")
     vocab_size: int = flag(0, "tokens; 0: as many as the data's token_bytes.npy lists, or GPT-2's 50257")
@@ -292,7 +291,7 @@ TRACKS = {
     "medium": replace(
         SHORT, track="medium", layers=MEDIUM_LAYERS, stages=MEDIUM_STAGES, width=1024, heads=8,
         scheduled_steps=4700, backout_from=11, cooldown=0.7, val_windows=(1408, 3456), muon_lr=0.015,
-        muon_weight_decay=0.018, adam_lr=0.004, fp8="head", lr_floor=0.1, value_std=0.0, prefix_weight=0.0,
+        muon_weight_decay=0.018, adam_lr=0.004, lr_floor=0.1, value_std=0.0, prefix_weight=0.0,
         bigram_ratio=0.0, untie_at=0.0,
     ),
 }
@@ -455,9 +454,9 @@ class Hardware(NamedTuple):
     device: torch.device
     dtype: torch.dtype           # of activations; parameters are always float32
     compile: bool                # regions and the optimizer's updates
-    kernels: str                 # "tma", "pointer" or "reference": see "Kernels"
+    kernels: str                 # "large", "small" or "reference": see "Kernels"
     attention: str               # "fa3", "fa2" (FlashAttention, the latter inside torch) or "reference"
-    fp8: str                     # products in float8: Config.fp8, or "off"
+    fp8: bool                    # products of the head and of the MLPs in float8
     graphs: bool                 # training micro-batches as CUDA graphs
 
     @property
@@ -472,7 +471,7 @@ class Hardware(NamedTuple):
 def choose_hardware(cfg: Config, world: World) -> Hardware:
     """The fastest that this machine has and the flags allow. Raises UserError if a rank has no GPU."""
     if not torch.cuda.is_available():
-        return Hardware(torch.device("cpu"), torch.float32, False, "reference", "reference", "off", False)
+        return Hardware(torch.device("cpu"), torch.float32, False, "reference", "reference", False, False)
     found = torch.cuda.device_count()
     require(world.local_rank < found, f"process {world.local_rank + 1} has no GPU: start {found} processes")
     device = torch.device("cuda", world.local_rank)
@@ -481,13 +480,13 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     hopper, modern = capability[0] == 9, capability >= (8, 0)
     kernels = "reference"
     if cfg.kernels and modern and triton is not None:
-        kernels = "tma" if hopper else "pointer"
+        kernels = "large" if capability[0] in (9, 10) else "small"
     attention = "fa2" if modern else "reference"
     if cfg.fa3 and hopper and importlib.util.find_spec("flash_attn_interface") is not None:
         attention = "fa3"
         torch.nn.attention.activate_flash_attention_impl("FA3")
     sizes = cfg.width, *(cfg.micro_tokens(stage) for stage in cfg.stages)
-    fp8 = cfg.fp8 if capability >= (8, 9) and not any(size % 16 for size in sizes) else "off"
+    fp8 = cfg.fp8 and capability >= (8, 9) and not any(size % 16 for size in sizes)
     dtype = torch.bfloat16 if modern else torch.float32
     graphs = cfg.graphs and cfg.compile and modern
     return Hardware(device, dtype, cfg.compile, kernels, attention, fp8, graphs)
@@ -522,7 +521,7 @@ region.compile = False
 
 # ----------------------------------------------------------------------------------------------------------
 # Kernels. Each wrapper takes a mode: "reference" is plain torch, anything else the kernel. Only the MLP's has
-# two: "tma" moves tiles with Hopper's copy engine, "pointer" with ordinary loads, on any GPU.
+# two: "large" tiles need the shared memory of datacenter GPUs since Hopper, "small" ones fit any.
 
 
 if triton:
@@ -532,37 +531,27 @@ else:
 
 
 @jit
-def load_tile(x, row, column, rows, columns, ROWS: constexpr, COLUMNS: constexpr,
-              TMA: constexpr):
-    """Tile of a row-major matrix, zero outside of it. x: its tensor descriptor (TMA) or pointer."""
-    if TMA:
-        tile = x.load([row, column])
-    else:
-        r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None]
-        tile = tl.load(x + r.to(tl.int64) * columns + c, (r < rows) & (c < columns), other=0.0)
-    return tile
+def load_tile(x, row, column, rows, columns, ROWS: constexpr, COLUMNS: constexpr):
+    """Tile of a row-major matrix, zero outside of it."""
+    r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None]
+    return tl.load(x + r.to(tl.int64) * columns + c, (r < rows) & (c < columns), other=0.0)
 
 
 @jit
-def store_tile(x, tile, row, column, rows, columns, ROWS: constexpr, COLUMNS: constexpr,
-               TMA: constexpr):
-    if TMA:
-        x.store([row, column], tile)
-    else:
-        r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None]
-        tl.store(x + r.to(tl.int64) * columns + c, tile, (r < rows) & (c < columns))
+def store_tile(x, tile, row, column, rows, columns, ROWS: constexpr, COLUMNS: constexpr):
+    r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None]
+    tl.store(x + r.to(tl.int64) * columns + c, tile, (r < rows) & (c < columns))
 
 
 @jit
-def mlp_kernel(a, b, aux, out, square, flipped, float8_scale, M, N, K, SLOPE: constexpr,
-               BACKWARD: constexpr, DTYPE: constexpr, FLOAT8: constexpr, TMA: constexpr, M_TILE: constexpr,
-               N_TILE: constexpr, K_TILE: constexpr, PROGRAMS: constexpr):
-    """u = a b^T tile by tile, with the activation fused. a: (M, K), b: (N, K); aux, out, square: (M, N).
+def mlp_kernel(a, b, aux, out, square, flipped, scale, M, N, K, SLOPE: constexpr, BACKWARD: constexpr,
+               M_TILE: constexpr, N_TILE: constexpr, K_TILE: constexpr, PROGRAMS: constexpr):
+    """u = scale a b^T tile by tile, with the activation fused. Matrices are tensor descriptors.
 
-    Forward: a is h, b is up; out = r = LeakyReLU(u), square = r^2. aux isn't read.
-    Backward: a is the MLP's gradient, b is down, aux is r; out = u * 2 LeakyReLU(r), square = r^2.
-    FLOAT8: a, b and square are float8; float8_scale, (), multiplies u. Backward, out is float8, too, flipped
-    is out transposed and square is transposed, (N, M) both: products that sum over M read them.
+    a: (M, K) and b: (N, K) float8; aux: (M, N) bfloat16; scale: () float32.
+    Forward: a is h, b is up; out = r = LeakyReLU(u), bfloat16, square = r^2, float8. aux, flipped: unused.
+    Backward: a is the MLP's gradient, b is down, aux is r; out = u * 2 LeakyReLU(r), float8. flipped is out
+    transposed and square is r^2 transposed, (N, M) both: products that sum over M read them.
     """
     HALF: constexpr = N_TILE // 2
     n_tiles = tl.cdiv(N, N_TILE)
@@ -570,125 +559,72 @@ def mlp_kernel(a, b, aux, out, square, flipped, float8_scale, M, N, K, SLOPE: co
         m, n = tile // n_tiles * M_TILE, tile % n_tiles * N_TILE
         acc = tl.zeros((M_TILE, N_TILE), tl.float32)
         for k in range(tl.cdiv(K, K_TILE)):
-            x = load_tile(a, m, k * K_TILE, M, K, M_TILE, K_TILE, TMA)
-            y = load_tile(b, n, k * K_TILE, N, K, N_TILE, K_TILE, TMA)
-            acc = tl.dot(x, y.T, acc, input_precision="ieee")
+            acc = tl.dot(a.load([m, k * K_TILE]), b.load([n, k * K_TILE]).T, acc)
         left, right = acc.reshape(M_TILE, 2, HALF).permute(0, 2, 1).split()  # halves need half the registers
         for half in tl.static_range(2):
-            u = left if half == 0 else right
+            u = (left if half == 0 else right) * tl.load(scale)
             column = n + half * HALF
-            if FLOAT8:
-                u *= tl.load(float8_scale)
             if BACKWARD:
-                r = load_tile(aux, m, column, M, N, M_TILE, HALF, TMA).to(tl.float32)
-                u = 2 * u * tl.where(r > 0, r, SLOPE * r)
-            else:
-                u = tl.where(u > 0, u, SLOPE * u)
-                r = u.to(DTYPE).to(tl.float32)
-            if FLOAT8 and BACKWARD:
-                eight = tl.clamp(u, -57344.0, 57344.0).to(tl.float8e5)
-                store_tile(out, eight, m, column, M, N, M_TILE, HALF, TMA)
-                store_tile(flipped, eight.T, column, m, N, M, HALF, M_TILE, TMA)
+                r = aux.load([m, column]).to(tl.float32)
+                u = tl.clamp(2 * u * tl.where(r > 0, r, SLOPE * r), -57344.0, 57344.0)
+                eight = u.to(tl.float8e5)
+                out.store([m, column], eight)
+                flipped.store([column, m], eight.T)
                 r = tl.where(u == u, r, u)  # so r has u's layout: in another, loads of r wait for each other
+                square.store([column, m], tl.minimum(r * r, 448.0).to(tl.float8e4nv).T)
             else:
-                store_tile(out, u.to(DTYPE), m, column, M, N, M_TILE, HALF, TMA)
-            if FLOAT8:
-                post = tl.minimum(r * r, 448.0).to(tl.float8e4nv)
-            else:
-                post = (r * r).to(DTYPE)
-            if FLOAT8 and BACKWARD:
-                store_tile(square, post.T, column, m, N, M, HALF, M_TILE, TMA)
-            else:
-                store_tile(square, post, m, column, M, N, M_TILE, HALF, TMA)
+                u = tl.where(u > 0, u, SLOPE * u).to(tl.bfloat16)
+                out.store([m, column], u)
+                r = u.to(tl.float32)
+                square.store([m, column], tl.minimum(r * r, 448.0).to(tl.float8e4nv))
 
 
-class Tiles(NamedTuple):
-    """A frozen configuration of mlp_kernel; benchmarks/kernels.py --tune looks for better ones."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-
-MLP_TILES = {  # (mode, whether backward)
-    ("tma", False): Tiles(128, 256, 64, 8, 4),
-    ("tma", True): Tiles(128, 256, 64, 8, 3),
-    ("pointer", False): Tiles(128, 128, 32, 8, 4),
-    ("pointer", True): Tiles(128, 128, 32, 8, 4),
-}
-
-
-def launch_mlp_kernel(a_MK, b_NK, aux_MN, slope: float, mode: str, tiles: Tiles | None = None,
-                      float8_scale=None):
+def launch_mlp_kernel(a_MK, b_NK, aux_MN, scale, slope: float, mode: str):
     """Run mlp_kernel forward or, if aux_MN is given, backward. Returns out, square and flipped (or None)."""
-    M, K = a_MK.shape
-    N = b_NK.size(0)
-    float8 = float8_scale is not None
-    backward = aux_MN is not None
-    flips = float8 and backward
-    dtype = torch.bfloat16 if float8 else a_MK.dtype
-    out_MN = torch.empty(M, N, dtype=torch.float8_e5m2 if flips else dtype, device=a_MK.device)
-    square = torch.empty(*((N, M) if flips else (M, N)), dtype=b_NK.dtype, device=a_MK.device)
-    flipped_NM = torch.empty(N, M, dtype=out_MN.dtype, device=a_MK.device) if flips else None
-    rows = (K, N, M) if flips else (K, N)
-    if mode == "tma" and any(row * a_MK.element_size() % 16 for row in rows):
-        mode = "pointer"  # the copy engine wants rows of whole 16 bytes
-    tiles = tiles or MLP_TILES[mode, backward]
-    k_tile = 2 * tiles.k if float8 else tiles.k  # the same bytes
-    # The kernel's matrices, for each of which TMA wants a descriptor; vectors and numbers come after them.
-    operands = [a_MK.contiguous(), b_NK.contiguous(), aux_MN if backward else out_MN, out_MN, square,
-                flipped_NM if flips else out_MN]
-    if mode == "tma":
-        half = [tiles.m, tiles.n // 2]
-        turned = half[::-1] if flips else half
-        blocks = [[tiles.m, k_tile], [tiles.n, k_tile], half, half, turned, turned]
-        operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(operands, blocks)]
-    programs = triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n)
-    if a_MK.is_cuda:
-        programs = min(programs, torch.cuda.get_device_properties(a_MK.device).multi_processor_count)
-    else:
-        programs = min(programs, 4)
+    (M, K), N, backward, device = a_MK.shape, b_NK.size(0), aux_MN is not None, a_MK.device
+    out_MN = torch.empty(M, N, dtype=torch.float8_e5m2 if backward else torch.bfloat16, device=device)
+    square = torch.empty(*((N, M) if backward else (M, N)), dtype=b_NK.dtype, device=device)
+    flipped_NM = torch.empty(N, M, dtype=out_MN.dtype, device=device) if backward else None
+    n_tile, k_tile = (256, 128) if mode == "large" else (128, 64)
+    programs = torch.cuda.get_device_properties(device).multi_processor_count if a_MK.is_cuda else 4
+    tile, turned = [128, n_tile // 2], [n_tile // 2, 128]
+    matrices = (
+        (a_MK.contiguous(), [128, k_tile]), (b_NK.contiguous(), [n_tile, k_tile]),
+        (aux_MN if backward else out_MN, tile), (out_MN, tile), (square, turned if backward else tile),
+        (flipped_NM, turned) if backward else (out_MN, tile),
+    )
+    programs = min(programs, triton.cdiv(M, 128) * triton.cdiv(N, n_tile))
     mlp_kernel[programs,](
-        *operands, float8_scale, M, N, K, SLOPE=slope, BACKWARD=backward, DTYPE=getattr(tl, str(dtype)[6:]),
-        FLOAT8=float8, TMA=mode == "tma", M_TILE=tiles.m, N_TILE=tiles.n, K_TILE=k_tile, PROGRAMS=programs,
-        num_warps=tiles.warps, num_stages=tiles.stages - (float8 and not backward),
+        *(TensorDescriptor.from_tensor(x, block) for x, block in matrices), scale, M, N, K, SLOPE=slope,
+        BACKWARD=backward, M_TILE=128, N_TILE=n_tile, K_TILE=k_tile, PROGRAMS=programs, num_warps=8,
+        num_stages=3,
     )
     return out_MN, square, flipped_NM
 
 
-def mlp_forward(h_TD, up_FD, slope: float, mode: str = "reference", scale: Tensor | None = None):
-    """r = LeakyReLU(h up^T) and r^2, both (T, F) in the dtype of h. r alone serves backward at any slope.
+def mlp_forward(h_TD, up_FD, scale, slope: float, mode: str = "reference") -> tuple[Tensor, Tensor]:
+    """r = LeakyReLU(scale h up^T), bfloat16, and r^2, cut off at 448, float8_e4m3fn: both (T, F).
 
-    With a scale, (), h and up are float8_e4m3fn, their product is multiplied by it, r is bfloat16 and r^2,
-    cut off at 448, float8_e4m3fn.
+    h and up: float8_e4m3fn. r alone serves backward at any slope.
     """
     if mode != "reference":
-        return launch_mlp_kernel(h_TD, up_FD, None, slope, mode, float8_scale=scale)[:2]
-    if scale is not None:
-        r_TF = F.leaky_relu(h_TD.float() @ up_FD.float().T * scale, slope).bfloat16()
-        return r_TF, r_TF.float().square().clamp_max(448).to(h_TD.dtype)
-    r_TF = F.leaky_relu(h_TD @ up_FD.T, slope)
-    return r_TF, r_TF * r_TF
+        return launch_mlp_kernel(h_TD, up_FD, None, scale, slope, mode)[:2]
+    r_TF = F.leaky_relu(h_TD.float() @ up_FD.float().T * scale, slope).bfloat16()
+    return r_TF, r_TF.float().square().clamp_max(448).to(h_TD.dtype)
 
 
-def mlp_backward(grad_TD, down_FD, r_TF, slope: float, mode: str = "reference", scale: Tensor | None = None):
-    """Gradient of the activation's input, grad down^T * 2 LeakyReLU(r), and r^2 again: both (T, F).
+def mlp_backward(grad_TD, down_FD, r_TF, scale, slope: float, mode: str = "reference"):
+    """Gradient of the activation's input, scale grad down^T * 2 LeakyReLU(r), (T, F), cut off at its ends.
 
-    With a scale, (), grad is float8_e5m2 and down float8_e4m3fn, their product is multiplied by it, the
-    gradient is float8_e5m2, cut off at its ends, and r^2 as forward but transposed, (F, T). The gradient
-    transposed comes third.
+    grad and the result: float8_e5m2; down: float8_e4m3fn. Further r^2 as forward and the gradient again, both
+    transposed, (F, T).
     """
     if mode != "reference":
-        results = launch_mlp_kernel(grad_TD, down_FD, r_TF, slope, mode, float8_scale=scale)
-        return results[:2] if scale is None else results
-    if scale is not None:
-        u_grad_TF = grad_TD.float() @ down_FD.float().T * scale * F.leaky_relu(r_TF.float(), slope) * 2
-        u_grad_TF = float8_region(u_grad_TF, scale.new_ones(()), grad_TD.dtype)
-        hidden_TF = r_TF.float().square().clamp_max(448).to(down_FD.dtype)
-        return u_grad_TF, hidden_TF.T.contiguous(), u_grad_TF.T.contiguous()
-    return grad_TD @ down_FD.T * F.leaky_relu(r_TF, slope).mul_(2), r_TF * r_TF
+        return launch_mlp_kernel(grad_TD, down_FD, r_TF, scale, slope, mode)
+    u_grad_TF = grad_TD.float() @ down_FD.float().T * scale * F.leaky_relu(r_TF.float(), slope) * 2
+    u_grad_TF = float8_region(u_grad_TF, scale.new_ones(()), grad_TD.dtype)
+    hidden_TF = r_TF.float().square().clamp_max(448).to(down_FD.dtype)
+    return u_grad_TF, hidden_TF.T.contiguous(), u_grad_TF.T.contiguous()
 
 
 @jit
@@ -838,8 +774,8 @@ def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dty
 @jit
 def transpose_kernel(x, out, R, C, ROWS: constexpr, COLUMNS: constexpr):
     r, c = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * COLUMNS
-    tile = load_tile(x, r, c, R, C, ROWS, COLUMNS, False)
-    store_tile(out, tile.T, c, r, C, R, COLUMNS, ROWS, False)
+    tile = load_tile(x, r, c, R, C, ROWS, COLUMNS)
+    store_tile(out, tile.T, c, r, C, R, COLUMNS, ROWS)
 
 
 def transpose(x_RC, mode: str = "reference") -> Tensor:
@@ -865,15 +801,15 @@ def polynomial_kernel(x, out, a, b, c, R: constexpr, TILE: constexpr, K_TILE: co
     x, out = x + matrix, out + matrix
     acc = tl.zeros((TILE, TILE), tl.float32)
     for k in range(0, R, K_TILE):
-        left = load_tile(x, i * TILE, k, R, R, TILE, K_TILE, False)
-        right = load_tile(x, j * TILE, k, R, R, TILE, K_TILE, False)
+        left = load_tile(x, i * TILE, k, R, R, TILE, K_TILE)
+        right = load_tile(x, j * TILE, k, R, R, TILE, K_TILE)
         acc = tl.dot(left, right.T, acc, input_precision="ieee")
     rows, columns = i * TILE + tl.arange(0, TILE)[:, None], j * TILE + tl.arange(0, TILE)[None]
-    acc = c * acc + b * load_tile(x, i * TILE, j * TILE, R, R, TILE, TILE, False).to(tl.float32)
+    acc = c * acc + b * load_tile(x, i * TILE, j * TILE, R, R, TILE, TILE).to(tl.float32)
     y = (acc + tl.where(rows == columns, a, 0.0)).to(out.dtype.element_ty)
-    store_tile(out, y, i * TILE, j * TILE, R, R, TILE, TILE, False)
+    store_tile(out, y, i * TILE, j * TILE, R, R, TILE, TILE)
     if i < j:
-        store_tile(out, y.T, j * TILE, i * TILE, R, R, TILE, TILE, False)
+        store_tile(out, y.T, j * TILE, i * TILE, R, R, TILE, TILE)
 
 
 def polynomial(x_NRR, a: float, b: float, c: float, mode: str = "reference") -> Tensor:
@@ -909,13 +845,13 @@ def pointer_kernel(q, k, sink, targets, starts, masses, lse, window, T, E: const
     """A tile of queries: both masses, and the log of the exponentials' sum, which backward reads."""
     row = tl.program_id(0) * TILE
     rows = row + tl.arange(0, TILE)
-    queries = load_tile(q, row, 0, T, E, TILE, E, False)
+    queries = load_tile(q, row, 0, T, E, TILE, E)
     sink_score = tl.load(sink).to(tl.float32)
     top = tl.zeros((TILE,), tl.float32) + sink_score  # the largest score so far
     total, copied = tl.zeros((TILE,), tl.float32) + 1, tl.zeros((TILE,), tl.float32)
     first = tl.maximum(tl.load(starts + row), row - window) // TILE * TILE
     for column in range(first, row + TILE, TILE):
-        keys = load_tile(k, column, 0, T, E, TILE, E, False)
+        keys = load_tile(k, column, 0, T, E, TILE, E)
         scores, match = pointer_scores(queries, keys, targets, starts, row, column, T, window, TILE)
         higher = tl.maximum(top, tl.max(scores, 1))
         mass, shrink = tl.exp(scores - higher[:, None]), tl.exp(top - higher)
@@ -941,8 +877,8 @@ def pointer_backward_kernel(q, k, targets, starts, ends, grads, mean, lse, out, 
     for other in range(lo, hi, TILE):
         row = other if KEYS else own
         column = own if KEYS else other
-        queries = load_tile(q, row, 0, T, E, TILE, E, False)
-        keys = load_tile(k, column, 0, T, E, TILE, E, False)
+        queries = load_tile(q, row, 0, T, E, TILE, E)
+        keys = load_tile(k, column, 0, T, E, TILE, E)
         scores, match = pointer_scores(queries, keys, targets, starts, row, column, T, window, TILE)
         rows = row + tl.arange(0, TILE)
         mass = tl.exp(scores - tl.load(lse + rows, rows < T, other=float("inf"))[:, None])
@@ -953,7 +889,7 @@ def pointer_backward_kernel(q, k, targets, starts, ends, grads, mean, lse, out, 
             acc = tl.dot(slope.T, queries, acc, input_precision="ieee")
         else:
             acc = tl.dot(slope, keys, acc, input_precision="ieee")
-    store_tile(out, acc.to(out.dtype.element_ty), own, 0, T, E, TILE, E, False)
+    store_tile(out, acc.to(out.dtype.element_ty), own, 0, T, E, TILE, E)
 
 
 class Pointer(torch.autograd.Function):
@@ -1060,10 +996,17 @@ def gradient(p: nn.Parameter) -> Tensor:
 
 def add_product(grad_RC, a_TR, b_TC):
     """grad += a^T b, summed in the precision of grad."""
-    if a_TR.is_cuda and a_TR.dtype != grad_RC.dtype:
+    if not grad_RC.is_contiguous():  # the other way round its transpose is
+        add_product(grad_RC.T, b_TC, a_TR)
+    elif a_TR.is_cuda and a_TR.dtype != grad_RC.dtype:
         torch.ops.aten.addmm.dtype_out(grad_RC, a_TR.T, b_TC, grad_RC.dtype, out=grad_RC)
     else:
         grad_RC.addmm_(a_TR.T.to(grad_RC.dtype), b_TC.to(grad_RC.dtype))
+
+
+@region
+def activation_region(u_TF, slope: float):
+    return F.leaky_relu(u_TF, slope).square()
 
 
 @region
@@ -1153,57 +1096,32 @@ def branch_region(x_TD, o_TD, scale8):
 
 
 class MLP(torch.autograd.Function):
-    """LeakyReLU(slope)(h @ up.T)^2 @ down: (T, D). Backward needs only h and r.
+    """LeakyReLU(slope)(h @ up.T)^2 @ down with all products in float8 (PRs 344 and 360): (T, D).
 
-    eight: what products in float8 read, see GPT.mlp and GPT.refresh; None for h's dtype.
+    scales: of h8, and of the gradients that are rounded. float8_e5m2 has the range of float16, so one scale,
+    known beforehand, serves both. eight: see GPT.refresh. Weights' gradients are added to grad_2FD.
     """
 
     @staticmethod
-    def forward(ctx, h_TD, weight_2FD, grad_2FD, eight: tuple | None, slope: float, kernels: str):
-        saved = h_TD, weight_2FD
-        if eight is None:
-            r_TF, hidden_TF = mlp_forward(h_TD, weight_2FD[0], slope, kernels)
-            out_TD = hidden_TF @ weight_2FD[1]
-        else:
-            h8_TD, h_scale, _, up8_FD, up_scale, down8_DF, down_scale, *backward = eight
-            r_TF, hidden_TF = mlp_forward(h8_TD, up8_FD, slope, kernels, h_scale * up_scale)
-            one = torch.ones_like(down_scale)
-            out_TD = float8_product(hidden_TF, down8_DF.T, one, down_scale, h_TD.dtype)
-            if backward:
-                saved = eight
-        ctx.grad_2FD, ctx.slope, ctx.kernels = grad_2FD, slope, kernels
-        ctx.save_for_backward(r_TF, *saved)
-        return out_TD
+    def forward(ctx, h_TD, h8_TD, scales: tuple, eight: tuple, grad_2FD, slope: float, mode: str):
+        up8_FD, up8_DF, up_scale, down8_FD, down8_DF, down_scale = eight
+        h_scale, grad_scale = scales
+        r_TF, hidden_TF = mlp_forward(h8_TD, up8_FD, h_scale * up_scale, slope, mode)
+        ctx.grad_2FD, ctx.slope, ctx.mode = grad_2FD, slope, mode
+        ctx.save_for_backward(h8_TD, h_scale, r_TF, grad_scale, up8_DF, up_scale, down8_FD, down_scale)
+        return float8_product(hidden_TF, down8_DF.T, torch.ones_like(down_scale), down_scale, h_TD.dtype)
 
     @staticmethod
     def backward(ctx, grad_TD):
-        r_TF, *saved = ctx.saved_tensors
-        if len(saved) > 2:
-            h_grad_TD = mlp_backward8(grad_TD, r_TF, saved, ctx.grad_2FD, ctx.slope, ctx.kernels)
-        else:
-            h_TD, (up_FD, down_FD) = saved
-            u_grad_TF, hidden_TF = mlp_backward(grad_TD, down_FD, r_TF, ctx.slope, ctx.kernels)
-            add_product(ctx.grad_2FD[1], hidden_TF, grad_TD)
-            add_product(ctx.grad_2FD[0], u_grad_TF, h_TD)
-            h_grad_TD = u_grad_TF @ up_FD
-        return h_grad_TD, None, None, None, None, None
-
-
-def mlp_backward8(grad_TD, r_TF, eight: list, grad_2FD, slope: float, mode: str) -> Tensor:
-    """MLP's backward with all products in float8 (PRs 344 and 360): the gradient of h, (T, D).
-
-    Those of the weights are added to grad_2FD. One scale, known beforehand, serves both gradients that are
-    rounded: float8_e5m2 has the range of float16.
-    """
-    h8_TD, h_scale, grad_scale, _, up_scale, _, down_scale, up8_DF, down8_FD = eight
-    grad8_TD = float8_region(grad_TD, grad_scale, torch.float8_e5m2)
-    u_grad8_TF, hidden8_FT, u_grad8_FT = mlp_backward(grad8_TD, down8_FD, r_TF, slope, mode, down_scale)
-    h8_DT, grad8_DT = transpose(h8_TD, mode), transpose(grad8_TD, mode)
-    up_grad_FD, down_grad_FD = grad_2FD
-    up_grad_FD += float8_product(u_grad8_FT, h8_DT.T, grad_scale, h_scale, torch.float32)
-    one = torch.ones_like(down_scale)
-    down_grad_FD += float8_product(hidden8_FT, grad8_DT.T, one, grad_scale, torch.float32)
-    return float8_product(u_grad8_TF, up8_DF.T, grad_scale, up_scale, grad_TD.dtype)
+        h8_TD, h_scale, r_TF, scale, up8_DF, up_scale, down8_FD, down_scale = ctx.saved_tensors
+        grad8_TD = float8_region(grad_TD, scale, torch.float8_e5m2)
+        u_grad_TF, hidden_FT, u_grad_FT = mlp_backward(grad8_TD, down8_FD, r_TF, down_scale, ctx.slope, ctx.mode)
+        h8_DT, grad8_DT = transpose(h8_TD, ctx.mode), transpose(grad8_TD, ctx.mode)
+        up_grad_FD, down_grad_FD = ctx.grad_2FD
+        up_grad_FD += float8_product(u_grad_FT, h8_DT.T, scale, h_scale, torch.float32)
+        down_grad_FD += float8_product(hidden_FT, grad8_DT.T, torch.ones_like(scale), scale, torch.float32)
+        h_grad_TD = float8_product(u_grad_TF, up8_DF.T, scale, up_scale, grad_TD.dtype)
+        return h_grad_TD, None, None, None, None, None, None
 
 
 def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block: int = 128) -> Tensor:
@@ -1395,7 +1313,7 @@ def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, copying
     it is scaled to use the range.
     """
     cfg, mode = model.cfg, model.kernels
-    if model.fp8 == "off":
+    if not model.fp8:
         (weight_VD,) = head
         one = torch.ones((), device=x_TD.device)
         logits_TV = x_TD @ weight_VD.T
@@ -1433,7 +1351,7 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, copyin
         places[columns_S] = torch.arange(S, device=x_TD.device)
         targets_TK = places[targets_TK]
         weight_SD = head[0].view(torch.uint8)[columns_S].view(head[0].dtype)  # not every float8 has indexing
-        rest = () if model.fp8 == "off" else (transpose(weight_SD, model.kernels), head[2])
+        rest = (transpose(weight_SD, model.kernels), head[2]) if model.fp8 else ()
         head = weight_SD, *rest
         grad_VD = grad_VD.new_zeros(S, grad_VD.size(1))
     losses, x_grads = [], []
@@ -1460,7 +1378,7 @@ class GPT(nn.Module):
     """Parameters: see parameter_table; float32, and 0 until `initialise`. forward runs in `dtype`."""
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attention: str = "reference",
-                 kernels: str = "reference", fp8: str = "off"):
+                 kernels: str = "reference", fp8: bool = False):
         super().__init__()
         self.cfg, self.dtype, self.kernels, self.fp8 = cfg, dtype, kernels, fp8
         self.attention = attention_reference if attention == "reference" else attention_varlen
@@ -1511,7 +1429,7 @@ class GPT(nn.Module):
         v_lambdas, out_lambdas = lambdas[::2], lambdas[1::2]
         attn_gates = self.attn_gate.unbind()
         value_gates = unbind(self.value_gate, len(cfg.attention_layers))
-        scale8 = self.latent_scale if "mlp" in self.fp8 and torch.is_grad_enabled() else None
+        scale8 = self.latent_scale if self.fp8 and torch.is_grad_enabled() else None
         outputs, delta_TD, late_TD, late_lead_TG = {}, None, None, None
         for i, layer in enumerate(cfg.layers):
             skip_TD = outputs[layer.skip_from] if i in cfg.skips else None
@@ -1560,11 +1478,14 @@ class GPT(nn.Module):
 
     def mlp(self, i: int, h_TD, h8_TD) -> Tensor:
         """What the MLP of layer i adds to the residual stream, whose norm h is; h8: h as float8, or None."""
-        eight = None
+        grad_2FD, slope = self.bank_gradient(self.mlp_bank, i), self.cfg.leaky_slope
         if h8_TD is not None:
-            eight = h8_TD, self.latent_scale, self.grad_scale, *self.compute_weights["mlp8", i]
-        weight_2FD, grad_2FD = self.compute_weights["mlp_bank"][0][i], self.bank_gradient(self.mlp_bank, i)
-        return MLP.apply(h_TD, weight_2FD, grad_2FD, eight, self.cfg.leaky_slope, self.kernels)
+            scales = self.latent_scale, self.grad_scale
+            return MLP.apply(h_TD, h8_TD, scales, self.compute_weights["mlp8", i], grad_2FD, slope, self.kernels)
+        up_FD, down_FD = self.compute_weights["mlp_bank"][0][i]
+        up_grad_FD, down_grad_FD = (None, None) if grad_2FD is None else grad_2FD
+        hidden_TF = activation_region(Linear.apply(h_TD, up_FD, up_grad_FD), slope)
+        return Linear.apply(hidden_TF, down_FD.T, None if down_grad_FD is None else down_grad_FD.T)
 
     def bank_gradient(self, bank: nn.Parameter, layer: int) -> Tensor | None:
         """What the products of a layer add their weights' gradients to; None where nothing is trained."""
@@ -1578,18 +1499,16 @@ class GPT(nn.Module):
             first = name not in self.compute_weights
             self.keep(name, bank.to(self.dtype) if first else bank)
         for k, head_VD in enumerate([self.head, *(self.mtp_heads if self.cfg.mtp_heads else ())]):
-            if self.fp8 == "off":
+            if not self.fp8:
                 self.keep(("head", k), head_VD.detach().to(self.dtype))
             else:  # as float8, also transposed
                 weight8_VD, scale = as_float8(head_VD)
                 self.keep(("head", k), weight8_VD, transpose(weight8_VD, self.kernels), scale)
-        if "mlp" in self.fp8:
-            for i, (up_FD, down_FD) in enumerate(self.mlp_bank):
-                up8_FD, up_scale = as_float8(up_FD)
-                down8_FD, down_scale = as_float8(down_FD)
-                down8_DF = transpose(down8_FD, self.kernels)
-                backward = (transpose(up8_FD, self.kernels), down8_FD) if "grad" in self.fp8 else ()
-                self.keep(("mlp8", i), up8_FD, up_scale, down8_DF, down_scale, *backward)
+        for i, (up_FD, down_FD) in enumerate(self.mlp_bank if self.fp8 else ()):
+            up8_FD, up_scale = as_float8(up_FD)
+            down8_FD, down_scale = as_float8(down_FD)
+            self.keep(("mlp8", i), up8_FD, transpose(up8_FD, self.kernels), up_scale,
+                      down8_FD, transpose(down8_FD, self.kernels), down_scale)
 
     def keep(self, name, *tensors):
         """Copy tensors over those of compute_weights[name], which stay in place: CUDA graphs read them."""
