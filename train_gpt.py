@@ -602,7 +602,7 @@ def launch_mlp_kernel(a_MK, b_NK, aux_MN, scale, slope: float, mode: str):
     return out_MN, square, flipped_NM
 
 
-def mlp_forward(h_TD, up_FD, scale, slope: float, mode: str = "reference") -> tuple[Tensor, Tensor]:
+def mlp_forward(h_TD, up_FD, scale, slope: float, mode: str = "reference"):
     """r = LeakyReLU(scale h up^T), bfloat16, and r^2, cut off at 448, float8_e4m3fn: both (T, F).
 
     h and up: float8_e4m3fn. r alone serves backward at any slope.
@@ -723,7 +723,7 @@ def cross_entropy_kernel(logits, targets, weights, scale, masses, mass_grads, lo
 
 
 @region
-def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype, slot, masses_T2,
+def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap, scale, dtype, slot, masses_T2,
                          mass_grads_T2):
     """cross_entropy in plain torch."""
     z = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
@@ -747,7 +747,7 @@ def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap: Softcap, sca
     return (weights_TK * nll_TK).sum(1), (grad / scale).to(dtype)
 
 
-def cross_entropy(logits_TV, targets_TK, weights_K, softcap: Softcap, scale, dtype=None, mode="reference",
+def cross_entropy(logits_TV, targets_TK, weights_K, softcap, scale, dtype=None, mode="reference",
                   copying: Copying | None = None):
     """Soft-capped cross entropy, sum over k of weights[k] * loss with target k (none where it is -1).
 
@@ -778,7 +778,7 @@ def transpose_kernel(x, out, R, C, ROWS: constexpr, COLUMNS: constexpr):
     store_tile(out, tile.T, c, r, C, R, COLUMNS, ROWS)
 
 
-def transpose(x_RC, mode: str = "reference") -> Tensor:
+def transpose(x_RC, mode: str = "reference"):
     """Contiguous (C, R) of 8-bit elements, several times as fast as torch's copy."""
     if mode == "reference":
         return x_RC.T.contiguous()
@@ -812,7 +812,7 @@ def polynomial_kernel(x, out, a, b, c, R: constexpr, TILE: constexpr, K_TILE: co
         store_tile(out, y.T, j * TILE, i * TILE, R, R, TILE, TILE)
 
 
-def polynomial(x_NRR, a: float, b: float, c: float, mode: str = "reference") -> Tensor:
+def polynomial(x_NRR, a: float, b: float, c: float, mode: str = "reference"):
     """a I + b X + c X X of each symmetric matrix: dense (N, R, R) in the dtype of x."""
     if mode == "reference":
         out_NRR = torch.baddbmm(x_NRR, x_NRR, x_NRR, beta=b, alpha=c)
@@ -896,7 +896,7 @@ class Pointer(torch.autograd.Function):
     """pointer_masses by kernels, whose memory is linear in T."""
 
     @staticmethod
-    def forward(ctx, q_TE, k_TE, sink, targets_T, starts_T, ends_T, window: int) -> Tensor:
+    def forward(ctx, q_TE, k_TE, sink, targets_T, starts_T, ends_T, window: int):
         T, E = q_TE.shape
         masses_T2, lse_T = torch.empty(T, 2, device=q_TE.device), torch.empty(T, device=q_TE.device)
         q_TE, k_TE, targets_T = q_TE.contiguous(), k_TE.contiguous(), targets_T.contiguous()
@@ -921,7 +921,7 @@ class Pointer(torch.autograd.Function):
         return *grads, sink_grad, None, None, None, None
 
 
-def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window: int, mode: str = "reference") -> Tensor:
+def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window: int, mode: str = "reference"):
     """Attention as a distribution over earlier targets: (T, 2) float32, of which autograd knows the gradient.
 
     Query t attends to positions i < t of its document, at most `window` back, and to a sink of score `sink`,
@@ -961,25 +961,25 @@ class Documents(NamedTuple):
 EPS = 1e-6
 
 
-def norm(x: Tensor) -> Tensor:
+def norm(x):
     """RMS norm over the last dimension, without a weight."""
     return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
-def shift(x, edges_T) -> Tensor:
+def shift(x, edges_T):
     """x[t-1] at position t; zero where edges_T (bool) is true."""
     previous = torch.cat([x[:1], x[:-1]])
     return previous.masked_fill(edges_T.view(-1, *[1] * (x.dim() - 1)), 0)
 
 
-def rotate(x_THE, cos_TJ, sin_TJ) -> Tensor:
+def rotate(x_THE, cos_TJ, sin_TJ):
     """Rotary embedding, pairs (j, j + E/2), J = E/2."""
     a, b = x_THE.float().chunk(2, dim=-1)
     cos, sin = cos_TJ[:, None], sin_TJ[:, None]
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_THE)
 
 
-def offset_keys(k_THE, dims_E, edges_T) -> Tensor:
+def offset_keys(k_THE, dims_E, edges_T):
     """Partial key offset (record 49): k[t] with the marked dims taken from k[t-1], but for edges.
 
     dims_E: bool. edges_T: bool, positions that keep their own key.
@@ -987,7 +987,7 @@ def offset_keys(k_THE, dims_E, edges_T) -> Tensor:
     return torch.where(dims_E & ~edges_T[:, None, None], shift(k_THE, edges_T), k_THE)
 
 
-def gradient(p: nn.Parameter) -> Tensor:
+def gradient(p):
     """The parameter's gradient, float32, which products and look-ups add to in place."""
     if p.grad is None:
         p.grad = torch.zeros_like(p)
@@ -1024,7 +1024,7 @@ class Lookup(torch.autograd.Function):
     """Rows of a table in `dtype`: (T, D). Their gradients are added to the table's, which stays dense."""
 
     @staticmethod
-    def forward(ctx, tokens_T, table_VD: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, tokens_T, table_VD: nn.Parameter, dtype: torch.dtype):
         ctx.table = table_VD
         ctx.save_for_backward(tokens_T)
         return rows_region(tokens_T, table_VD, dtype)
@@ -1040,7 +1040,7 @@ class Linear(torch.autograd.Function):
     """x_TC @ weight_RC.T. The weight's gradient is added to grad_RC, if given, by its own product."""
 
     @staticmethod
-    def forward(ctx, x_TC, weight_RC, grad_RC) -> Tensor:
+    def forward(ctx, x_TC, weight_RC, grad_RC):
         ctx.grad_RC = grad_RC
         ctx.save_for_backward(x_TC, weight_RC)
         return x_TC @ weight_RC.T
@@ -1053,7 +1053,7 @@ class Linear(torch.autograd.Function):
         return grad_TR @ weight_RC, None, None
 
 
-def weighted(x_TD, weight) -> Tensor:
+def weighted(x_TD, weight):
     """weight * x. As (T, 1) the weight makes the product float32 and gets its gradient row by row."""
     return x_TD if weight is None else weight.expand(x_TD.size(0), 1) * x_TD
 
@@ -1081,7 +1081,7 @@ def float8_region(x_TD, scale, dtype=torch.float8_e4m3fn):
     return (x_TD.float() / scale).clamp(-largest, largest).to(dtype)
 
 
-def as_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+def as_float8(weight):
     """The weight over its scale, whose largest value float8 can just hold, and the scale, ()."""
     scale = (torch.linalg.vector_norm(weight, math.inf) / 448).clamp_min(1e-12)
     return float8_region(weight, scale), scale
@@ -1124,7 +1124,7 @@ class MLP(torch.autograd.Function):
         return h_grad_TD, None, None, None, None, None, None
 
 
-def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block: int = 128) -> Tensor:
+def attention_reference(q_THE, k_THE, v_THE, docs, window: int, block: int = 128):
     """Causal attention within documents and within `window` tokens back, scores q.k unscaled.
 
     Plain torch on any device; works block by block, so memory is linear in T. Returns (T, H, E).
@@ -1144,7 +1144,7 @@ def attention_reference(q_THE, k_THE, v_THE, docs: Documents, window: int, block
     return torch.cat(out, dim=2)[0].transpose(0, 1)
 
 
-def attention_varlen(q_THE, k_THE, v_THE, docs: Documents, window: int) -> Tensor:
+def attention_varlen(q_THE, k_THE, v_THE, docs, window: int):
     """The same through torch's variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -1162,7 +1162,7 @@ class Rotary(NamedTuple):
     offset_E: Tensor             # (E,) bool: dims that the key offset moves, the stationary ones
 
 
-def build_rotary(cfg: Config, stage: int, positions: int, device) -> Rotary:
+def build_rotary(cfg, stage: int, positions: int, device) -> Rotary:
     """Tables for `positions` tokens after the window changes of stages 1..`stage` (YaRN, arXiv 2309.00071).
 
     The longer windows of the final validation are used without a change of tables.
@@ -1278,7 +1278,7 @@ def pointer_region(qk_TC, gain):
     return weighted(q_TE, gain * POINTER_WIDTH**-0.5).type_as(q_TE), k_TE
 
 
-def cap(logits: Tensor) -> Tensor:
+def cap(logits):
     """Soft-capped logits, float32."""
     return SOFTCAP.height * torch.tanh((logits.float() + SOFTCAP.shift) / SOFTCAP.width)
 
@@ -1298,7 +1298,7 @@ def loss_region(logits_TV, targets_T, masses_T2=None, slot: int = 0):
     return (nll_T - ratio_T.log()).masked_fill(targets_T < 0, 0)
 
 
-def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype, fast=False) -> Tensor:
+def float8_product(a, b, a_scale, b_scale, dtype, fast=False):
     """a_scale a @ b_scale b in `dtype`; a row-major, b column-major. fast: lower precision of long sums."""
     from torch.nn.functional import ScalingType, scaled_mm
 
@@ -1306,7 +1306,7 @@ def float8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype
     return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
 
 
-def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, copying) -> tuple[Tensor, Tensor]:
+def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, copying):
     """head_step of tokens whose logits exist together. head: its compute_weights; grad_VD: its gradient.
 
     The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20)
@@ -1377,7 +1377,7 @@ def unbind(p: nn.Parameter | None, count: int) -> tuple:
 class GPT(nn.Module):
     """Parameters: see parameter_table; float32, and 0 until `initialise`. forward runs in `dtype`."""
 
-    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attention: str = "reference",
+    def __init__(self, cfg, dtype: torch.dtype = torch.float32, attention: str = "reference",
                  kernels: str = "reference", fp8: bool = False):
         super().__init__()
         self.cfg, self.dtype, self.kernels, self.fp8 = cfg, dtype, kernels, fp8
@@ -1409,7 +1409,7 @@ class GPT(nn.Module):
         if self.cfg.untie_at:
             self.head.copy_(self.embed)
 
-    def forward(self, tokens_T, docs: Documents, windows: dict, rotary: Rotary) -> Tensor:
+    def forward(self, tokens_T, docs, windows: dict, rotary):
         """Final latents (T, D) of packed tokens (T,) int64, in `dtype`; the head is applied by the caller.
 
         windows: tokens that the "short" and the "long" layers look back.
@@ -1468,7 +1468,7 @@ class GPT(nn.Module):
         backout_TD = outputs.get(cfg.backout_from)
         return final_region(x_TD, delta_TD, backout_TD, self.backout_lambda, self.smear_mtp_lambda, edges_T)
 
-    def project(self, name: str, a: int, x_TD) -> Tensor:
+    def project(self, name: str, a: int, x_TD):
         """Product with Q, K and V ("qkv": (T, 3 D)) or O ("o": (T, D)) of attention layer a."""
         matrices = slice(0, 3) if name == "qkv" else slice(3, 4)
         weight_RC = self.compute_weights["attn_bank"][0][a, matrices].flatten(0, 1)
@@ -1476,7 +1476,7 @@ class GPT(nn.Module):
         grad_RC = None if grad_4DD is None else grad_4DD[matrices].flatten(0, 1)
         return Linear.apply(x_TD, weight_RC, grad_RC)
 
-    def mlp(self, i: int, h_TD, h8_TD) -> Tensor:
+    def mlp(self, i: int, h_TD, h8_TD):
         """What the MLP of layer i adds to the residual stream, whose norm h is; h8: h as float8, or None."""
         grad_2FD, slope = self.bank_gradient(self.mlp_bank, i), self.cfg.leaky_slope
         if h8_TD is not None:
@@ -1487,7 +1487,7 @@ class GPT(nn.Module):
         hidden_TF = activation_region(Linear.apply(h_TD, up_FD, up_grad_FD), slope)
         return Linear.apply(hidden_TF, down_FD.T, None if down_grad_FD is None else down_grad_FD.T)
 
-    def bank_gradient(self, bank: nn.Parameter, layer: int) -> Tensor | None:
+    def bank_gradient(self, bank: nn.Parameter, layer: int):
         """What the products of a layer add their weights' gradients to; None where nothing is trained."""
         return gradient(bank)[layer] if torch.is_grad_enabled() and bank.requires_grad else None
 
@@ -1521,7 +1521,7 @@ class GPT(nn.Module):
         first = range(0, self.cfg.value_tables * self.cfg.padded_vocab, self.cfg.padded_vocab)
         return [Lookup.apply(tokens_T + row, self.value_embeds, self.dtype) for row in first]
 
-    def bigrams(self, tokens_T, edges_T) -> Tensor | None:
+    def bigrams(self, tokens_T, edges_T):
         """What each token and the one before look up together: (T, D)."""
         if not self.cfg.bigram_rows:
             return None
@@ -1540,13 +1540,13 @@ class GPT(nn.Module):
             skip[i] = factor if x[i] is None else x[i] * factor
         return list(zip(x, skip, x0, bigram))
 
-    def pointer_heads(self, x_TD) -> tuple[Tensor, Tensor]:
+    def pointer_heads(self, x_TD):
         """Queries and keys of the pointer head, (T, 128) each, from final latents."""
         grad_CD = self.bank_gradient(self.pointer, slice(None))
         qk_TC = Linear.apply(x_TD, self.pointer.detach().to(x_TD.dtype), grad_CD)
         return pointer_region(qk_TC, self.pointer_gain)
 
-    def copy_masses(self, x_TD, targets_T, docs: Documents, window: int) -> Tensor | None:
+    def copy_masses(self, x_TD, targets_T, docs, window: int):
         """pointer_masses of final latents and the tokens that follow; None without a pointer head."""
         if not self.cfg.pointer:
             return None
@@ -1560,7 +1560,7 @@ class GPT(nn.Module):
         for x, targets, own in zip(x_TD.split(chunk), targets_T.split(chunk), masses):
             yield loss_region(self.products(x), targets, own, self.cfg.vocab_size)
 
-    def products(self, x_TD) -> Tensor:
+    def products(self, x_TD):
         """Logits before the soft cap, (T, V), of final latents, in their dtype."""
         return x_TD @ self.head.to(x_TD.dtype).T
 
@@ -1570,7 +1570,7 @@ class GPT(nn.Module):
         return {name: [round(v, 5) for v in p.detach().flatten().tolist()] for name, p in named.items()}
 
 
-def new_model(cfg: Config, hardware: Hardware) -> GPT:
+def new_model(cfg, hardware) -> GPT:
     """A GPT whose weights are 0, and the switch that has regions compiled or not."""
     region.compile = hardware.compile
     with hardware.device:
@@ -1579,7 +1579,7 @@ def new_model(cfg: Config, hardware: Hardware) -> GPT:
     return model
 
 
-def build_model(cfg: Config, hardware: Hardware) -> GPT:
+def build_model(cfg, hardware) -> GPT:
     """A GPT with its initial weights."""
     model = new_model(cfg, hardware)
     model.initialise(cfg.seed)
@@ -1590,7 +1590,7 @@ def build_model(cfg: Config, hardware: Hardware) -> GPT:
 # Optimizer
 
 
-def frobenius(x_NRC) -> Tensor:
+def frobenius(x_NRC):
     return x_NRC.norm(dim=(-2, -1), keepdim=True)
 
 
@@ -1604,7 +1604,7 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(x_NRC, kernels: str = "reference") -> Tensor:
+def polar_express(x_NRC, kernels: str = "reference"):
     """Nearly orthogonal factor, singular values about 1, of each matrix of Frobenius norm below 1."""
     tall = x_NRC.size(-2) > x_NRC.size(-1)
     x = x_NRC.mT if tall else x_NRC
@@ -1613,7 +1613,7 @@ def polar_express(x_NRC, kernels: str = "reference") -> Tensor:
     return x.mT if tall else x
 
 
-def orthogonalise(x_NRC, groups: tuple, kernels: str = "reference") -> Tensor:
+def orthogonalise(x_NRC, groups: tuple, kernels: str = "reference"):
     """polar_express of each matrix, or of groups[i] row blocks of matrix i, renormalised as each is smaller.
 
     By stack: an index list would have to be copied to the GPU.
@@ -1634,7 +1634,7 @@ AVERAGE_BLEND = 0.5
 
 
 @region(dynamic=False)
-def nesterov(g_NRC, momentum_NRC, slow_NRC, mu, beta, share, dtype: torch.dtype) -> Tensor:
+def nesterov(g_NRC, momentum_NRC, slow_NRC, mu, beta, share, dtype: torch.dtype):
     """Update the momenta in place; the direction to orthogonalise, of Frobenius norm below 1, in `dtype`."""
     momentum_NRC.add_((1 - beta) * (g_NRC - momentum_NRC))
     both_NRC = momentum_NRC
@@ -1690,7 +1690,7 @@ def adam_update(p, g, first, second, lr, bias1, bias2, beta1: float, beta2: floa
     p.sub_(x + lr * decay * p * (x * p > 0))
 
 
-def scalar(value: float) -> Tensor:
+def scalar(value: float):
     """A number that changes from step to step, on the CPU: as a tensor it needs no recompilation."""
     return torch.tensor(value, dtype=torch.float32)
 
@@ -1725,7 +1725,7 @@ class Part:
     p's dtype, summed over ranks and over `row.every` steps.
     """
 
-    def __init__(self, row: Row, p: nn.Parameter, model: GPT, world: World):
+    def __init__(self, row, p, model, world):
         self.row, self.parameter, self.world = row, p, world
         self.dtype, self.kernels = model.dtype, model.kernels
         self.units = len(self.as_units(p))
@@ -1771,7 +1771,7 @@ class Part:
 
         return finish
 
-    def add_average(self, own: Tensor, step: int, total_steps: int):
+    def add_average(self, own, step: int, total_steps: int):
         """Exponential moving average of the weights of the last steps, beginning with the first of them."""
         if not self.row.average:
             return
@@ -1782,7 +1782,7 @@ class Part:
         elif step >= first:
             self.moments["average"].copy_(own)
 
-    def unshard(self, part: Tensor) -> Tensor:
+    def unshard(self, part):
         """A moment of all units, on the CPU; collective."""
         if self.world.size == 1 or self.row.comms == "replicated":
             return part.to("cpu", copy=True)
@@ -1795,7 +1795,7 @@ class NorMuon(Part):
     """normuon_update on matrices of a bank, e.g. (11, 4, 768, 768): 44 units."""
 
     @staticmethod
-    def as_units(x: Tensor) -> Tensor:
+    def as_units(x):
         return x.view(-1, *x.shape[2:])
 
     def make_moments(self, p_NRC) -> dict:
@@ -1808,7 +1808,7 @@ class NorMuon(Part):
             moments["slow"] = torch.zeros_like(p_NRC)
         return moments
 
-    def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, muon_momentum: float):
+    def update(self, p, grad, step: int, lr_multiplier: float, muon_momentum: float):
         if len(p):  # else there are more ranks than matrices
             lr_N11, decay = self.lr_N11 * lr_multiplier, scalar(self.row.weight_decay * lr_multiplier)
             normuon_update(p, grad, self.moments["momentum"], self.moments["second"], lr_N11, decay,
@@ -1820,14 +1820,14 @@ class Adam(Part):
     """adam_update on elements of a parameter of any shape."""
 
     @staticmethod
-    def as_units(x: Tensor) -> Tensor:
+    def as_units(x):
         return x.view(-1)
 
-    def make_moments(self, p: Tensor) -> dict:
+    def make_moments(self, p) -> dict:
         dtype = self.dtype if self.row.comms == "sharded" else torch.float32  # tables are many numbers
         return {name: torch.zeros_like(p, dtype=dtype) for name in ("first", "second")}
 
-    def update(self, p: Tensor, grad: Tensor, step: int, lr_multiplier: float, muon_momentum: float):
+    def update(self, p, grad, step: int, lr_multiplier: float, muon_momentum: float):
         row, updates = self.row, (step + 1) // self.row.every
         lr, decay = scalar(row.lr[0] * lr_multiplier), scalar(row.weight_decay * lr_multiplier)
         bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
@@ -1837,7 +1837,7 @@ class Adam(Part):
 
 
 def normal(std: float):
-    def draw(p: Tensor, random: torch.Generator):
+    def draw(p, random: torch.Generator):
         p.copy_(torch.randn(p.shape, generator=random, device="cpu") * std)
 
     return draw
@@ -1846,14 +1846,14 @@ def normal(std: float):
 def uniform(std: float, matrices: int):
     """The first `matrices` of each layer of a bank; the others stay 0."""
 
-    def draw(p: Tensor, random: torch.Generator):
+    def draw(p, random: torch.Generator):
         values, bound = torch.empty(p[:, :matrices].shape, device="cpu"), math.sqrt(3) * std
         p[:, :matrices] = values.uniform_(-bound, bound, generator=random).to(p.device)
 
     return draw
 
 
-def parameter_table(cfg: Config) -> list[Row]:
+def parameter_table(cfg) -> list[Row]:
     """Every possible parameter. Learning rates are final: nothing rescales them by shape.
 
     Banks: Q, K, V, O of each layer with attention (muon_lr times attn_lr_ratio); up (times 2) and down^T
@@ -1918,7 +1918,7 @@ def parameter_table(cfg: Config) -> list[Row]:
     ]
 
 
-def optimizer_table(cfg: Config) -> list[Row]:
+def optimizer_table(cfg) -> list[Row]:
     """The parameters of this configuration."""
     return [row for row in parameter_table(cfg) if row.used]
 
@@ -1932,7 +1932,7 @@ class Optimizer:
     Raises ValueError unless every parameter is in exactly one row and copies have their original's algorithm.
     """
 
-    def __init__(self, model: GPT, table: list[Row], world: World):
+    def __init__(self, model, table: list[Row], world):
         parameters = dict(model.named_parameters())
         names = [row.name for row in table]
         if sorted(names) != sorted(parameters):
@@ -2295,20 +2295,20 @@ def final_windows(cfg: Config) -> dict:
 # Training step and validation
 
 
-def pinned(data, device) -> Tensor:
+def pinned(data, device):
     """As a tensor, pinned if bound for a GPU, so that copies don't block."""
     tensor = torch.as_tensor(data)
     return tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
 
 
-def to_device(batch: MicroBatch, device) -> MicroBatch:
+def to_device(batch, device) -> MicroBatch:
     tokens = batch.tokens.to(device, non_blocking=True)
     cu_seqlens = batch.docs.cu_seqlens.to(device, non_blocking=True)
     columns = None if batch.columns is None else batch.columns.to(device, non_blocking=True)
     return MicroBatch(tokens, batch.docs._replace(cu_seqlens=cu_seqlens), columns)
 
 
-def multi_targets(targets_T, count: int) -> Tensor:
+def multi_targets(targets_T, count: int):
     """(T, count): column k is the target k positions further on, -1 past the end of the micro-batch.
 
     Further targets may lie in the next document: they are not cut at document starts.
@@ -2317,7 +2317,7 @@ def multi_targets(targets_T, count: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def loss_weights(cfg: Config, plan: StepPlan, device) -> tuple[Tensor, Tensor]:
+def loss_weights(cfg, plan, device):
     """Weights of the head's targets (K,) and of an auxiliary head (1,), over the tokens of the whole step."""
     auxiliary = MTP_WEIGHT / max(cfg.mtp_heads, 1)
     both = torch.tensor([*plan.weights, auxiliary]) / plan.stage.batch_tokens
@@ -2325,7 +2325,7 @@ def loss_weights(cfg: Config, plan: StepPlan, device) -> tuple[Tensor, Tensor]:
     return both[:-1], both[-1:]
 
 
-def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
+def backward_micro_batch(model, batch, plan, rotary, weights):
     """Add the gradient of this micro-batch's part of the step's mean loss; returns that part, ().
 
     weights: see loss_weights.
@@ -2358,7 +2358,7 @@ def backward_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: 
     return loss
 
 
-def graph_inputs(batch: MicroBatch, weights) -> list | None:
+def graph_inputs(batch, weights) -> list | None:
     """What changes from one micro-batch to the next, in fixed shapes; None if it has too many documents."""
     tokens, starts = len(batch.tokens) - 1, batch.docs.cu_seqlens
     room = max(64, tokens // 256)
@@ -2378,7 +2378,7 @@ class Graphs:
     def __init__(self):
         self.recipes, self.captured = {}, {}
 
-    def add(self, model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights):
+    def add(self, model, batch, plan, rotary, weights):
         """Register this plan's kind of micro-batch for capture(); one must have run before."""
         inputs = [x.to("cuda", copy=True) for x in graph_inputs(batch, weights)]
 
@@ -2390,7 +2390,7 @@ class Graphs:
         self.recipes[self.key(batch, plan)] = run, inputs
 
     @staticmethod
-    def key(batch: MicroBatch, plan: StepPlan) -> tuple:
+    def key(batch, plan) -> tuple:
         """A micro-batch without columns, in a stage that has them, finds no graph."""
         return *plan.kind, batch.columns is None
 
@@ -2409,7 +2409,7 @@ class Graphs:
         self.captured.clear()
         torch.cuda.empty_cache()
 
-    def replay(self, key, inputs: list) -> Tensor:
+    def replay(self, key, inputs: list):
         """The output for these inputs, valid until the next replay."""
         graph, output = self.captured[key]
         _, static_inputs = self.recipes[key]
@@ -2419,7 +2419,7 @@ class Graphs:
         return output
 
 
-def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotary, weights) -> Tensor:
+def run_micro_batch(model, batch, plan, rotary, weights):
     """backward_micro_batch, as a graph where there is one. batch: on the CPU; it is copied here."""
     key = Graphs.key(batch, plan)
     inputs = graph_inputs(batch, weights) if model.graphs and key in model.graphs.captured else None
@@ -2429,7 +2429,7 @@ def run_micro_batch(model: GPT, batch: MicroBatch, plan: StepPlan, rotary: Rotar
     return model.graphs.replay(key, inputs)
 
 
-def train_step(model: GPT, optimizer: Optimizer, batches: list, plan: StepPlan, rotary: Rotary, step: int,
+def train_step(model, optimizer: Optimizer, batches: list, plan, rotary, step: int,
                stop: bool = False) -> dict:
     """One optimizer step over this rank's micro-batches. The one step function: warm-up and training call it.
 
@@ -2446,7 +2446,7 @@ def train_step(model: GPT, optimizer: Optimizer, batches: list, plan: StepPlan, 
     return optimizer.step(step, plan.lr, plan.momentum, report)
 
 
-def cut_at_bos(tokens: Tensor, bos: int) -> MicroBatch:
+def cut_at_bos(tokens, bos: int) -> MicroBatch:
     """How validation lays out successive tokens of its stream: a document from each BOS to the next.
 
     The first may begin inside a document. Other cuts: other starts for to_documents. They bound attention;
@@ -2459,14 +2459,14 @@ def cut_at_bos(tokens: Tensor, bos: int) -> MicroBatch:
 class Validation:
     """The fixed validation tokens, the same at every world size, cut into chunks that ranks share."""
 
-    def __init__(self, cfg: Config, tokens: np.ndarray, token_bytes: np.ndarray | None = None):
+    def __init__(self, cfg, tokens: np.ndarray, token_bytes: np.ndarray | None = None):
         self.cfg, self.count = cfg, len(tokens) - 1
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
         self.sha256 = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
         self.bytes = 0 if token_bytes is None else int(token_bytes[tokens[1:]].sum())
 
     @classmethod
-    def load(cls, cfg: Config):
+    def load(cls, cfg):
         """The first val_tokens of the validation shards. Raises UserError if there are fewer."""
         token_bytes = load_token_table(cfg, "token_bytes.npy")
         require(token_bytes is None or len(token_bytes) == cfg.vocab_size,
@@ -2486,7 +2486,7 @@ class Validation:
         return longest * (1 + any(layer.paired for layer in self.cfg.layers))
 
     @torch.no_grad()
-    def run(self, model: GPT, windows: dict, rotary: Rotary, world: World) -> dict:
+    def run(self, model, windows: dict, rotary, world) -> dict:
         """{"val_loss": nats per token, "val_bpb": bits per byte of text, None without token_bytes.npy}."""
         device, chunks = model.embed.device, self.tokens[:-1].split(self.cfg.val_chunk)
         totals = torch.zeros(len(chunks), dtype=torch.float64, device=device)
