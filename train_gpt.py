@@ -1312,7 +1312,7 @@ def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, copying
     The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20)
     it is scaled to use the range.
     """
-    cfg, mode = model.cfg, model.kernels
+    mode = model.kernels
     if not model.fp8:
         (weight_VD,) = head
         one = torch.ones((), device=x_TD.device)
