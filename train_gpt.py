@@ -78,7 +78,6 @@ class Layer(NamedTuple):
     key_offset: bool = False     # k[t] takes its stationary dims from k[t-1]: induction within one layer
     skip_from: int = -1          # earlier layer whose output is added before this layer; -1: none
     inject: bool = True          # x0 and bigrams are added before it
-    paired: bool = False         # heads h and h + H/2 are one that reads both their keys (record 58)
 
 
 class Stage(NamedTuple):
@@ -146,7 +145,6 @@ class Config:
     heads: int = flag(6, "attention heads", 1)
     attn_scale: float = flag(0.1, "attention's scale in the first stage")
     value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
-    value_gate: bool = flag(False, "a learned gate on value embeddings for each head (record 55)")
     backout_from: int = flag(-1, "layer whose output later attention reads, and which is partly subtracted "
                              "before the head; -1: none", -1)
     smear_mtp: bool = flag(True, "smear-MTP: mix the previous position into the final latents (PR 151)")
@@ -155,15 +153,13 @@ class Config:
     untie_at: float = flag(0.0, "fraction of scheduled_steps with head and embedding tied (records 51, 53)")
     pointer: bool = flag(False, "p(y) mixes in a copy distribution over the document (PR 379)")
     # loss
-    multi_target: bool = flag(False, "predict further tokens, too, weighted as the stage table says")
     mtp_heads: int = flag(0, "auxiliary heads for t+2, t+3, ..: trained, not exported")
     prefix_weight: float = flag(0.0, "weight of the loss of the next token's prefix, 0 after 2/3 (record 88)")
     # optimizer: `parameter_table` has each parameter's own learning rate
     muon_lr: float = flag(0.023, "learning rate of NorMuon: attention x attn_lr_ratio, MLP x 2 and x 4")
     muon_weight_decay: float = flag(0.0276, "per step lr * this, both times the schedule's multiplier")
-    slow_momentum: float = flag(1.0, "fraction of scheduled_steps after which Muon reads a slow momentum, too")
-    average: float = flag(0.0, "last fraction of the steps whose weights are averaged into the final ones")
-    betas_89: bool = flag(False, "betas of record 89")
+    slow_momentum: float = flag(1.0, "fraction of scheduled_steps after which Muon mixes a slow momentum in")
+    average: float = flag(0.0, "last fraction of the steps, whose weights are averaged into the final ones")
     attn_lr_ratio: float = flag(2.0, "learning rate of the attention matrices over muon_lr")
     adam_lr: float = flag(0.008, "learning rate of tables, heads, gates and scalars")
 
@@ -205,29 +201,27 @@ class Config:
         return 0 <= self.backout_from < i and i in self.attention_layers
 
 
-def short_layers(*tables: int) -> tuple:
-    """The layer table of GPT-2 small; tables: of the five layers that read value embeddings, in order."""
-    return (
-        Layer("short", value_embeds=(tables[0],)),
-        Layer("short", value_embeds=(tables[1],)),
-        Layer("short"),
-        Layer("long", key_offset=True),
-        Layer("short"),
-        Layer("short"),
-        Layer("none", skip_from=3),
-        Layer("short"),
-        Layer("short", value_embeds=(tables[2],)),
-        Layer("short", value_embeds=(tables[3],)),
-        Layer("long", value_embeds=(tables[4],), key_offset=True),
-    )
-
+SHORT_LAYERS = (
+    Layer("short", value_embeds=(0,)),
+    Layer("short", value_embeds=(1,)),
+    Layer("short", value_embeds=(2,), inject=False),
+    Layer("long", key_offset=True, inject=False),
+    Layer("none"),
+    Layer("short"),
+    Layer("none", skip_from=3, inject=False),
+    Layer("short", inject=False),
+    Layer("short", value_embeds=(3,), inject=False),
+    Layer("none"),
+    Layer("long", value_embeds=(4,), key_offset=True, inject=False),
+)
 
 SHORT_STAGES = (
-    #     start  batch    max_doc  short  long  lr    weights of the targets t+1, t+2, t+3
-    Stage(0 / 3, 131_072, 2048,    128,   384,  1.00, ((1, 1), (0.5, 0.5), (0.25, 0))),
-    Stage(1 / 3, 262_144, 2048,    384,   896,  1.52, ((1, 1), (0.5, 0))),
-    Stage(2 / 3, 393_216, 2048,    640,  1408,  1.73, ((1, 1),)),
-    Stage(1.0,   393_216, 2048,    768,  1664,  1.00, ((1, 1),)),
+    #     start  batch    max_doc  short  long  lr    weights of the targets t+1, t+2, t+3     columns
+    Stage(0 / 3, 131_072, 896,     128,   384,  1.00, ((1, 1), (0.5, 0.5), (0.25, 0)),         10_240),
+    Stage(1 / 3, 262_144, 2048,    384,   896,  1.52, ((1, 1), (0.5, 0)),                      10_240),
+    Stage(2 / 3, 393_216, 2048,    640,   1408, 1.73, ((1, 1),),                               14_336),
+    Stage(0.93,  393_216, 2048,    640,   1408, 1.73),
+    Stage(1.0,   393_216, 2048,    768,   1664, 1.00),
 )
 
 MEDIUM_LAYERS = (
@@ -265,15 +259,16 @@ TINY_LAYERS = (
 )
 
 TINY_STAGES = (
-    Stage(0 / 3, 4_096, 1024,  64, 128, 1.0, ((1, 1), (0.5, 0.5), (0.25, 0))),
-    Stage(1 / 3, 4_096, 1024, 128, 256, 1.0, ((1, 1), (0.5, 0))),
+    Stage(0 / 3, 4_096, 1024,  64, 128, 1.0),
+    Stage(1 / 3, 4_096, 1024, 128, 256, 1.0),
     Stage(2 / 3, 4_096, 1024, 128, 384, 1.0),
 )
 
 SHORT = Config(
-    track="short", data="data/fineweb10B", layers=short_layers(0, 1, 2, 3, 4), stages=SHORT_STAGES,
+    track="short", data="data/fineweb10B", layers=SHORT_LAYERS, stages=SHORT_STAGES,
     scheduled_steps=2070, extension_steps=40, val_tokens=10_485_760, val_every=250, backout_from=7,
-    lr_floor=0.15, value_std=0.01, prefix_weight=0.25, bigram_ratio=5.0, untie_at=2 / 3,
+    cooldown=0.6, lr_floor=0.3, slow_momentum=0.43, average=0.25, value_std=0.01, prefix_weight=0.25,
+    bigram_ratio=5.0, untie_at=2 / 3, pointer=True,
 )
 
 TRACKS = {
@@ -291,8 +286,8 @@ TRACKS = {
     "medium": replace(
         SHORT, track="medium", layers=MEDIUM_LAYERS, stages=MEDIUM_STAGES, width=1024, heads=8,
         scheduled_steps=4700, backout_from=11, cooldown=0.7, val_windows=(1408, 3456), muon_lr=0.015,
-        muon_weight_decay=0.018, adam_lr=0.004, lr_floor=0.1, value_std=0.0, prefix_weight=0.0,
-        bigram_ratio=0.0, untie_at=0.0,
+        muon_weight_decay=0.018, adam_lr=0.004, lr_floor=0.1, slow_momentum=1.0, average=0.0,
+        value_std=0.0, prefix_weight=0.0, bigram_ratio=0.0, untie_at=0.0, pointer=False,
     ),
 }
 
@@ -1224,31 +1219,21 @@ def late_region(x_TD):
 
 
 @region
-def qkv_region(qkv_TC, v_lambda, value_TD, lead_TG, gate_HG, cos_PJ, sin_PJ, scale, offset_E, edges_T,
-               heads: int, paired: bool):
+def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, offset_E, edges_T, heads: int):
     """What attention reads: q, k, v with its value embeddings, (T, H, E) each, from the product (T, 3 D).
 
-    value_TD: rows of value embeddings, or None; gate_HG: of them, or None. offset_E: dims of the key offset,
-    or None for none. paired: (2 T, H/2, E), in which a token's heads h and h + H/2 are successive positions.
+    value_TD: rows of value embeddings, or None. offset_E: dims of the key offset, or None for none.
     """
     T = qkv_TC.size(0)
     q_THE, k_THE, v_THE = qkv_TC.view(T, 3, heads, -1).unbind(1)
-    q_THE, k_THE = norm(q_THE) * scale, norm(k_THE)
-    if paired:
-        q_THE, k_THE = (x.reshape(2 * T, heads // 2, -1) for x in (q_THE, k_THE))
-    P = q_THE.size(0)
-    q_THE, k_THE = (rotate(x, cos_PJ[:P], sin_PJ[:P]) for x in (q_THE, k_THE))
+    q_THE = rotate(norm(q_THE) * scale, cos_PJ[:T], sin_PJ[:T])
+    k_THE = rotate(norm(k_THE), cos_PJ[:T], sin_PJ[:T])
     if offset_E is not None:
         k_THE = offset_keys(k_THE, offset_E, edges_T)
     v_THE = (v_lambda.expand(T, 1, 1) * v_THE).type_as(qkv_TC)
     if value_TD is not None:
-        value_THE = value_TD.view_as(v_THE)
-        if gate_HG is not None:
-            read_TG = torch.cat([lead_TG[:, : GATE_INPUTS // 2], value_TD[:, : GATE_INPUTS // 2]], dim=1)
-            gate_TH = 2 * torch.sigmoid(read_TG.float() @ gate_HG.float().T)
-            value_THE = (value_THE * gate_TH[..., None]).type_as(value_THE)
-        v_THE = v_THE + value_THE
-    return q_THE, k_THE, v_THE.contiguous().view_as(q_THE)
+        v_THE = v_THE + value_TD.view_as(v_THE)
+    return q_THE, k_THE, v_THE.contiguous()
 
 
 @region
@@ -1428,7 +1413,6 @@ class GPT(nn.Module):
         lambdas = self.attn_lambdas.flatten().unbind()
         v_lambdas, out_lambdas = lambdas[::2], lambdas[1::2]
         attn_gates = self.attn_gate.unbind()
-        value_gates = unbind(self.value_gate, len(cfg.attention_layers))
         scale8 = self.latent_scale if self.fp8 and torch.is_grad_enabled() else None
         outputs, delta_TD, late_TD, late_lead_TG = {}, None, None, None
         for i, layer in enumerate(cfg.layers):
@@ -1447,13 +1431,9 @@ class GPT(nn.Module):
                 value_TD = sum(own_values[1:], own_values[0]) if own_values else None
                 offset_E = rotary.offset_E if layer.key_offset else None
                 q_THE, k_THE, v_THE = qkv_region(
-                    qkv_TC, v_lambdas[a], value_TD, lead_TG, value_gates[a], rotary.cos_PJ, rotary.sin_PJ,
-                    rotary.scale, offset_E, edges_T, cfg.heads, layer.paired)
-                own_docs = docs
-                if layer.paired:
-                    own_docs = Documents(2 * docs.cu_seqlens, 2 * docs.longest)
-                y_THE = self.attention(q_THE, k_THE, v_THE, own_docs, windows[layer.window])
-                y_THE = y_THE.reshape(len(qkv_TC), cfg.heads, -1)
+                    qkv_TC, v_lambdas[a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale, offset_E, edges_T,
+                    cfg.heads)
+                y_THE = self.attention(q_THE, k_THE, v_THE, docs, windows[layer.window])
                 y_TD = gate_region(y_THE, lead_TG, attn_gates[a], out_lambdas[a])
                 o_TD = self.project("o", a, y_TD)
                 x_TD, h_TD, h8_TD = branch_region(x_TD, o_TD, scale8)
@@ -1711,7 +1691,6 @@ class Row(NamedTuple):
     copy_of: str = ""            # a row of the same shape, of which this is a copy, moments and all ..
     copy_until: int = 0          # .. until this step; its gradient is added to that row's
     average: float = 0.0         # last fraction of the steps whose weights are averaged; see Optimizer.finish
-    slow_from: int = 0           # step from which NorMuon reads the slow momentum, too; 0: never
     used: bool = True            # False: its mechanism is off
 
 
@@ -1727,7 +1706,7 @@ class Part:
 
     def __init__(self, row, p, model, world):
         self.row, self.parameter, self.world = row, p, world
-        self.dtype, self.kernels = model.dtype, model.kernels
+        self.cfg, self.dtype, self.kernels = model.cfg, model.dtype, model.kernels
         self.units = len(self.as_units(p))
         self.per_rank = -(-self.units // world.size)  # the last ranks may have fewer
         self.lo, self.hi = 0, self.units
@@ -1771,16 +1750,15 @@ class Part:
 
         return finish
 
-    def add_average(self, own, step: int, total_steps: int):
-        """Exponential moving average of the weights of the last steps, beginning with the first of them."""
-        if not self.row.average:
-            return
-        first = total_steps - math.ceil(self.row.average * total_steps)
-        rate = 2 * self.row.every / (total_steps - first + self.row.every)
-        if step >= first + self.row.every:
-            self.moments["average"].mul_(1 - rate).add_(own, alpha=rate)
-        elif step >= first:
+    def add_average(self, own, step: int):
+        """Take the weights after `step` into their exponential average, which begins with the first of them."""
+        steps = math.ceil(self.row.average * self.cfg.total_steps)
+        taken = step - (self.cfg.total_steps - steps)
+        if 0 <= taken < self.row.every:
             self.moments["average"].copy_(own)
+        elif taken >= 0:
+            rate = 2 / (steps / self.row.every + 1)
+            self.moments["average"].mul_(1 - rate).add_(own, alpha=rate)
 
     def unshard(self, part):
         """A moment of all units, on the CPU; collective."""
@@ -1804,7 +1782,7 @@ class NorMuon(Part):
         lr = torch.tensor(self.row.lr, device=p_NRC.device).repeat(layers)
         self.lr_N11 = lr[self.lo : self.hi].view(-1, 1, 1)
         moments = {"momentum": torch.zeros_like(p_NRC), "second": torch.zeros_like(p_NRC[..., :1])}
-        if self.row.slow_from:
+        if self.cfg.slow_momentum < 1:
             moments["slow"] = torch.zeros_like(p_NRC)
         return moments
 
@@ -1813,7 +1791,7 @@ class NorMuon(Part):
             lr_N11, decay = self.lr_N11 * lr_multiplier, scalar(self.row.weight_decay * lr_multiplier)
             normuon_update(p, grad, self.moments["momentum"], self.moments["second"], lr_N11, decay,
                            scalar(muon_momentum), self.row.betas[1], self.dtype, self.kernels, self.groups,
-                           self.moments.get("slow"), self.row.slow_from > 0 and step >= self.row.slow_from)
+                           self.moments.get("slow"), step >= self.cfg.slow_momentum * self.cfg.scheduled_steps)
 
 
 class Adam(Part):
@@ -1868,53 +1846,45 @@ def parameter_table(cfg) -> list[Row]:
         return Row(name, shape, algorithm, "sharded", (lr,), betas=betas, weight_decay=decay,
                    every=ADAM_EVERY, **more)
 
-    slow_from = math.ceil(cfg.slow_momentum * cfg.scheduled_steps) if cfg.slow_momentum < 1 else 0
-
     def bank(name: str, shape: tuple, lr: tuple, **more):
-        return Row(name, shape, NorMuon, "sharded", lr, weight_decay=cfg.muon_weight_decay,
-                   betas=(0.0, 0.9 if cfg.betas_89 else 0.95), average=cfg.average,
-                   slow_from=slow_from, **more)
+        return Row(name, shape, NorMuon, "sharded", lr, betas=(0.0, 0.9), weight_decay=cfg.muon_weight_decay,
+                   average=cfg.average, **more)
 
-    smooth = 0.9, 0.99  # record 52
-    betas = (0.5, 0.95) if cfg.betas_89 else (0.65, 0.95)
-
-    def scalars(name: str, shape: tuple, start=0.0, lr: float = 5 * adam, betas=smooth, used: bool = True):
+    def scalars(name: str, shape: tuple, start=0.0, lr: float = 5 * adam, betas=(0.9, 0.99), used: bool = True):
         return Row(name, shape, Adam, "replicated", (lr,), start, betas, every=ADAM_EVERY, used=used)
 
-    pairs_of_heads = cfg.heads // MUON_HEADS
-    values = normal(cfg.value_std) if cfg.value_std else 0.0
+    head = table("head", (V, D), decay=150, betas=(0.5, 0.95), average=cfg.average)
+    embed = table("embed", (V, D), ratio=EMBED_LR_RATIO, start=normal(1))
     if cfg.untie_at:  # a copy of the head, at its rate and decay, until it gets a life of its own (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
-        embed = table("embed", (V, D), decay=150, start=normal(0.005), copy_of="head", copy_until=untied,
-                      betas=betas, average=cfg.average)
-    else:
-        embed = table("embed", (V, D), ratio=EMBED_LR_RATIO, start=normal(1))
+        embed = head._replace(name="embed", start=normal(0.005), copy_of="head", copy_until=untied)
+    pairs_of_heads = cfg.heads // MUON_HEADS
+    values = normal(cfg.value_std) if cfg.value_std else 0.0
     pairs = bool(cfg.bigram_rows)
     return [
         embed,
-        table("head", (V, D), decay=150, betas=betas, average=cfg.average),
-        bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, groups=(pairs_of_heads, pairs_of_heads, 1, 1),
-             start=uniform(std, 4)),
+        head,
+        bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, start=uniform(std, 4),
+             groups=(pairs_of_heads, pairs_of_heads, 1, 1)),
         bank("mlp_bank", (L, 2, MLP_RATIO * D, D), (2 * muon, 4 * muon), start=uniform(std, 1)),
         table("value_embeds", (cfg.value_tables * V, D), ratio=EMBED_LR_RATIO, decay=5, start=values,
-              betas=(0.75, 0.95) if cfg.betas_89 else (0.65, 0.95), used=cfg.value_tables > 0),
+              betas=(0.75, 0.95), used=cfg.value_tables > 0),
         table("bigram_embed", (cfg.bigram_rows, D), ratio=EMBED_LR_RATIO, decay=5, betas=(0.75, 0.95),
               used=pairs),
         table("mtp_heads", (cfg.mtp_heads, V, D), decay=150, used=cfg.mtp_heads > 0),
         scalars("attn_gate", (A, cfg.heads, GATE_INPUTS), lr=adam),
-        scalars("value_gate", (A, cfg.heads, GATE_INPUTS), lr=adam, betas=(0.9, 0.99), used=cfg.value_gate),
-        scalars("smear_gate", (GATE_INPUTS,), lr=adam * (0.01 if cfg.betas_89 else 1)),
+        scalars("smear_gate", (GATE_INPUTS,), lr=0.01 * adam),
         scalars("attn_lambdas", (A, 2), (0.5, 1.0)),  # on v, on the output
-        scalars("resid_lambdas", (L,), 1.1, betas=(0.9, 0.95) if cfg.betas_89 else smooth),
+        scalars("resid_lambdas", (L,), 1.1, betas=(0.9, 0.95)),
         scalars("x0_lambdas", (L,), betas=(0.65, 0.95)),  # never smoothed (record 52)
         scalars("bigram_lambdas", (L,), 0.1, betas=(0.65, 0.95), used=pairs),
         scalars("smear_lambda", ()),
         scalars("skip_lambdas", (len(cfg.skips),), -1.5, used=bool(cfg.skips)),  # before a sigmoid
         scalars("backout_lambda", (), 0.5, used=cfg.backout_from >= 0),
         scalars("smear_mtp_lambda", (), used=cfg.smear_mtp),
-        scalars("pointer", (2 * POINTER_WIDTH, D), uniform(std, D), adam, (0.9, 0.99), cfg.pointer),
-        scalars("pointer_gain", (), 1.0, adam, (0.9, 0.99), cfg.pointer),
-        scalars("pointer_sink", (), 0.0, adam, (0.9, 0.99), cfg.pointer),
+        scalars("pointer", (2 * POINTER_WIDTH, D), uniform(std, D), adam, used=cfg.pointer),
+        scalars("pointer_gain", (), 1.0, adam, used=cfg.pointer),
+        scalars("pointer_sink", (), 0.0, adam, used=cfg.pointer),
     ]
 
 
@@ -1942,7 +1912,7 @@ class Optimizer:
         wrong = [row.name for row in table if row.copy_of and row.algorithm is not algorithms[row.copy_of]]
         if wrong:
             raise ValueError(f"optimizer table: {wrong} must be trained as what they copy (untie_at)")
-        self.world, self.total_steps = world, model.cfg.total_steps
+        self.world = world
         adam_first = sorted(table, key=lambda row: row.algorithm is NorMuon)
         self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in adam_first]
 
@@ -1972,7 +1942,7 @@ class Optimizer:
             grad = grad.to(own.dtype)
             # A metric of the gradient goes into the report here. It is summed over ranks: square norms first.
             part.update(own, grad, step, lr_multiplier, momentum)
-            part.add_average(own, step, self.total_steps)
+            part.add_average(own, step)
             gathers.append(part.gather())
             part.parameter.grad.zero_()  # in place: graphs know its address
         sums = self.world.all_reduce(torch.stack(list(report.values())))
@@ -2271,7 +2241,7 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
     index = max(i for i in range(len(cfg.stages)) if starts[i] <= step)
     stage = cfg.stages[index]
     done = (step - starts[index]) / max(starts[index + 1] - starts[index], 1)
-    weights = tuple(a + (b - a) * done for a, b in stage.targets) if cfg.multi_target else (1.0,)
+    weights = tuple(a + (b - a) * done for a, b in stage.targets)
     prefix = cfg.prefix_weight * min(1.0, max(0.0, 2 - 3 * step / cfg.scheduled_steps))
     weights = (*weights, prefix) if prefix else weights
 
@@ -2482,8 +2452,7 @@ class Validation:
     def positions(self) -> int:
         """Tokens of the longest forward pass, training's included: how far the rotary tables must reach."""
         training = max(self.cfg.micro_tokens(stage) for stage in self.cfg.stages)
-        longest = max(training, min(self.cfg.val_chunk, self.count))
-        return longest * (1 + any(layer.paired for layer in self.cfg.layers))
+        return max(training, min(self.cfg.val_chunk, self.count))
 
     @torch.no_grad()
     def run(self, model, windows: dict, rotary, world) -> dict:
