@@ -1199,7 +1199,7 @@ def bigram_region(tokens_T, edges_T, rows: int):
 
     Where nothing is before, the last row and the first signs. Products wrap around as int32.
     """
-    token_T, before_T = tokens_T.int(), shift(tokens_T).int()
+    token_T, before_T = tokens_T.int(), shift(tokens_T, edges_T).int()
     row_T = ((36313 * token_T) ^ (27191 * before_T)) % (rows - 1)
     sign_T = (token_T ^ before_T) % BIGRAM_SIGNS
     return row_T.masked_fill(edges_T, rows - 1).long(), sign_T.masked_fill(edges_T, 0).long()
