@@ -1403,7 +1403,7 @@ class GPT(nn.Module):
         if not self.compute_weights:
             self.refresh()
         edges_T = tokens_T == cfg.bos if docs.first_T is None else docs.first_T
-        edges_T[0] = True
+        edges_T[:1].fill_(True)
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype)
         x_TD = embed_region(embed_TD, self.smear_gate, self.smear_lambda, edges_T)
         x0_TD = x_TD
