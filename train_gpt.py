@@ -1110,7 +1110,8 @@ class MLP(torch.autograd.Function):
     def backward(ctx, grad_TD):
         h8_TD, h_scale, r_TF, scale, up8_DF, up_scale, down8_FD, down_scale = ctx.saved_tensors
         grad8_TD = float8_region(grad_TD, scale, torch.float8_e5m2)
-        u_grad_TF, hidden_FT, u_grad_FT = mlp_backward(grad8_TD, down8_FD, r_TF, down_scale, ctx.slope, ctx.mode)
+        u_grad_TF, hidden_FT, u_grad_FT = mlp_backward(
+            grad8_TD, down8_FD, r_TF, down_scale, ctx.slope, ctx.mode)
         h8_DT, grad8_DT = transpose(h8_TD, ctx.mode), transpose(grad8_TD, ctx.mode)
         up_grad_FD, down_grad_FD = ctx.grad_2FD
         up_grad_FD += float8_product(u_grad_FT, h8_DT.T, scale, h_scale, torch.float32)
@@ -1321,10 +1322,10 @@ def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, copying
 
 
 def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, copying: Copying | None = None):
-    """Loss of head k (0: the main one) on latents, (), and their gradient, (T, D). copying: see cross_entropy.
+    """Loss of head k (0: the main one) on latents, (), and their gradient, (T, D).
 
     The head's own gradient is added in place. Chunks are backpropagated at once, so only LOSS_CHUNK tokens
-    have logits at a time.
+    have logits at a time. copying: see cross_entropy.
     columns_S: distinct tokens, int64, among which the loss chooses (record 92, PR 360); None: all. Other
     targets give no loss.
     """
@@ -1431,8 +1432,8 @@ class GPT(nn.Module):
                 value_TD = sum(own_values[1:], own_values[0]) if own_values else None
                 offset_E = rotary.offset_E if layer.key_offset else None
                 q_THE, k_THE, v_THE = qkv_region(
-                    qkv_TC, v_lambdas[a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale, offset_E, edges_T,
-                    cfg.heads)
+                    qkv_TC, v_lambdas[a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale, offset_E,
+                    edges_T, cfg.heads)
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, windows[layer.window])
                 y_TD = gate_region(y_THE, lead_TG, attn_gates[a], out_lambdas[a])
                 o_TD = self.project("o", a, y_TD)
@@ -1460,8 +1461,8 @@ class GPT(nn.Module):
         """What the MLP of layer i adds to the residual stream, whose norm h is; h8: h as float8, or None."""
         grad_2FD, slope = self.bank_gradient(self.mlp_bank, i), self.cfg.leaky_slope
         if h8_TD is not None:
-            scales = self.latent_scale, self.grad_scale
-            return MLP.apply(h_TD, h8_TD, scales, self.compute_weights["mlp8", i], grad_2FD, slope, self.kernels)
+            scales, eight = (self.latent_scale, self.grad_scale), self.compute_weights["mlp8", i]
+            return MLP.apply(h_TD, h8_TD, scales, eight, grad_2FD, slope, self.kernels)
         up_FD, down_FD = self.compute_weights["mlp_bank"][0][i]
         up_grad_FD, down_grad_FD = (None, None) if grad_2FD is None else grad_2FD
         hidden_TF = activation_region(Linear.apply(h_TD, up_FD, up_grad_FD), slope)
@@ -1609,7 +1610,10 @@ def orthogonalise(x_NRC, groups: tuple, kernels: str = "reference"):
     return torch.stack([out[i] for i in range(len(out))])
 
 
-AVERAGE_BLEND = 0.5
+AVERAGE_BLEND = 0.5                   # share of the averaged weights in the final ones
+SLOW_BETA, SLOW_SHARE = 0.98, 0.5615  # of the slow momentum; the fast one's beta is 0.85 beside it
+
+
 # The updates only add and multiply: unlike those of lerp_, the results don't depend on where a shard begins.
 
 
@@ -1639,23 +1643,20 @@ def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2: float):
     p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
 
 
-SLOW_BETA, SLOW_SHARE = 0.98, 0.5615  # of the slow momentum; the fast one's beta is 0.85 beside it
-
-
-def normuon_update(p_NRC, g_NRC, momentum_NRC, second_NR1, lr_N11, decay, mu, beta2: float,
-                   dtype: torch.dtype, kernels: str = "reference", groups: tuple = (), slow_NRC=None,
-                   mixing: bool = False):
+def normuon_update(p_NRC, g_NRC, moments: dict, lr_N11, decay, mu, share: float, beta2: float,
+                   dtype: torch.dtype, kernels: str = "reference", groups: tuple = ()):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
     Nesterov momentum, orthogonalisation, division of each row by its running RMS with the matrix's norm kept,
     and decoupled decay only where it does not oppose the update. A row is an output of Q, K, V, O and up, and
     an input of down, which is stored transposed. mu, decay: () float32; lr_N11: one per matrix.
-    groups: see orthogonalise.
+    moments: "momentum", (N, R, C), "second", (N, R, 1), and "slow", as momentum, if there is a slow momentum;
+    share: its part in their sum (record 92). groups: see orthogonalise.
     """
-    beta, share = (scalar(0.85), scalar(SLOW_SHARE)) if mixing else (mu, scalar(0.0))
-    x_NRC = nesterov(g_NRC, momentum_NRC, slow_NRC, mu, beta, share, dtype)
+    beta = scalar(0.85) if share else mu
+    x_NRC = nesterov(g_NRC, moments["momentum"], moments.get("slow"), mu, beta, scalar(share), dtype)
     x_NRC = orthogonalise(x_NRC, groups, kernels)
-    apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2)
+    apply_update(p_NRC, x_NRC, moments["second"], lr_N11, decay, beta2)
 
 
 @region(dynamic=True)
@@ -1690,7 +1691,7 @@ class Row(NamedTuple):
     groups: tuple = ()           # of rows, orthogonalised apart: as many for each matrix as lr; (): one
     copy_of: str = ""            # a row of the same shape, of which this is a copy, moments and all ..
     copy_until: int = 0          # .. until this step; its gradient is added to that row's
-    average: float = 0.0         # last fraction of the steps whose weights are averaged; see Optimizer.finish
+    averaged: bool = False       # over the last steps, see Optimizer.finish
     used: bool = True            # False: its mechanism is off
 
 
@@ -1715,7 +1716,7 @@ class Part:
             self.hi = min(self.lo + self.per_rank, self.units)
         own = self.as_units(p.data)[self.lo : self.hi]
         self.moments = self.make_moments(own)
-        if row.average:
+        if row.averaged:
             self.moments["average"] = torch.zeros_like(own)
 
     def reduce(self):
@@ -1751,13 +1752,13 @@ class Part:
         return finish
 
     def add_average(self, own, step: int):
-        """Take the weights after `step` into their exponential average, which begins with the first of them."""
-        steps = math.ceil(self.row.average * self.cfg.total_steps)
-        taken = step - (self.cfg.total_steps - steps)
+        """Take the weights after `step` into their exponential average, if it has begun."""
+        count = math.ceil(self.cfg.average * self.cfg.total_steps)
+        taken = step - (self.cfg.total_steps - count)
         if 0 <= taken < self.row.every:
             self.moments["average"].copy_(own)
         elif taken >= 0:
-            rate = 2 / (steps / self.row.every + 1)
+            rate = 2 / (count / self.row.every + 1)
             self.moments["average"].mul_(1 - rate).add_(own, alpha=rate)
 
     def unshard(self, part):
@@ -1789,9 +1790,10 @@ class NorMuon(Part):
     def update(self, p, grad, step: int, lr_multiplier: float, muon_momentum: float):
         if len(p):  # else there are more ranks than matrices
             lr_N11, decay = self.lr_N11 * lr_multiplier, scalar(self.row.weight_decay * lr_multiplier)
-            normuon_update(p, grad, self.moments["momentum"], self.moments["second"], lr_N11, decay,
-                           scalar(muon_momentum), self.row.betas[1], self.dtype, self.kernels, self.groups,
-                           self.moments.get("slow"), step >= self.cfg.slow_momentum * self.cfg.scheduled_steps)
+            mixed = "slow" in self.moments and step >= self.cfg.slow_momentum * self.cfg.scheduled_steps
+            share = SLOW_SHARE if mixed else 0.0
+            normuon_update(p, grad, self.moments, lr_N11, decay, scalar(muon_momentum), share,
+                           self.row.betas[1], self.dtype, self.kernels, self.groups)
 
 
 class Adam(Part):
@@ -1848,12 +1850,12 @@ def parameter_table(cfg) -> list[Row]:
 
     def bank(name: str, shape: tuple, lr: tuple, **more):
         return Row(name, shape, NorMuon, "sharded", lr, betas=(0.0, 0.9), weight_decay=cfg.muon_weight_decay,
-                   average=cfg.average, **more)
+                   averaged=cfg.average > 0, **more)
 
-    def scalars(name: str, shape: tuple, start=0.0, lr: float = 5 * adam, betas=(0.9, 0.99), used: bool = True):
+    def scalars(name: str, shape: tuple, start=0.0, lr=5 * adam, betas=(0.9, 0.99), used: bool = True):
         return Row(name, shape, Adam, "replicated", (lr,), start, betas, every=ADAM_EVERY, used=used)
 
-    head = table("head", (V, D), decay=150, betas=(0.5, 0.95), average=cfg.average)
+    head = table("head", (V, D), decay=150, betas=(0.5, 0.95), averaged=cfg.average > 0)
     embed = table("embed", (V, D), ratio=EMBED_LR_RATIO, start=normal(1))
     if cfg.untie_at:  # a copy of the head, at its rate and decay, until it gets a life of its own (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
@@ -1942,7 +1944,8 @@ class Optimizer:
             grad = grad.to(own.dtype)
             # A metric of the gradient goes into the report here. It is summed over ranks: square norms first.
             part.update(own, grad, step, lr_multiplier, momentum)
-            part.add_average(own, step)
+            if part.row.averaged:
+                part.add_average(own, step)
             gathers.append(part.gather())
             part.parameter.grad.zero_()  # in place: graphs know its address
         sums = self.world.all_reduce(torch.stack(list(report.values())))
@@ -1957,7 +1960,7 @@ class Optimizer:
     @torch.no_grad()
     def finish(self):
         """After the last step: weights half way to their average, with their norms kept (record 92)."""
-        averaged = [part for part in self.parts if part.row.average]
+        averaged = [part for part in self.parts if part.row.averaged]
         for part in averaged:
             p = part.parameter.data
             dims = (-2, -1)
