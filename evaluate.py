@@ -32,7 +32,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -66,9 +65,9 @@ if __name__ == "__main__":  # before the next statement, so that it imports from
 try:
     from train_gpt import (
         GPT, LOSS_CHUNK, POINTER_WINDOW, Config, Documents, Hardware, Log, UserError, Validation, World,
-        backward_micro_batch, build_rotary, cap, check_ranks_agree, choose_hardware, cut_at_bos, data_folder,
-        final_windows, gradient, load_token_table, load_weights, log_root, memory_mib, mixture, pinned,
-        plan_step, read_checkpoint, region, source, to_device, write_checkpoint,
+        activation_region, backward_micro_batch, build_rotary, cap, check_ranks_agree, choose_hardware,
+        cut_at_bos, data_folder, final_windows, gradient, load_token_table, load_weights, log_root,
+        memory_mib, mixture, pinned, plan_step, read_checkpoint, region, source, to_device, write_checkpoint,
     )
 except ImportError as error:
     refuse(f"{error}: older trainers evaluate checkpoints themselves, by --checkpoint=FILE --eval=METHODS")
@@ -294,13 +293,6 @@ def lay_out(tokens: np.ndarray, windows: list[Window], rows: int, bos: int, devi
 # Adapters: low-rank updates y += (x A^T) B^T of products, a set for each window of a batch
 
 
-@region
-def activation_region(z_TF, slope: float) -> Tensor:
-    """LeakyReLU(slope) squared."""
-    r_TF = F.leaky_relu(z_TF, slope)
-    return r_TF * r_TF
-
-
 class AdaptedGPT(GPT):
     """A GPT whose products have adapters added, if there are any; they then learn in place of its weights."""
 
@@ -321,13 +313,13 @@ class AdaptedGPT(GPT):
         y_TR = super().project(name, a, x_TD)
         return self.add(name, a, x_TD, y_TR) if self.adapters else y_TR  # the letters of "qkv" are names
 
-    def mlp(self, i: int, x_TD, h_TD, h8_TD) -> Tensor:
+    def mlp(self, i: int, h_TD, h8_TD) -> Tensor:
         if not self.adapters:
-            return super().mlp(i, x_TD, h_TD, h8_TD)
+            return super().mlp(i, h_TD, h8_TD)
         up_FD, down_FD = self.compute_weights["mlp_bank"][0][i]
         z_TF = self.add(["up"], i, h_TD, h_TD @ up_FD.T)
         hidden_TF = activation_region(z_TF, self.cfg.leaky_slope)
-        return self.add(["down"], i, hidden_TF, torch.addmm(x_TD, hidden_TF, down_FD))
+        return self.add(["down"], i, hidden_TF, hidden_TF @ down_FD)
 
     def products(self, x_RD) -> Tensor:
         """Logits before the soft cap; with adapters the same number of rows for each window."""
@@ -695,7 +687,7 @@ def next_token_logits(model: GPT, x_TD, targets_T) -> Tensor:
 
     targets_T: of all but its last position.
     """
-    logits_V = cap(model.products(x_TD[-1:]), model.cfg.logit_cap)[0]
+    logits_V = cap(model.products(x_TD[-1:]))[0]
     if not model.cfg.pointer:
         return logits_V
     q_TE, k_TE = model.pointer_heads(x_TD)

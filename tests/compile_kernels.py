@@ -42,26 +42,22 @@ def compile_only(kernel, *args, grid, warmup, **options):
     taken.append([kernel.__name__, compiled.metadata.shared])
 
 
-def launch(cfg: t.Config, kernels: str, fp8: str):
+def launch(cfg: t.Config, kernels: str, fp8: bool):
     """Each wrapper at the sizes of this model, in the mode and the precisions that were chosen."""
     half, eight, scale = torch.bfloat16, torch.float8_e4m3fn, torch.ones(())
     T, D, F = 256, cfg.width, t.MLP_RATIO * cfg.width
     h_TD, weight_FD, r_TF = (torch.zeros(size, dtype=half) for size in ((T, D), (F, D), (T, F)))
-    t.mlp_forward(h_TD, weight_FD, cfg.leaky_slope, kernels)
-    t.mlp_backward(h_TD, weight_FD, r_TF, cfg.leaky_slope, kernels)
-    if fp8 != "off":
+    if fp8:
         t.transpose(h_TD.to(eight), kernels)
-    if fp8 == "head+mlp+grad":
-        t.mlp_forward(h_TD.to(eight), weight_FD.to(eight), cfg.leaky_slope, kernels, scale)
+        t.mlp_forward(h_TD.to(eight), weight_FD.to(eight), scale, cfg.leaky_slope, kernels)
         grad_TD = h_TD.to(torch.float8_e5m2)
-        t.mlp_backward(grad_TD, weight_FD.to(eight), r_TF, cfg.leaky_slope, kernels, scale)
+        t.mlp_backward(grad_TD, weight_FD.to(eight), r_TF, scale, cfg.leaky_slope, kernels)
     logits_TV = torch.zeros(16, cfg.padded_vocab, dtype=half)
-    for dtype in (half,) if fp8 == "off" else (half, torch.float8_e5m2):
+    for dtype in (half, torch.float8_e5m2) if fp8 else (half,):
         for count in (1, 3):
             targets_TK, weights_K = torch.zeros(16, count, dtype=torch.int64), torch.ones(count)
             for copying in (None, t.Copying(cfg.vocab_size, *torch.zeros(2, 16, 2))):
-                t.cross_entropy(logits_TV, targets_TK, weights_K, cfg.logit_cap, scale, dtype, kernels,
-                                copying)
+                t.cross_entropy(logits_TV, targets_TK, weights_K, t.SOFTCAP, scale, dtype, kernels, copying)
     t.polynomial(torch.zeros(2, D, D, dtype=half), *t.POLAR_EXPRESS[0], kernels)
     q_TE, k_TE = torch.zeros(2, T, 128, dtype=half).requires_grad_()
     cu_seqlens, targets_T = torch.tensor([0, T], dtype=torch.int32), torch.zeros(T, dtype=torch.int64)
@@ -72,7 +68,7 @@ def compile_all(capability: int) -> list:
     taken.clear()
     torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
     triton.runtime.driver.set_active(Driver(capability))
-    sprint = t.parse_config(["--track=sprint", "--fa3=off", "--fp8=head+mlp+grad"])
+    sprint = t.parse_config(["--track=sprint", "--fa3=off"])
     hardware = t.choose_hardware(sprint, t.World())
     launch(sprint, hardware.kernels, hardware.fp8)
     return list(taken)

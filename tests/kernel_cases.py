@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from small import plain_mixing
+from small import rms_normed
 
 
 class Bound(NamedTuple):
@@ -41,7 +41,9 @@ FLOAT8_SUM = 2e-3  # a floor: Hopper sums products of float8 in 14 bits
 # tanh, whose relative error of 2^-11 a softcap of 15 raises to 0.7 % in a probability and in their sum.
 EXACT, APPROXIMATE = 2e-5, 2e-2
 LOSS = 3e-3  # of the sum over rows
-SOFTCAPS = [t.Softcap(15.0, 0.0, 15.0), t.Softcap(11.5, 5.0, 15.0)]
+SOFTCAPS = [t.Softcap(15.0, 0.0, 15.0), t.SOFTCAP]
+# Whether there are a delta, a skip connection, x0 and bigrams, where streams are mixed.
+STREAMS = [(True,) * 4, (False, True, True, True), (True, False, True, True), (True, False, True, False)]
 
 POLYNOMIAL_TILE = 128  # rows and columns that a program of the kernel computes
 MARGIN = 256  # elements: rows stay aligned, as the copy engine needs
@@ -115,55 +117,23 @@ def check(actual, expected, dtype, shape=None, floor=0.0):
     assert error(actual, expected) <= (bound.each if few else bound.whole) + 5 * floor or expected.norm() == 0
 
 
-def check_mlp(rng, M, N, K, slope, dtype, mode):
-    h, up = normal(rng, M, K, dtype=dtype), normal(rng, N, K, dtype=dtype, std=K**-0.5)
-    with poisoned():
-        r, square = t.mlp_forward(h, up, slope, mode)
-    wide = [x.double() for x in t.mlp_forward(h.double(), up.double(), slope)]
-    check(r, wide[0], dtype, (M, N))
-    check(square, wide[1], dtype, (M, N))
-    grad, down = normal(rng, M, K, dtype=dtype), normal(rng, N, K, dtype=dtype, std=K**-0.5)
-    with poisoned():
-        before, square = t.mlp_backward(grad, down, r, slope, mode)
-    wide = t.mlp_backward(grad.double(), down.double(), r.double(), slope)
-    check(before, wide[0], dtype, (M, N))
-    check(square, wide[1], dtype, (M, N))
-
-
-def check_float8_mlp(rng, M, N, K, slope, mode):
+def check_mlp(rng, M, N, K, slope, mode):
     """From float8 factors, so large that some squares are cut off at 448 and some gradients at 57344."""
     h = within_nan(normal(rng, M, K, std=20).to(torch.float8_e4m3fn))
     up = within_nan(normal(rng, N, K, std=20).to(torch.float8_e4m3fn))
     scale = torch.full((), 12 / 400 * K**-0.5, device=rng.device)
     with poisoned():
-        r, square = t.mlp_forward(h, up, slope, mode, scale)
-    wide = t.mlp_forward(h.double() * scale.double(), up.double(), slope)[0]
+        r, square = t.mlp_forward(h, up, scale, slope, mode)
+    wide = F.leaky_relu(h.double() @ up.double().T * scale.double(), slope)
     check(r, wide, torch.bfloat16, (M, N), FLOAT8_SUM)
     check(square, r.double().square().clamp_max(448), torch.float8_e4m3fn, (M, N))
     grad, scale = within_nan(normal(rng, M, K, std=20).to(torch.float8_e5m2)), 128 * scale
     with poisoned():
-        before, square, flipped = t.mlp_backward(grad, up, r, slope, mode, scale)
-    wide = t.mlp_backward(grad.double() * scale.double(), up.double(), r.double(), slope)[0]
+        before, square, flipped = t.mlp_backward(grad, up, r, scale, slope, mode)
+    wide = grad.double() @ up.double().T * scale.double() * 2 * F.leaky_relu(r.double(), slope)
     check(before, wide.clamp(-57344, 57344), torch.float8_e5m2, (M, N), FLOAT8_SUM)
     check(square, r.T.double().square().clamp_max(448), torch.float8_e4m3fn, (N, M))
     assert flipped.is_contiguous() and torch.equal(flipped.view(torch.uint8), before.view(torch.uint8).T)
-
-
-def check_mlp_function(rng, T, D, width, slope, dtype, mode):
-    """t.MLP forward and backward, and that weights' gradients are added to what is there."""
-    x, h = (normal(rng, T, D, dtype=dtype).requires_grad_() for _ in range(2))
-    weights, out_grad = normal(rng, 2, width, D, dtype=dtype, std=D**-0.5), normal(rng, T, D, dtype=dtype)
-    before = normal(rng, 2, width, D)
-    weight_grad = before.clone()
-    with poisoned():
-        y = t.MLP.apply(x.clone(), h, weights, weight_grad, None, slope, mode)
-        y.backward(out_grad)
-    inputs = [v.detach().double().requires_grad_() for v in (x, h, weights)]
-    wide = inputs[0] + F.leaky_relu(inputs[1] @ inputs[2][0].T, slope).square() @ inputs[2][1]
-    wide.backward(out_grad.double())
-    results = y, x.grad, h.grad, weight_grad.double() - before
-    for actual, expected in zip(results, (wide.detach(), *(v.grad for v in inputs))):
-        assert error(actual, expected) < BOUNDS[dtype].chain
 
 
 def targets_of(rng, T, V, K):
@@ -193,7 +163,8 @@ def check_cross_entropy(rng, T, V, weights, softcap, dtype, grad_dtype, mode, st
     assert grad.dtype == grad_dtype and grad.shape == (T, V) and grad.is_contiguous()
     present = targets >= 0
     counted = weights.double() * present
-    capped = t.cap(logits, softcap).double()
+    height, shift, width = softcap
+    capped = height * torch.tanh((logits.double() + shift) / width)
     terms = counted.sum(1, keepdim=True) * capped.softmax(1)  # what the gradient is the difference of
     terms.scatter_add_(1, targets.clamp_min(0), counted)
     smallest = torch.finfo(grad_dtype).tiny * torch.finfo(grad_dtype).eps
@@ -279,40 +250,42 @@ def check_branch(rng, T, D):
     """Of bfloat16, against float64; the norm in float8 is the norm's."""
     x, o, *grads = (normal(rng, T, D, dtype=torch.bfloat16, std=std) for std in (3, 1, 1, 1))
     scale8 = torch.tensor(4 / 448, device=x.device)
-    total, h, h8 = t.Branch.apply(x.requires_grad_(), o.requires_grad_(), scale8)
+    total, h, h8 = t.branch_region(x.requires_grad_(), o.requires_grad_(), scale8)
     torch.autograd.backward((total, h), grads)
     wide = [v.detach().double().requires_grad_() for v in (x, o)]
-    h64 = F.rms_norm(wide[0] + wide[1], (D,), eps=t.EPS)
-    torch.autograd.backward((wide[0] + wide[1], h64), [g.double() for g in grads])
-    expected = (wide[0] + wide[1]).detach(), h64.detach(), wide[0].grad, wide[1].grad
+    sum64 = wide[0] + wide[1]
+    h64 = rms_normed(sum64)
+    torch.autograd.backward((sum64, h64), [g.double() for g in grads])
+    expected = sum64.detach(), h64.detach(), wide[0].grad, wide[1].grad
     for actual, wanted in zip((total, h, x.grad, o.grad), expected):
-        assert actual.dtype == torch.bfloat16 and error(actual, wanted) < BOUNDS[torch.bfloat16].chain
+        assert actual.dtype == torch.bfloat16
+        assert error(actual.detach(), wanted) < BOUNDS[torch.bfloat16].chain
     assert h8.dtype == torch.float8_e4m3fn and not h8.requires_grad
     assert error(h8.double() * scale8, h64.detach().clamp(-4, 4)) < BOUNDS[torch.float8_e4m3fn].whole
 
 
-def check_mixing(rng, T, D):
-    """Of bfloat16, against float64: three layers, the second with a skip connection, the last unread."""
-    x, bigram = (normal(rng, T, D, dtype=torch.bfloat16, std=std).requires_grad_() for std in (1, 2))
-    weights = normal(rng, 3, 4).requires_grad_()
-    directions = [normal(rng, T, n) for n in (D, D, t.GATE_INPUTS) * 2 + (D,)]
-
-    def run(apply, x, bigram, weights):
-        handed_on, first, out = (x, bigram), x, []
-        for i, reads in enumerate((True, True, False)):
-            skip, own = (first if i == 1 else None), weights[i].unbind()
-            own = own if i == 1 else (own[0], None, *own[2:])
-            x, h, lead, *handed_on = apply(x, skip, *handed_on, *own, reads)
-            out += [y for y in (x, h, lead) if y is not None]
-        return out
-
-    wide = [v.detach().double().requires_grad_() for v in (x, bigram, weights)]
-    found, expected = run(t.Mixing.apply, x, bigram, weights), run(plain_mixing, *wide)
+def check_mixing(rng, T, D, present, reads):
+    """Of bfloat16, against float64. present: whether there are delta, skip, x0 and bigrams."""
+    streams = [normal(rng, T, D, dtype=torch.bfloat16, std=std).requires_grad_() for std in (1, 1, 2, 1, 2)]
+    streams = [x if there else None for x, there in zip(streams, (True, *present))]
+    factors = normal(rng, 4).requires_grad_()
+    x, delta, *others = streams
+    weights = tuple(factors.unbind()) if present[-1] else (factors[0], None, factors[2], None)
+    found = [y for y in t.mix_region(x, delta, *others, weights, reads) if y is not None]
+    wide = [None if x is None else x.detach().double().requires_grad_() for x in (*streams, factors)]
+    x, delta, *others, factors64 = wide
+    factors64 = factors64.where(torch.tensor([w is not None for w in weights], device=x.device), 1.0)
+    mixed = [x if delta is None else x + delta, *others]
+    total = sum(factor * y for factor, y in zip(factors64, mixed) if y is not None)
+    expected = [total, rms_normed(total), rms_normed(total)[:, : t.GATE_INPUTS]][: 3 if reads else 1]
+    directions = [normal(rng, *y.shape) for y in expected]
     for out in (found, expected):
-        torch.autograd.backward(out, [g.to(y.dtype) for g, y in zip(directions, out)])
-    pairs = [*zip(found, expected), *((v.grad, w.grad) for v, w in zip((x, bigram, weights), wide))]
+        torch.autograd.backward(out, [g.to(y.dtype) for g, y in zip(directions, out, strict=True)])
+    pairs = [*zip(found, expected), *((v.grad, w.grad) for v, w in zip(streams, wide) if v is not None)]
+    bound = BOUNDS[torch.bfloat16].chain
     for actual, wanted in pairs:
-        assert error(actual.detach(), wanted.detach()) < BOUNDS[torch.bfloat16].chain
+        assert error(actual.detach(), wanted.detach()) < bound
+    assert (factors.grad - wide[-1].grad).abs().max() < bound * (T * D) ** 0.5  # sums that may cancel
 
 
 def naive_masses(q, k, sink, targets, cu_seqlens, window):

@@ -31,12 +31,9 @@ STAGES = (  # 64, 128, 128 tokens in each of 4 micro-batches
 SMALL = replace(
     train_gpt.TRACKS["tiny"], layers=LAYERS, stages=STAGES, width=32, heads=2, vocab_size=BOS + 1, epochs=1,
     scheduled_steps=6, micro_batches=4, val_chunk=100, val_every=3, val_windows=(16, 64), backout_from=1,
-    multi_target=True,
 )  # fmt: skip
-RESCALED = {"softcap": 11.5, "softcap_shift": 5.0, "softcap_width": 15.0}  # record 54
-RESCALED_FLAGS = [f"--{name}={value}" for name, value in RESCALED.items()]
 CPU = train_gpt.Hardware(
-    torch.device("cpu"), torch.float32, compile=False, kernels="reference", attention="reference", fp8="off",
+    torch.device("cpu"), torch.float32, compile=False, kernels="reference", attention="reference", fp8=False,
     graphs=False,
 )  # fmt: skip
 
@@ -145,10 +142,7 @@ def rms_normed(x):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def plain_mixing(x, skip, x0, bigram, *rest):
-    """What train_gpt.Mixing computes, for autograd."""
-    *weights, reads = rest
-    streams = zip((x, skip, x0, bigram), weights)
-    total = sum(y if weight is None else weight * y for y, weight in streams if y is not None)
-    read = (rms_normed(total), rms_normed(total)[:, : train_gpt.GATE_INPUTS]) if reads else (None, None)
-    return total, *read, x0, bigram
+def layers_without(cfg, *names):
+    """The same configuration, of whose layers none has the named columns of the table, as value_embeds."""
+    defaults = {name: default for name, default in Layer._field_defaults.items() if name in names}
+    return replace(cfg, layers=tuple(layer._replace(**defaults) for layer in cfg.layers))

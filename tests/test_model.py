@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import train_gpt as t
-from small import BOS, CPU, RESCALED, plain_mixing, random_tokens, rms_normed, write_split
+from small import BOS, CPU, layers_without, random_tokens, rms_normed, write_split
 
 WIDE = {"short": 1000, "long": 1000}
 LAYERS = (
@@ -42,11 +42,13 @@ STAGES = (
 )
 CFG = t.Config(
     layers=LAYERS, stages=STAGES, width=32, heads=2, vocab_size=BOS + 1, scheduled_steps=4, backout_from=1,
-    val_windows=(10, 20), multi_target=True,
+    val_windows=(10, 20),
 )  # fmt: skip
-NEW = {**RESCALED, "late_attention": True, "prefix_weight": 0.25, "bigram_ratio": 2.0, "pointer": True}
-ALL_ON = replace(CFG, key_offset="all", mtp_heads=2, leaky_slope=0.5, cut_documents=True, **NEW)
-ATTENTION_ONLY = replace(CFG, value_embeds=False, key_offset="off", smear=False, smear_mtp=False)
+OFFSET = tuple(layer._replace(key_offset=True) for layer in LAYERS)
+ALL_ON = replace(CFG, layers=OFFSET, mtp_heads=2, prefix_weight=0.25, bigram_ratio=2.0, pointer=True)
+# With a smear_lambda of 0, too.
+ATTENTION_ONLY = replace(layers_without(CFG, "value_embeds", "key_offset"), smear_mtp=False)
+NEXT_ALONE = tuple(stage._replace(targets=((1, 1),)) for stage in STAGES)
 
 NO_REPORT = {"loss": torch.zeros(())}  # of an optimizer's step
 MECHANISM_TESTS = {}
@@ -103,7 +105,7 @@ def make_inert(monkeypatch, name, values):
     monkeypatch.setattr(owner, method, forced)
 
 
-def make_model(cfg, std=0.3, dtype=torch.float32, fp8="off", kernels="reference", **values):
+def make_model(cfg, std=0.3, dtype=torch.float32, fp8=False, kernels="reference", **values):
     """A model with parameters drawn by name, the same in every configuration, except for `values`."""
     model = t.GPT(cfg, dtype, kernels=kernels, fp8=fp8).to(dtype)
     with torch.no_grad():
@@ -165,27 +167,28 @@ class Trace:
 
     def __init__(self, model, tokens, docs, windows=WIDE, training=False):
         self.inputs, self.mlp_inputs, self.outputs, self.heads, self.gated = [], [], [], [], []
-        names = "embed_region", "mix_region", "qkv_region", "gate_region"
+        names = "embed_region", "mix_region", "qkv_region", "gate_region", "branch_region"
         with torch.set_grad_enabled(training), contextlib.ExitStack() as patched:
-            patched.enter_context(mock.patch.object(t.MLP, "apply", partial(self.call, "mlp", t.MLP.apply)))
+            patched.enter_context(mock.patch.object(model, "mlp", partial(self.call, "mlp", model.mlp)))
             for name in names:
                 patched.enter_context(mock.patch.object(t, name, partial(self.call, name, getattr(t, name))))
             self.latents = latents(model, tokens, docs, windows)
 
     def call(self, name, function, *args):
-        if name == "mlp":
-            self.mlp_inputs.append((args[0].clone(), args[1]))  # the MLP adds to the former in place
         result = function(*args)
         if name == "embed_region":
             self.x0 = result
         if name == "mix_region":
-            self.inputs.append(result[0].clone())  # which the MLP of a layer without attention changes
+            self.inputs.append(result[0])
+        if name in ("mix_region", "branch_region"):
+            self.stream = result[0]
         if name == "qkv_region":
             self.heads.append(result)
         if name == "gate_region":
             self.gated.append((args[0], result.view_as(args[0])))
         if name == "mlp":
-            self.outputs.append(result)
+            self.mlp_inputs.append((self.stream, args[1]))
+            self.outputs.append(self.stream + result)
         return result
 
 
@@ -208,7 +211,7 @@ def mixed(model, logits_TV, x_TD, tokens_T):
 
 def cross_entropies(model, head, x_TD, tokens, ahead):
     """Sum over t of the cross entropy of `head` at t with the token at t + ahead, where there is one."""
-    height, shift, width = model.cfg.logit_cap
+    height, shift, width = t.SOFTCAP
     logits = height * torch.tanh((x_TD @ head.T + shift) / width)
     if ahead == 1:
         logits = mixed(model, logits, x_TD, tokens[: len(x_TD)])
@@ -242,7 +245,8 @@ def test_value_embeds_are_added_to_v_in_the_layers_of_the_table_and_start_inert(
     tokens, _ = text = packed(9, 12)
     fresh = make_model(CFG, value_embeds=0)
     assert not t.build_model(CFG, CPU).value_embeds.any()
-    assert torch.equal(latents(fresh, *text), latents(make_model(replace(CFG, value_embeds=False)), *text))
+    off = make_model(layers_without(CFG, "value_embeds"))
+    assert torch.equal(latents(fresh, *text), latents(off, *text))
     latents(fresh, *text).square().sum().backward()
     assert fresh.value_embeds.grad is not None and fresh.value_embeds.grad[tokens].any()
     assert not torch.equal(latents(make_model(CFG), *text), latents(fresh, *text))
@@ -268,7 +272,7 @@ def tables_apart(cfg):
 def test_a_layer_adds_the_sum_of_its_value_tables_and_layers_may_share_them():
     text, tables = packed(9, 12), ((1,), (), (0, 1), (1,))
     layers = [t.Layer("short", value_embeds=own) for own in tables]
-    cfg = replace(CFG, skip=False, layers=(*layers, LAYERS[2]))
+    cfg = replace(CFG, layers=(*layers, t.Layer("none")))
     layers, rows = values_added(cfg, text)
     assert len(rows) == cfg.value_tables == 2
     for ((_, _, v), (_, _, v_without)), own in zip(layers, tables, strict=True):
@@ -288,7 +292,7 @@ def test_windows_end_influence_exactly():
     cases = ("short", plan, 4), ("long", plan, 8), ("short", final, 10), ("long", final, 20)
     for kind, windows, reach in cases:
         cfg = replace(ATTENTION_ONLY, layers=(t.Layer(kind),), backout_from=-1)
-        assert influence(make_model(cfg), *text, 5, windows) == list(range(5, 5 + reach + 1))
+        assert influence(make_model(cfg, smear_lambda=0), *text, 5, windows) == list(range(5, 5 + reach + 1))
 
 
 def first_windows(plan):
@@ -331,7 +335,7 @@ def without_last_layer(cfg):
 def test_every_row_of_a_layer_table_is_a_layer_eleven_in_the_short_track():
     text = packed(9, 12)
     for track, count in (("short", 11), ("sprint", 11), ("medium", 16), ("tiny", 5)):
-        cfg = replace(t.TRACKS[track], width=32, heads=2, vocab_size=BOS + 1, bigram_ratio=0.0)
+        cfg = replace(t.TRACKS[track], width=32, heads=2, vocab_size=BOS + 1)
         trace = Trace(make_model(cfg), *text)
         assert len(cfg.layers) == len(trace.outputs) == count
         for x, out in zip(trace.inputs, trace.outputs, strict=True):
@@ -340,7 +344,7 @@ def test_every_row_of_a_layer_table_is_a_layer_eleven_in_the_short_track():
         assert all(layer.window == "long" for layer in cfg.layers if layer.key_offset)
 
 
-@mechanism("yarn", build_rotary={"cfg": having(yarn=False)})
+@mechanism("yarn", build_rotary={"stage": 0})
 def test_yarn_stretches_slow_frequencies_and_raises_the_scale_with_each_wider_window():
     def expected(windows, moving, frequencies):
         scale = CFG.attn_scale
@@ -360,20 +364,18 @@ def test_yarn_stretches_slow_frequencies_and_raises_the_scale_with_each_wider_wi
         assert_close(rotary.cos_PJ, angles.cos(), atol=1e-5, rtol=0)
         assert_close(rotary.sin_PJ, angles.sin(), atol=1e-5, rtol=0)
         assert_close(rotary.scale.item(), scale)
-        first, later = (build_rotary(replace(cfg, yarn=False), 50, stage) for stage in (0, last))
-        assert all(torch.equal(a, b) for a, b in zip(first, later, strict=True))
 
 
-def traced_keys(cfg):
+def traced_keys(cfg, text):
     """Keys of each layer with attention, from a stream that doesn't depend on them."""
-    return [k for _, k, _ in Trace(make_silent_model(cfg), *packed(9, 12)).heads]
+    return [k for _, k, _ in Trace(make_silent_model(cfg), *text).heads]
 
 
-def keys_by_loop(k_THE, dims):
+def keys_by_loop(k_THE, dims, tokens):
     """Key offset written position by position."""
     out = k_THE.clone()
     for i in range(1, len(k_THE)):
-        for e in dims:
+        for e in dims if tokens[i] != BOS else ():
             out[i, :, e] = k_THE[i - 1, :, e]
     return out
 
@@ -383,17 +385,15 @@ STATIONARY = (4, 5, 6, 7, 12, 13, 14, 15)  # of 16 head dims with half of the pa
 
 @mechanism("key_offset", offset_keys={"dims_E": torch.zeros_like})
 def test_key_offset_takes_the_stationary_dims_of_the_marked_layers_from_the_previous_key():
-    modes = "off", "table", "table-full", "all"
-    keys = {mode: traced_keys(replace(CFG, key_offset=mode)) for mode in modes}
-    for mode, offset, dims in (("table", (1,), STATIONARY), ("table-full", (1,), range(16)),
-                               ("all", (0, 1, 2), STATIONARY)):  # fmt: skip
-        for i, (own, k) in enumerate(zip(keys["off"], keys[mode], strict=True)):
-            assert torch.equal(k, keys_by_loop(own, dims) if i in offset else own)
-            assert torch.equal(k[0], own[0])
+    tokens, _ = text = packed(9, 12)
+    plain = traced_keys(layers_without(CFG, "key_offset"), text)
+    for cfg, offset in ((CFG, (1,)), (replace(CFG, layers=OFFSET), (0, 1, 2))):
+        for i, (own, k) in enumerate(zip(plain, traced_keys(cfg, text), strict=True)):
+            assert torch.equal(k, keys_by_loop(own, STATIONARY, tokens) if i in offset else own)
 
-    k, stationary = keys["off"][0], build_rotary(CFG, 1).offset_E
+    k, stationary = plain[0], build_rotary(CFG, 1).offset_E
     before = k.clone()
-    t.offset_keys(k, stationary, None)
+    t.offset_keys(k, stationary, tokens == BOS)
     assert torch.equal(k, before)
 
 
@@ -402,11 +402,10 @@ def mixing_factors(model):
     return torch.stack([model.resid_lambdas, model.x0_lambdas], dim=1).detach()
 
 
-@mechanism("x0_mix", mix_region={"x0_TD": None})
-def test_x0_mix_adds_the_embedding_to_every_layer():
+@mechanism("x0", mix_region={"x0_TD": None})
+def test_the_embedding_is_added_to_the_stream_in_front_of_every_layer():
     text = packed(9, 12)
-    cfg = replace(CFG, skip=False)
-    model = make_model(cfg)
+    model = make_model(layers_without(CFG, "skip_from"))
     trace = Trace(model, *text)
     lambdas = mixing_factors(model)
     for stream, x, own in zip((trace.x0, *trace.outputs), trace.inputs, lambdas):
@@ -415,30 +414,44 @@ def test_x0_mix_adds_the_embedding_to_every_layer():
     latents(model, *text).square().sum().backward()
     on_stream, on_x0 = model.resid_lambdas.grad, model.x0_lambdas.grad
     assert on_stream.all() and on_x0.all() and on_stream[0] == on_x0[0] and on_stream[1] != on_x0[1]
-    off = Trace(make_model(replace(cfg, x0_mix=False)), *text)
-    assert all(torch.equal(x, y) for x, y in zip(off.inputs, (off.x0, *off.outputs)))
 
 
-@mechanism("smear", embed_region={"gate_G": None})
+def everywhere(cfg):
+    return replace(cfg, layers=tuple(layer._replace(inject=True) for layer in cfg.layers))
+
+
+@mechanism("inject", GPT={"cfg": everywhere})
+def test_the_layer_table_says_where_the_embedding_and_bigrams_are_added():
+    layers = tuple(layer._replace(inject=i == 2, skip_from=-1) for i, layer in enumerate(LAYERS))
+    cfg, text = replace(CFG, layers=layers, bigram_ratio=1.5), packed(9, 12)
+    model, without = make_model(cfg), make_model(cfg, bigram_lambdas=0)
+    trace, lambdas = Trace(model, *text), mixing_factors(model)
+    for i, (stream, x, own) in enumerate(zip((trace.x0, *trace.outputs), trace.inputs, lambdas)):
+        added = x - own[0] * stream
+        assert added.any() == (i == 2) and (i == 2 or torch.equal(x, own[0] * stream))
+    added = Trace(without, *text).inputs[2] - lambdas[2, 0] * Trace(without, *text).outputs[1]
+    assert_close(added, lambdas[2, 1] * trace.x0)
+
+
+@mechanism("smear", embed_region={"smear_lambda": torch.zeros_like})
 def test_smear_adds_the_gated_previous_embedding():
     tokens, _ = text = packed(9, 12)
     model = make_model(CFG, std=0.5)
     e, gate = model.embed.detach()[tokens], model.smear_gate.detach()
     expected = e.clone()
     for i in range(1, len(e)):
-        expected[i] += model.smear_lambda.item() * torch.sigmoid(e[i, : len(gate)].dot(gate)) * e[i - 1]
+        if tokens[i] != BOS:
+            expected[i] += model.smear_lambda.item() * torch.sigmoid(e[i, : len(gate)].dot(gate)) * e[i - 1]
     assert_close(Trace(model, *text).x0, rms_normed(expected))
-    off = Trace(make_model(replace(CFG, smear=False), std=0.5), *text)
-    assert_close(off.x0, rms_normed(e))
-    assert torch.equal(Trace(make_model(CFG, std=0.5, smear_lambda=0), *text).x0, off.x0)
+    assert_close(Trace(make_model(CFG, std=0.5, smear_lambda=0), *text).x0, rms_normed(e))
 
 
 @mechanism("skip", mix_region={"skip_TD": None})
 def test_skip_adds_the_source_layers_output_through_a_sigmoid():
     text = packed(9, 12)
-    cfg = replace(CFG, x0_mix=False)
-    model = make_model(cfg)
-    trace, off = Trace(model, *text), Trace(make_model(replace(cfg, skip=False)), *text)
+    alone = {"x0_lambdas": 0, "resid_lambdas": 1}
+    model, plain = (make_model(cfg, **alone) for cfg in (CFG, layers_without(CFG, "skip_from")))
+    trace, off = Trace(model, *text), Trace(plain, *text)
     factor = torch.sigmoid(model.skip_lambdas[0])
     assert torch.equal(trace.inputs[2], trace.outputs[1] + factor * trace.outputs[0])
     assert torch.equal(trace.inputs[3], trace.outputs[2])
@@ -456,18 +469,18 @@ def test_backout_subtracts_its_layers_output_before_the_last_norm():
     assert_close(off.latents, rms_normed(off.outputs[3]))
 
 
-@mechanism("draw_output", GPT={"cfg": having(draw_output=False)})
-def test_draw_output_starts_o_as_q_k_and_v():
+@mechanism("drawn output matrices", uniform={"matrices": lambda count: min(count, 3)})
+def test_output_matrices_start_as_q_k_and_v():
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
-    o = t.build_model(replace(CFG, draw_output=True), CPU).attn_bank[:, 3]
+    o = t.build_model(CFG, CPU).attn_bank[:, 3]
     assert 0.95 * bound < o.abs().max() <= bound
     assert_close(o.std(), torch.tensor(0.5 / math.sqrt(32)), rtol=0.03, atol=0)
 
 
-@mechanism("late_attention", GPT={"cfg": having(late_attention=False)})
+@mechanism("late attention", Config__reads_late={"i": -1})
 def test_late_attention_and_its_gates_read_the_backout_layers_output():
     text, layers = packed(9, 12), (*LAYERS, t.Layer("short"))
-    cfg = replace(CFG, layers=layers, late_attention=True, value_embeds=False)
+    cfg = layers_without(replace(CFG, layers=layers), "value_embeds")
     for source in (0, 2, 3, -1):
         model = make_model(replace(cfg, backout_from=source))
         trace, factors = Trace(model, *text), model.attn_lambdas.detach()
@@ -483,15 +496,15 @@ def test_late_attention_and_its_gates_read_the_backout_layers_output():
         assert_close(trace.mlp_inputs[2][1], rms_normed(trace.inputs[2]))  # of the layer without attention
 
 
-@mechanism("attn_gate", gate_region={"gate_HG": None})
+@mechanism("attention gates", gate_region={"gate_HG": torch.zeros_like})
 def test_attention_gates_scale_each_head_and_start_at_one_half():
-    text = packed(9, 12)
-    lambdas = make_model(CFG).attn_lambdas.detach()
-    ungated = make_model(replace(CFG, attn_gate=False), attn_lambdas=lambdas * torch.tensor([1, 0.5]))
+    text, cfg = packed(9, 12), replace(CFG, backout_from=-1)
     assert not t.build_model(CFG, CPU).attn_gate.any()
-    assert torch.equal(latents(make_model(CFG, attn_gate=0), *text), latents(ungated, *text))
+    start, (_, factors) = Trace(make_model(CFG, attn_gate=0), *text), make_model(CFG).attn_lambdas.T
+    for (y, out), factor in zip(start.gated, factors.detach(), strict=True):
+        assert torch.equal(out, factor * 0.5 * y)
 
-    model = make_model(CFG, std=0.5)
+    model = make_model(cfg, std=0.5)
     trace, (_, factors) = Trace(model, *text), model.attn_lambdas.detach().unbind(1)
     layers = zip(trace.gated, (0, 1, 3), model.attn_gate.detach(), factors, strict=True)
     for (y, out), i, weight, factor in layers:
@@ -503,7 +516,7 @@ def test_attention_gates_scale_each_head_and_start_at_one_half():
 def test_queries_have_the_rms_of_attn_scale_and_keys_of_one_whatever_the_weights():
     text = packed(9, 12)
     for std in (0.1, 1.0):
-        for q, k, _ in Trace(make_model(replace(CFG, key_offset="off"), std), *text).heads:
+        for q, k, _ in Trace(make_model(layers_without(CFG, "key_offset"), std), *text).heads:
             for x, rms in ((q, CFG.attn_scale), (k, 1.0)):
                 assert_close(x.square().mean(-1).sqrt(), torch.full((21, 2), rms), atol=0, rtol=1e-3)
 
@@ -530,7 +543,7 @@ def test_rotary_turns_its_fraction_of_pairs_by_relative_position_and_no_other_di
         assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1], atol=1e-4, rtol=0)
         assert (scores.std(dim=(1, 2)).min() > 0.1) == (moving > 0)
 
-    model, (tokens, docs) = make_model(replace(CFG, key_offset="off")), packed(T)
+    model, (tokens, docs) = make_model(layers_without(CFG, "key_offset")), packed(T)
     real, unturned = with_fraction(0.5), with_fraction(0.0)
     seen = []
     model.attention = lambda q, k, v, docs, window: seen.append((q, k)) or v
@@ -546,41 +559,28 @@ UNSHIFTED = t.Softcap(11.5, 0.0, 15.0)
 NARROW = t.Softcap(11.5, 5.0, 11.5)
 
 
-def check_scores_and_losses(cfg, x, logits):
-    """That a model of `cfg` and std 3 gives these logits, and losses that follow from them."""
-    model, targets = make_model(cfg, std=3.0), torch.arange(11)[:, None]
+@mechanism("softcap", SOFTCAP=UNCAPPED, cross_entropy={"softcap": UNCAPPED})
+@mechanism("softcap shift", SOFTCAP=UNSHIFTED, cross_entropy={"softcap": UNSHIFTED})
+@mechanism("softcap width", SOFTCAP=NARROW, cross_entropy={"softcap": NARROW})
+def test_the_softcap_of_scores_and_losses_is_a_sigmoid_up_to_a_constant():
+    x, model, targets = torch.randn(11, 32), make_model(CFG, std=3.0), torch.arange(11)[:, None]
+    z = x @ model.head.detach().T
+    assert z.abs().max() > 50
+    logits = 23 * torch.sigmoid((z + 5) / 7.5) - 11.5
     loss_T = F.cross_entropy(logits, targets[:, 0], reduction="none")
     model.refresh()
-    assert_close(t.cap(model.products(x), cfg.logit_cap), logits)
-    assert_close(t.loss_region(model.products(x), targets[:, 0], cfg.logit_cap), loss_T)
+    assert_close(t.cap(model.products(x)), logits)
+    assert_close(t.loss_region(model.products(x), targets[:, 0]), loss_T)
     assert_close(t.head_step(model, x, 0, targets, torch.ones(1))[0], loss_T.sum())
-
-
-@mechanism("softcap", cap={"softcap": UNCAPPED}, cross_entropy={"softcap": UNCAPPED})
-def test_softcap_bounds_logits_by_tanh_in_scores_and_loss():
-    x = torch.randn(11, 32)
-    z = x @ make_model(CFG, std=3.0).head.detach().T
-    assert z.abs().max() > 50
-    for height, width in ((5.0, 5.0), (5.0, 15.0), (15.0, 15.0)):
-        cfg = replace(CFG, softcap=height, softcap_width=width)
-        check_scores_and_losses(cfg, x, height * torch.tanh(z / width))
-
-
-@mechanism("softcap_shift", cap={"softcap": UNSHIFTED}, cross_entropy={"softcap": UNSHIFTED})
-@mechanism("softcap_width", cap={"softcap": NARROW}, cross_entropy={"softcap": NARROW})
-def test_a_shifted_and_wider_softcap_is_a_sigmoid_up_to_a_constant():
-    x, cfg = torch.randn(11, 32), replace(CFG, **RESCALED)
-    z = x @ make_model(cfg, std=3.0).head.detach().T
-    check_scores_and_losses(cfg, x, 23 * torch.sigmoid((z + 5) / 7.5) - 11.5)
 
 
 @mechanism("smear_mtp", final_region={"smear_mtp_lambda": None})
 def test_smear_mtp_adds_lambda_times_the_previous_latent():
-    text = packed(9, 12)
+    tokens, _ = text = packed(9, 12)
     y = latents(make_model(replace(CFG, smear_mtp=False)), *text)
     model = make_model(CFG, smear_mtp_lambda=0.7)
     out, lam = latents(model, *text), torch.tensor(0.7)
-    expected = torch.stack([y[i] + lam * y[i - 1] if i else y[0] for i in range(len(y))])
+    expected = torch.stack([y[i] if tokens[i] == BOS else y[i] + lam * y[i - 1] for i in range(len(y))])
     assert torch.equal(out, expected)
     start = make_model(CFG, smear_mtp_lambda=t.build_model(CFG, CPU).smear_mtp_lambda)
     assert torch.equal(latents(start, *text), y)
@@ -592,12 +592,13 @@ def first_target_only(weights_K):
     return weights_K * (torch.arange(len(weights_K)) == 0)
 
 
-@mechanism("multi_target", cross_entropy={"weights_K": first_target_only})
-def test_multi_target_loss_is_the_weighted_sum_of_the_cross_entropies_of_the_next_tokens():
+@mechanism("further targets", cross_entropy={"weights_K": first_target_only})
+def test_the_loss_is_the_weighted_sum_of_the_cross_entropies_of_the_next_tokens():
     batch = make_batch(9, 12)
     tokens, docs = batch.tokens[:-1], batch.docs
-    for multi, step, weights in ((True, 0, (1, 0.5, 0.25)), (True, 1, (1, 0.5, 0.125)), (False, 0, (1,))):
-        model, plain = (make_model(replace(CFG, multi_target=multi)) for _ in range(2))
+    for stages, step, weights in ((STAGES, 0, (1, 0.5, 0.25)), (STAGES, 1, (1, 0.5, 0.125)),
+                                  (NEXT_ALONE, 0, (1,))):  # fmt: skip
+        model, plain = (make_model(replace(CFG, stages=stages)) for _ in range(2))
         x = latents(plain, tokens, docs)
         terms = [cross_entropies(plain, plain.head, x, batch.tokens, 1 + k) for k in range(len(weights))]
         loss = sum(weight * term for weight, term in zip(weights, terms)) / 64
@@ -609,18 +610,18 @@ def test_multi_target_loss_is_the_weighted_sum_of_the_cross_entropies_of_the_nex
 @mechanism("prefix_weight", cross_entropy={"weights_K": first_target_only},
            plan_step={"cfg": having(prefix_weight=0.0)})  # fmt: skip
 def test_prefix_weight_adds_the_cross_entropy_with_the_next_tokens_prefix_in_the_first_two_thirds():
-    batch, stages = make_batch(9, 12), (*STAGES, t.Stage(0.75, 64, 32, 8, 16, 1.0))
+    batch, last = make_batch(9, 12), t.Stage(0.75, 64, 32, 8, 16, 1.0)
     prefixes = torch.where(torch.rand(257) < 0.3, -1, torch.randint(256, (257,)))
-    cfg = replace(CFG, stages=stages, prefix_weight=0.25, scheduled_steps=8, mtp_heads=1)
+    cfg = replace(CFG, prefix_weight=0.25, scheduled_steps=8, mtp_heads=1)
     weights = ((1, 0, 1 / 4), (1, 2, 1 / 4), (0, 3, 7 / 32), (0, 4, 1 / 8), (1, 5, 1 / 32), (1, 6, 0))
-    for multi, step, weight in weights:
-        changed = replace(cfg, multi_target=bool(multi))
+    for further, step, weight in weights:
+        changed = replace(cfg, stages=(*(STAGES if further else NEXT_ALONE), last))
         model, without = make_model(changed), make_model(replace(changed, prefix_weight=0.0))
         model.prefix_V = prefixes
         with mock.patch.object(t, "LOSS_CHUNK", 5):
             losses = [micro_backward(m, batch, step) for m in (model, without)]
         plain = make_model(changed)
-        logits = t.cap(plain.products(latents(plain, batch.tokens[:-1], batch.docs)), cfg.logit_cap)
+        logits = t.cap(plain.products(latents(plain, batch.tokens[:-1], batch.docs)))
         loss = F.cross_entropy(logits, prefixes[batch.tokens[1:]], ignore_index=-1, reduction="sum")
         (weight / 64 * loss).backward()
         assert_close(losses[0] - losses[1], weight / 64 * loss.detach(), rtol=1e-4, atol=1e-6)
@@ -677,9 +678,9 @@ def test_the_mean_loss_of_mtp_heads_counts_with_its_weight():
         assert_close(model.mtp_heads.grad, plain.mtp_heads.grad)
 
 
-def losses_among(columns, softcap, x_TD, head_VD, targets_TK, weights):
+def losses_among(columns, x_TD, head_VD, targets_TK, weights):
     """Sum of weight * cross entropy among the columns alone, in float64; other targets are left out."""
-    height, shift, width = softcap
+    height, shift, width = t.SOFTCAP
     logits = height * torch.tanh((x_TD.double() @ head_VD.double()[columns].T + shift) / width)
     places = {token: place for place, token in enumerate(columns.tolist())}
     rows = [(row, zip(weights, targets)) for row, targets in zip(logits, targets_TK.tolist(), strict=True)]
@@ -700,14 +701,14 @@ def test_columns_are_the_tokens_among_which_all_training_losses_choose():
     further = [F.pad(following[k:], (0, k), value=-1) for k in range(3)]
     missing = ~torch.isin(prefixes[following], batch.columns)
     assert missing.any() and not missing.all() and torch.isin(following, batch.columns).all()
-    for multi, weights in ((True, (1, 0.5, 0.25, 0.25)), (False, (1, 0.25))):
-        cfg = replace(CFG, mtp_heads=2, prefix_weight=0.25, multi_target=multi, **RESCALED)
+    for stages, weights in ((STAGES, (1, 0.5, 0.25, 0.25)), (NEXT_ALONE, (1, 0.25))):
+        cfg = replace(CFG, mtp_heads=2, prefix_weight=0.25, stages=stages)
         model, plain = make_model(cfg), make_model(cfg)
         model.prefix_V = prefixes
         with mock.patch.object(t, "LOSS_CHUNK", 5):
             found = micro_backward(model, batch)
         x = latents(plain, batch.tokens[:-1], batch.docs)
-        losses = partial(losses_among, batch.columns, cfg.logit_cap, x)
+        losses = partial(losses_among, batch.columns, x)
         own_TK = torch.stack([*further[: len(weights) - 1], prefixes[following]], dim=1)
         own = losses(plain.head, own_TK, weights) / 64
         heads = [losses(plain.mtp_heads[k], further[k + 1][:, None], [0.05]) for k in range(2)]
@@ -731,36 +732,11 @@ def test_a_head_step_among_columns_has_the_loss_and_gradients_of_float64(k, exac
     (model.mtp_heads if k else model.head).grad = torch.ones_like(model.mtp_heads if k else model.head)
     loss, x_grad = t.head_step(model, x.detach(), k, targets, weights, columns)
     head, own = [plain.head, *plain.mtp_heads][k], [model.head.grad, *t.gradient(model.mtp_heads)][k]
-    expected = losses_among(columns, cfg.logit_cap, x, head, targets, weights)
+    expected = losses_among(columns, x, head, targets, weights)
     head_grad, expected_grad = torch.autograd.grad(expected, (head, x))
     assert_close(loss, expected.detach())
     assert_close(x_grad, expected_grad)
     assert_close(own - 1, head_grad, rtol=1e-7, atol=1e-12)
-
-
-def apply_to_copy(x, *rest):
-    return t.MLP.apply(x.clone(), *rest)
-
-
-@mechanism("leaky_slope", mlp_forward={"slope": 0.0}, mlp_backward={"slope": 0.0})
-def test_leaky_slope_gives_squared_leaky_relu_and_its_derivative():
-    x = torch.linspace(-3, 3, 40, dtype=torch.float64)[:, None].requires_grad_()
-    one, text = torch.ones_like(x[:1]), packed(9, 12)
-    for slope in (0.0, 0.5, 0.75):
-        r, y = t.mlp_forward(x.detach(), one, slope)
-        assert_close(y, torch.where(x > 0, x, slope * x).detach() ** 2)
-        gradient, again = t.mlp_backward(torch.ones_like(r), one, r, slope)
-        assert_close(gradient, torch.where(x > 0, 2 * x, 2 * slope**2 * x).detach())
-        assert torch.equal(again, y)
-        rest = torch.stack([one, one]), torch.zeros(2, 1, 1).double(), None, slope, "reference"
-        inputs = torch.zeros_like(x, requires_grad=True), x, *rest
-        assert torch.autograd.gradcheck(apply_to_copy, inputs, raise_exception=False)
-
-        model = make_model(replace(CFG, leaky_slope=slope), dtype=torch.float64)
-        trace, (up, down) = Trace(model, *text), model.mlp_bank.detach()[2]
-        hidden = rms_normed(trace.inputs[2]) @ up.T
-        hidden = torch.where(hidden > 0, hidden, slope * hidden) ** 2
-        assert_close(trace.outputs[2] - trace.inputs[2], hidden @ down)
 
 
 def rounded(x, scale, dtype=torch.float8_e4m3fn):
@@ -773,43 +749,21 @@ def relative_error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@mechanism("fp8", GPT={"fp8": "head"})
-def test_float8_rounds_the_operands_of_the_mlps_forward_products_in_training_alone():
+@mechanism("fp8", GPT={"fp8": False})
+def test_float8_rounds_the_operands_of_the_mlps_products_in_training_alone():
     text, slope = packed(9, 12), CFG.leaky_slope
-    model, plain = make_model(CFG, fp8="head+mlp"), make_model(CFG)
+    model, plain = make_model(CFG, fp8=True), make_model(CFG)
     assert torch.equal(Trace(model, *text).latents, Trace(plain, *text).latents)
-    head_alone = make_model(CFG, fp8="head")
-    assert torch.equal(*(Trace(m, *text, training=True).latents for m in (head_alone, plain)))
-    trace, grads = Trace(model, *text, training=True), t.gradient(model.mlp_bank)
-    layers = zip(trace.mlp_inputs, trace.outputs, model.mlp_bank.detach(), grads, strict=True)
-    for (x, h), out, (up, down), (up_grad, down_grad) in layers:
-        up8, down8 = (rounded(weight, weight.abs().max() / 448) for weight in (up, down))
-        r = F.leaky_relu(rounded(h, 2 * math.sqrt(CFG.width) / 448) @ up8.T, slope).bfloat16().float()
-        unrounded = F.leaky_relu(h @ up.T, slope) ** 2 @ down
-        assert relative_error(out - x, rounded(r**2, 1) @ down8) < 1e-3
-        assert 0.01 < relative_error(out - x, unrounded) < 0.1
-
-        direction = torch.randn_like(out)
-        before = direction @ down.T * 2 * F.leaky_relu(r, slope)
-        (h_grad,) = torch.autograd.grad(out, h, direction)
-        assert relative_error(h_grad, before @ up) < 0.01
-        assert relative_error(up_grad, before.T @ h) < 0.01
-        assert relative_error(down_grad, (r**2).T @ direction) < 0.01
-
-
-@mechanism("float8 gradients", GPT={"fp8": "head+mlp"})
-def test_float8_rounds_the_operands_of_the_mlps_backward_products_where_it_is_asked_to():
-    text, slope = packed(9, 12), CFG.leaky_slope
-    model = make_model(CFG, fp8="head+mlp+grad")
     model.grad_scale.fill_(0.01)
     trace, grads = Trace(model, *text, training=True), t.gradient(model.mlp_bank)
-    plain = Trace(make_model(CFG, fp8="head+mlp"), *text, training=True)
-    layers = zip(trace.mlp_inputs, trace.outputs, plain.outputs, model.mlp_bank.detach(), grads, strict=True)
-    for (_, h), out, same, (up, down), found in layers:
-        assert torch.equal(out, same)
+    layers = zip(trace.mlp_inputs, trace.outputs, model.mlp_bank.detach(), grads, strict=True)
+    for (x, h), out, (up, down), found in layers:
         h8, up8, down8 = (rounded(x, scale) for x, scale in (
             (h, 2 * math.sqrt(CFG.width) / 448), (up, up.abs().max() / 448), (down, down.abs().max() / 448)))
         r, direction = F.leaky_relu(h8 @ up8.T, slope).bfloat16().float(), torch.randn_like(out)
+        assert relative_error(out - x, rounded(r**2, 1) @ down8) < 1e-3
+        assert 0.01 < relative_error(out - x, F.leaky_relu(h @ up.T, slope) ** 2 @ down) < 0.1
+
         out_grad = rounded(direction, 0.01, torch.float8_e5m2)
         before = rounded(out_grad @ down8.T * 2 * F.leaky_relu(r, slope), 0.01, torch.float8_e5m2)
         (h_grad,) = torch.autograd.grad(out, h, direction)
@@ -821,9 +775,32 @@ def test_float8_rounds_the_operands_of_the_mlps_backward_products_where_it_is_as
             assert 0.01 < relative_error(result, expected) < 0.15
 
 
+@mechanism("leaky_slope", **dict.fromkeys(("activation_region", "mlp_forward", "mlp_backward"),
+                                          {"slope": 0.0}))  # fmt: skip
+def test_leaky_slope_gives_squared_leaky_relu_and_its_derivative():
+    x = torch.linspace(-3, 3, 40, dtype=torch.float64)[:, None].requires_grad_()
+    u8, one, text = x.detach().to(torch.float8_e4m3fn), torch.ones(1, 1), packed(9, 12)
+    u, one8 = u8.float(), one.to(torch.float8_e4m3fn)
+    for slope in (0.0, 0.5, 0.75):
+        assert_close(t.activation_region(x, slope), torch.where(x > 0, x, slope * x) ** 2)
+        assert torch.autograd.gradcheck(t.activation_region, (x, slope), raise_exception=False)
+
+        r, y = t.mlp_forward(u8, one8, one[0, 0], slope)
+        assert_close(y.float(), rounded(torch.where(u > 0, u, slope * u) ** 2, 1))
+        gradient, *_ = t.mlp_backward(torch.ones_like(u).to(torch.float8_e5m2), one8, r, one[0, 0], slope)
+        expected = torch.where(u > 0, 2 * u, 2 * slope**2 * u)
+        assert_close(gradient.float(), rounded(expected, 1, torch.float8_e5m2))
+
+        model = make_model(replace(CFG, leaky_slope=slope), dtype=torch.float64)
+        trace, (up, down) = Trace(model, *text), model.mlp_bank.detach()[2]
+        hidden = rms_normed(trace.inputs[2]) @ up.T
+        hidden = torch.where(hidden > 0, hidden, slope * hidden) ** 2
+        assert_close(trace.outputs[2] - trace.inputs[2], hidden @ down)
+
+
 def test_gradients_in_float8_are_scaled_to_the_weights_of_the_loss_and_added_up():
     batch = make_batch(17, 1, 20)
-    exact, eight = make_model(ALL_ON), make_model(ALL_ON, fp8="head+mlp+grad")
+    exact, eight = make_model(ALL_ON), make_model(ALL_ON, fp8=True)
     for part in (1.0, 2.0**-20):
         weights = [part * w for w in t.loss_weights(ALL_ON, t.plan_step(ALL_ON, 0), CPU.device)]
         for model in (exact, eight) * 2:  # the second time adds to the gradients of the first
@@ -852,11 +829,11 @@ def pair_by_hand(token, before, rows):
            sign_region={"signs_SD": torch.ones_like})  # fmt: skip
 def test_bigrams_add_the_signed_row_of_each_pair_of_tokens_in_front_of_every_layer_and_start_inert():
     tokens, _ = text = packed(9, 12)
-    cfg = replace(CFG, bigram_ratio=1.5, skip=False)
+    cfg = layers_without(replace(CFG, bigram_ratio=1.5), "skip_from")
     fresh, off = make_model(cfg, bigram_embed=0), make_model(replace(cfg, bigram_ratio=0.0))
     assert cfg.bigram_rows == 576 and torch.equal(latents(fresh, *text), latents(off, *text))
     model = make_model(cfg)
-    before = [None, *tokens[:-1].tolist()]
+    before = [None if tokens[i] == BOS else int(tokens[i - 1]) for i in range(len(tokens))]
     rows, signs = torch.tensor([pair_by_hand(*pair, 576) for pair in zip(tokens.tolist(), before)]).T
     bigram = model.bigram_embed.detach()[rows] * model.bigram_signs[signs]
     trace, lambdas = Trace(model, *text), mixing_factors(model)
@@ -869,7 +846,7 @@ def test_bigrams_add_the_signed_row_of_each_pair_of_tokens_in_front_of_every_lay
     assert torch.equal(model.bigram_signs, t.GPT(cfg).bigram_signs)
 
     tokens = torch.randint(2**16, (500,))
-    pairs = t.bigram_region(tokens, None, 10_007)
+    pairs = t.bigram_region(tokens, torch.arange(500) == 0, 10_007)
     before = [None, *tokens[:-1].tolist()]
     assert list(zip(*(x.tolist() for x in pairs))) == [
         pair_by_hand(*pair, 10_007) for pair in zip(tokens.tolist(), before)]  # fmt: skip
@@ -880,9 +857,10 @@ def test_head_and_embedding_are_one_weight_until_they_are_untied_with_the_moment
     for untie_at, decay, updates in ((0.5, 0.0, ("tied", "tied", "own", "own")), (0.1, 0.0, ("own",) * 4),
                                      (0.6, 20.0, ("tied", "tied", "own", "own")),
                                      (9.0, 20.0, ("tied",) * 4)):  # fmt: skip
-        cfg = replace(CFG, untie_at=untie_at, scheduled_steps=8, adam_weight_decay=decay)
+        cfg = replace(CFG, untie_at=untie_at, scheduled_steps=8)
         model, names = t.build_model(cfg, CPU), ("embed", "head")
-        optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
+        with mock.patch.object(t, "ADAM_DECAY", decay):
+            optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
         expected = {name: model.get_parameter(name).detach().clone() for name in names}
         assert torch.equal(*expected.values())
         assert_close(model.head.std().item(), 0.005, rtol=0.02, atol=0)
@@ -893,8 +871,8 @@ def test_head_and_embedding_are_one_weight_until_they_are_untied_with_the_moment
                 grads, lr = {name: model.get_parameter(name).grad.clone() for name in names}, cfg.adam_lr
                 if updates[step // 2] == "tied":
                     grads = dict.fromkeys(names, grads["head"] + grads["embed"])
-                biases = (1 - beta ** (step // 2 + 1) for beta in (0.65, 0.95))
-                rest = lr, *biases, 0.65, 0.95, 150 * decay * lr
+                biases = (1 - beta ** (step // 2 + 1) for beta in (0.5, 0.95))
+                rest = lr, *biases, 0.5, 0.95, 150 * decay * lr
                 for name in names:
                     t.adam_update(expected[name], grads[name], *moments[name], *rest)
             optimizer.step(step, 1.0, 0.9, NO_REPORT)
@@ -905,25 +883,26 @@ def test_head_and_embedding_are_one_weight_until_they_are_untied_with_the_moment
     assert t.optimizer_table(replace(CFG, untie_at=0.5))[0].lr == (CFG.adam_lr,)
 
 
-LEAKS = {
-    "smear": {"smear": True}, "key offset": {"key_offset": "table"}, "smear-MTP": {"smear_mtp": True},
-    "bigrams": {"bigram_ratio": 1.5},
+LEAKS = {  # of a configuration
+    "smear": ({}, 0.3), "smear-MTP": ({"smear_mtp": True}, 0.0), "bigrams": ({"bigram_ratio": 1.5}, 0.0),
+    "key offset": ({"layers": tuple(layer._replace(value_embeds=()) for layer in OFFSET)}, 0.0),
 }  # fmt: skip
 
 
-@mechanism("cut_documents", **dict.fromkeys(("embed_region", "offset_keys", "final_region", "bigram_region"),
-                                            {"edges_T": None}))  # fmt: skip
-def test_cut_documents_keeps_what_reads_the_previous_position_within_documents():
-    for leak in LEAKS.values():
-        for cut in (False, True):
-            model = make_model(replace(ATTENTION_ONLY, **leak, cut_documents=cut))
-            assert (max(influence(model, *packed(9, 12), position=8)) >= 9) != cut, leak
+@mechanism("cuts at document starts",
+           **dict.fromkeys(("embed_region", "offset_keys", "final_region", "bigram_region"),
+                           {"edges_T": torch.zeros_like}))  # fmt: skip
+def test_what_reads_the_previous_position_never_looks_back_over_a_document_start():
+    for changes, smear in LEAKS.values():
+        model = make_model(replace(ATTENTION_ONLY, **changes), smear_lambda=smear)
+        for position in (3, 8):
+            assert max(influence(model, *packed(9, 12), position)) == 8, changes
 
 
-@mechanism("muon_heads", orthogonalise={"groups": ()}, optimizer_table={"cfg": having(muon_heads=0)})
-def test_heads_of_q_and_k_are_orthogonalised_by_themselves_and_v_and_o_whole():
-    """With one gradient for both heads a whole matrix has half of the rank."""
-    cfg = replace(CFG, muon_heads=1, muon_weight_decay=0.0)
+@mechanism("groups of heads", orthogonalise={"groups": ()}, MUON_HEADS=4)
+def test_heads_of_q_and_k_are_orthogonalised_in_groups_and_v_and_o_whole():
+    """With one gradient for both groups a whole matrix has half of the rank."""
+    cfg = replace(CFG, heads=4, muon_weight_decay=0.0)
     model = make_model(cfg)
     optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
     optimizer.reset()
@@ -934,9 +913,9 @@ def test_heads_of_q_and_k_are_orthogonalised_by_themselves_and_v_and_o_whole():
     assert_close(moved, torch.tensor([32, 32, 16, 16]).sqrt().expand(3, 4), rtol=0.1, atol=0)
 
 
-@mechanism("smooth_scalars", optimizer_table={"cfg": having(smooth_scalars=False)})
-def test_smooth_scalars_average_over_more_steps_but_for_factors_on_x0_and_bigrams():
-    cfg = replace(CFG, smooth_scalars=True, bigram_ratio=1.5)
+@mechanism("betas of scalars", Row={"betas": (0.65, 0.95)})
+def test_scalars_average_over_more_steps_but_for_factors_on_x0_and_bigrams():
+    cfg = replace(CFG, bigram_ratio=1.5, mtp_heads=1)
     model = make_model(cfg)
     optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
     optimizer.reset()
@@ -945,28 +924,29 @@ def test_smooth_scalars_average_over_more_steps_but_for_factors_on_x0_and_bigram
     optimizer.step(1, 1.0, 0.9, NO_REPORT)
     found = {part.row.name: part.moments["first"].mean().item() for part in optimizer.parts
              if part.row.algorithm is t.Adam}  # fmt: skip
+    quick = {"head": 0.5, "value_embeds": 0.25, "bigram_embed": 0.25}
+    quick |= dict.fromkeys(("embed", "mtp_heads", "x0_lambdas", "bigram_lambdas"), 0.35)
     smooth = {"attn_gate", "smear_gate", "attn_lambdas", "resid_lambdas", "smear_lambda", "skip_lambdas",
               "backout_lambda", "smear_mtp_lambda"}  # fmt: skip
-    expected = {name: 0.1 if name in smooth else 0.25 if name == "bigram_embed" else 0.35 for name in found}
-    assert smooth < found.keys() and found == pytest.approx(expected)
+    assert found == pytest.approx(quick | dict.fromkeys(smooth, 0.1))
 
 
 @mechanism("fused MLP kernel", mlp_forward={"mode": "reference"}, mlp_backward={"mode": "reference"})
 def test_the_fused_kernel_computes_every_mlp_forward_and_backward():
+    """The interpreter rounds to float8 badly."""
     if t.triton is None or os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs Triton's interpreter; on a GPU see tests/gpu")
-    batch = make_batch(9, 12)
-    model, plain = make_model(CFG, kernels="pointer"), make_model(CFG)
+    batch = make_batch(9, 7)
+    model, plain = (make_model(CFG, fp8=True, kernels=mode) for mode in ("small", "reference"))
     with mock.patch.object(t, "launch_mlp_kernel", wraps=t.launch_mlp_kernel) as launch:
         loss, expected = micro_backward(model, batch), micro_backward(plain, batch)
     assert launch.call_count == 2 * len(LAYERS)
-    assert_close(loss, expected)
-    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
+    assert_close(loss, expected, rtol=0.1, atol=0)
+    assert relative_error(model.mlp_bank.grad, plain.mlp_bank.grad) < 0.5
 
 
 def test_factors_on_bigrams_reach_no_late_attention_but_the_stream():
-    text, cfg = packed(9, 12), replace(CFG, late_attention=True, bigram_ratio=1.5, attn_gate=False)
+    text, cfg = packed(9, 12), replace(CFG, bigram_ratio=1.5)
     lambdas = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.8]])
     model, other = (make_model(cfg, bigram_lambdas=x) for x in lambdas)
     trace, changed = Trace(model, *text), Trace(other, *text)
@@ -975,7 +955,7 @@ def test_factors_on_bigrams_reach_no_late_attention_but_the_stream():
 
 
 def test_a_tied_embedding_has_the_heads_rate_and_decay_and_value_tables_keep_theirs():
-    cfg = replace(CFG, untie_at=0.5, adam_weight_decay=0.005, bigram_ratio=1.5)
+    cfg = replace(CFG, untie_at=0.5, bigram_ratio=1.5)
     rows = {row.name: row for row in t.optimizer_table(cfg)}
     assert rows["embed"].weight_decay == rows["head"].weight_decay == 150 * 0.005 * cfg.adam_lr
     assert rows["embed"].lr == rows["head"].lr == (cfg.adam_lr,)
@@ -986,7 +966,7 @@ def test_a_tied_embedding_has_the_heads_rate_and_decay_and_value_tables_keep_the
 @mechanism("pointer", loss_region={"masses_T2": None}, head_step={"copying": None},
            pointer_masses={"sink": lambda sink: sink + 50}, mixture={"c": lambda c: 0 * c})
 def test_a_pointer_mixes_copies_of_the_document_into_a_distribution_that_sums_to_1():
-    cfg = replace(CFG, pointer=True, multi_target=False)
+    cfg = replace(CFG, pointer=True, stages=NEXT_ALONE)
     batch, model, plain = make_batch(9, 12), make_model(cfg), make_model(cfg)
     tokens, docs = batch.tokens[:-1], batch.docs
     tokens[1:9], tokens[10:] = tokens[1:9] % 3, tokens[10:] % 3  # a view: so that there is much to copy
@@ -999,7 +979,7 @@ def test_a_pointer_mixes_copies_of_the_document_into_a_distribution_that_sums_to
     assert_close(21 * validated["val_loss"], expected.item(), rtol=1e-5, atol=0)
     with torch.no_grad():
         x, total, log_p = latents(model, tokens, docs), 0, {}
-        logits = mixed(model, t.cap(model.products(x), cfg.logit_cap), x, tokens)[-1]
+        logits = mixed(model, t.cap(model.products(x)), x, tokens)[-1]
         for token in (token for token in range(cfg.padded_vocab) if token != cfg.vocab_size):
             following = batch.tokens[1:].index_fill(0, torch.tensor(20), token)
             masses = model.copy_masses(x, following, docs, 2048)
@@ -1016,7 +996,7 @@ def one_document(docs):
 
 @mechanism("documents", attention_reference={"docs": one_document})
 def test_attention_never_leaves_a_document():
-    model, text = make_model(ATTENTION_ONLY), packed(9, 12, 1, 8)
+    model, text = make_model(ATTENTION_ONLY, smear_lambda=0), packed(9, 12, 1, 8)
     for position, end in ((1, 9), (8, 9), (10, 21), (23, 30)):
         assert influence(model, *text, position) == list(range(position, end))
 
@@ -1024,9 +1004,11 @@ def test_attention_never_leaves_a_document():
 def test_every_mechanism_of_the_config_has_a_test():
     names = [field.name for field in dataclasses.fields(t.Config)]
     flags = {*names[names.index("attn_scale") : names.index("muon_lr")]}
-    flags |= {"muon_heads", "smooth_scalars", "fp8"}
-    others = {"documents", "windows", "stages", "layers", "rotary", "several value tables",
-              "shared value tables", "MTP_WEIGHT", "fused MLP kernel", "float8 gradients", "columns"}  # fmt: skip
+    others = {"documents", "cuts at document starts", "windows", "stages", "layers", "rotary", "yarn",
+              "value_embeds", "several value tables", "shared value tables", "key_offset", "skip", "x0",
+              "inject", "smear", "late attention", "attention gates", "drawn output matrices", "groups of heads",
+              "betas of scalars", "softcap", "softcap shift", "softcap width", "further targets", "columns",
+              "MTP_WEIGHT", "fp8", "fused MLP kernel"}  # fmt: skip
     assert set(MECHANISM_TESTS) == flags | others
 
 
@@ -1103,7 +1085,7 @@ def test_attention_varlen_hands_documents_and_window_to_torch(monkeypatch):
 
 def test_a_layer_adds_gated_attention_then_the_mlp_of_the_normed_stream():
     lengths = 9, 12
-    model = make_model(replace(CFG, value_embeds=False))
+    model = make_model(replace(layers_without(CFG, "value_embeds"), backout_from=-1))
     trace, lambdas = Trace(model, *packed(*lengths)), model.attn_lambdas.detach()
     for a, i in enumerate(CFG.attention_layers):
         x, (q, k, v) = trace.inputs[i], trace.heads[a]
@@ -1122,8 +1104,7 @@ def test_a_layer_adds_gated_attention_then_the_mlp_of_the_normed_stream():
 
 @pytest.mark.parametrize("window", [1, 6, 2048])
 def test_losses_of_a_mixture_with_copies_stay_before_a_changed_token_and_in_other_documents(window):
-    cfg = replace(CFG, pointer=True, cut_documents=True)
-    model, (tokens, docs) = make_model(cfg), packed(17, 1, 25, 20)
+    model, (tokens, docs) = make_model(replace(CFG, pointer=True)), packed(17, 1, 25, 20)
     tokens = tokens.where(tokens == BOS, tokens % 4)  # so that there is much to copy
     edges = docs.cu_seqlens.tolist()
 
@@ -1142,37 +1123,24 @@ def test_losses_of_a_mixture_with_copies_stay_before_a_changed_token_and_in_othe
         assert differ[0] == place - 1 and differ[-1] < end and (place + 1 == end or place in differ)
 
 
-KEPT = replace(CFG, bigram_ratio=2.0, draw_output=True, untie_at=0.5, late_attention=True, **RESCALED)
-
-
-@pytest.mark.parametrize("cfg", (ALL_ON, KEPT, CFG), ids=("all on, cut", "step savers", "default"))
-def test_latents_before_a_changed_token_stay_bit_for_bit(cfg):
-    lengths = (17, 1, 25, 20)
-    tokens, _ = text = packed(*lengths)
-    model, last = make_model(cfg), sum(lengths[:-1])
+@pytest.mark.parametrize("cfg", (ALL_ON, CFG), ids=("all on", "default"))
+def test_latents_before_a_changed_token_and_in_other_documents_stay_bit_for_bit(cfg):
+    tokens, docs = text = packed(17, 1, 25, 20)
+    model = make_model(cfg)
     inner = [i for i in range(len(tokens)) if tokens[i] != BOS]
     for position in random.Random(0).sample(inner, 20):
         reached = influence(model, *text, position)
-        assert reached[0] == position
-        if cfg.cut_documents and position < last:
-            assert reached[-1] < last
+        end = min(edge for edge in docs.cu_seqlens.tolist() if edge > position)
+        assert reached[0] == position and reached[-1] < end
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Loss, gradients and compilation
 
 
-def plain_mlp(x, h, weight, grad, eight, slope, kernels):
-    u = h @ weight[0].T
-    return x + torch.where(u > 0, u, slope * u) ** 2 @ weight[1]
-
-
 PLAIN = {
     "Lookup": lambda tokens, table, dtype: table[tokens].to(dtype),
     "Linear": lambda x, weight, grad: x @ weight.T,
-    "Mixing": plain_mixing,
-    "Branch": lambda x, o, scale8: (x + o, rms_normed(x + o), None),
-    "MLP": plain_mlp,
 }
 
 
@@ -1182,8 +1150,7 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-BARE = replace(CFG, value_embeds=False, key_offset="off", x0_mix=False, smear=False, skip=False,
-               attn_gate=False, smear_mtp=False, backout_from=-1)  # fmt: skip
+BARE = replace(layers_without(CFG, "value_embeds", "key_offset", "skip_from"), smear_mtp=False, backout_from=-1)
 CHUNKED = {
     "chunks of 1": (1, replace(ALL_ON, leaky_slope=0.0)),
     "chunks of 7": (7, ALL_ON),
@@ -1240,51 +1207,12 @@ REPEATED = torch.tensor([3, 1, 3, 3, 0, 1])
 FUNCTIONS = {  # of a Function or its plain form, a weight, its gradient and inputs; shapes of the tensors
     "Lookup": (lambda apply, w, grad: apply(REPEATED, w, w.dtype), (5, 4)),
     "Linear": (lambda apply, w, grad, x: apply(x, w, grad), (3, 4), (7, 4)),
-    "Branch": (lambda apply, w, grad, x, o: torch.cat(apply(w * x, o, None)[:2]),
-               (7, 4), (7, 4), (7, 4)),
+    "Linear of a transposed weight": (lambda apply, w, grad, x: apply(x, w.T, grad.T), (4, 3), (7, 4)),
 }
 
 
-def apply_branch_and_change_the_sum(apply, w, grad, x, o):
-    """In place, as the MLP does."""
-    total, h, _ = apply(w * x, o, None)
-    return torch.cat([total.mul_(2), h])
-
-
-def mix_three_layers(apply, w, grad, x, bigram, *, skip=False, x0=False, bigrams=False, nothing=False):
-    """Streams handed on from layer to layer; the second, with a skip connection, reads nothing."""
-    x = x if bigrams else x + bigram
-    x = x * w[0, 0] if nothing else x
-    handed_on, first, out = (x if x0 else None, bigram if bigrams else None), x, []
-    for i, reads in enumerate((True, False, True)):
-        own = [factor if on else None for factor, on in zip(w[i], (x0, skip, x0, bigrams))]
-        source = first if skip and i else None
-        mixed, h, lead, *handed_on = apply(x, source, *handed_on, *own, reads)
-        out += [mixed, *([] if h is None else [h, lead])]
-        assert mixed.data_ptr() != x.data_ptr()  # the MLP adds to it in place
-        x = mixed * 1.5
-    return torch.cat([y.flatten() for y in out])
-
-
-FUNCTIONS |= {
-    f"Mixing of {streams}": (partial(mix_three_layers, **dict.fromkeys(streams.split(), True)),
-                             (3, 4), (7, 5), (7, 5))
-    for streams in ("skip x0 bigrams", "skip", "x0", "bigrams", "nothing")
-}  # fmt: skip
-
-
-def apply_mlp(apply, w, grad, x, h, slope):
-    return apply(x.clone(), h, w, grad, None, slope, "reference")
-
-
-FUNCTIONS["Branch, its sum changed"] = apply_branch_and_change_the_sum, (7, 4), (7, 4), (7, 4)
-FUNCTIONS |= {f"MLP of slope {slope}": (partial(apply_mlp, slope=slope), (2, 6, 4), (7, 4), (7, 4))
-              for slope in (0.0, 0.5, 0.75)}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_function_adds_the_gradients_of_its_plain_form_in_place(name, monkeypatch):
-    monkeypatch.setattr(t, "GATE_INPUTS", 3)
+def test_function_adds_the_gradients_of_its_plain_form_in_place(name):
     (form, *shapes), kind = FUNCTIONS[name], re.match(r"\w+", name)[0]
     weight, *inputs = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     weight.grad = grad = torch.randn_like(weight)
@@ -1296,14 +1224,6 @@ def test_function_adds_the_gradients_of_its_plain_form_in_place(name, monkeypatc
     out.backward(direction)
     assert weight.grad is grad
     assert_close((grad - before, *(x.grad for x in inputs)), wanted)
-
-
-def test_mlp_adds_to_the_stream_in_place():
-    x, h, weight = torch.randn(7, 4), torch.randn(7, 4), torch.randn(2, 6, 4)
-    rest = h, weight, None, None, 0.5, "reference"
-    expected, address = plain_mlp(x, *rest), x.data_ptr()
-    assert t.MLP.apply(x, *rest).data_ptr() == address
-    assert_close(x, expected)
 
 
 def test_gradients_of_bfloat16_products_and_rows_are_summed_in_float32():
@@ -1318,19 +1238,18 @@ def test_gradients_of_bfloat16_products_and_rows_are_summed_in_float32():
     assert_close(table.grad, torch.stack([x.detach()[tokens == i].float().sum(0) for i in range(3)]))
 
 
-STEEP = {"softcap": 60.0, "softcap_shift": 0.0, "softcap_width": 15.0}
-
-
 @pytest.mark.parametrize("columns", [0, 64])
-@pytest.mark.parametrize("softcap, bound", [(RESCALED, 0.1), (STEEP, 0.15)], ids=["rescaled", "steep"])
-def test_a_head_in_float8_has_nearly_the_loss_and_gradients_of_one_in_float32(softcap, bound, columns,
-                                                                              monkeypatch):  # fmt: skip
+@pytest.mark.parametrize("softcap, bound", [(t.SOFTCAP, 0.25), (t.Softcap(60.0, 0.0, 15.0), 0.4)],
+                         ids=["real", "steep"])  # fmt: skip
+def test_a_model_in_float8_has_nearly_the_loss_and_gradients_of_one_in_float32(softcap, bound, columns,
+                                                                               monkeypatch):  # fmt: skip
     """Also where the soft cap is so steep, 4, that gradients would not fit."""
     monkeypatch.setattr(t, "LOSS_CHUNK", 16)
     monkeypatch.setattr(t, "MTP_WEIGHT", 0.25)
-    batch, cfg = make_batch(17, 1, 20, columns=columns), replace(ALL_ON, **softcap)
+    monkeypatch.setattr(t, "SOFTCAP", softcap)
+    batch = make_batch(17, 1, 20, columns=columns)
     assert (batch.columns is None) == (columns == 0)
-    exact, rounded = make_model(cfg), t.GPT(cfg, fp8="head")
+    exact, rounded = make_model(ALL_ON), t.GPT(ALL_ON, fp8=True)
     rounded.load_state_dict(exact.state_dict())
     for _ in range(2):  # the second adds to the gradients of the first
         loss, expected = micro_backward(rounded, batch), micro_backward(exact, batch)
@@ -1342,7 +1261,7 @@ def test_a_head_in_float8_has_nearly_the_loss_and_gradients_of_one_in_float32(so
 
 def test_a_float8_head_of_weight_zero_gets_no_gradient(monkeypatch):
     monkeypatch.setattr(t, "MTP_WEIGHT", 0.0)
-    model = make_model(ALL_ON, fp8="head")
+    model = make_model(ALL_ON, fp8=True)
     micro_backward(model, make_batch(17, 1, 20))
     assert model.head.grad.isfinite().all() and model.head.grad.any() and not model.mtp_heads.grad.any()
 
@@ -1352,8 +1271,7 @@ def products_of(model):
     return [x for tensors in model.compute_weights.values() for x in tensors]
 
 
-@pytest.mark.parametrize("fp8, count", [("off", 2 + 3), ("head", 2 + 3 * 3), ("head+mlp", 2 + 3 * 3 + 4 * 4),
-                                        ("head+mlp+grad", 2 + 3 * 3 + 4 * 6)])  # fmt: skip
+@pytest.mark.parametrize("fp8, count", [(False, 2 + 3), (True, 2 + 3 * 3 + 4 * 6)])
 def test_refresh_shows_changed_weights_to_the_products_at_the_same_addresses(fp8, count):
     text, (first, second) = packed(9, 12), (make_model(ALL_ON, std).state_dict() for std in (0.3, 0.2))
     model, fresh = (t.GPT(ALL_ON, torch.bfloat16, fp8=fp8) for _ in range(2))
@@ -1395,7 +1313,7 @@ def test_compiled_regions_give_the_same_results_and_one_graph_serves_every_lengt
             monkeypatch.setattr(t, name, partial(use, name, t.region(getattr(t, name).__wrapped__)))
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        eager, compiled = (make_model(ALL_ON, fp8="head+mlp+grad") for _ in range(2))
+        eager, compiled = (make_model(ALL_ON, fp8=True) for _ in range(2))
         for lengths in ((20, 28), (17, 1, 12), (40, 40)):
             batch, results = make_batch(*lengths), []
             val, rotary = t.Validation(ALL_ON, batch.tokens.numpy()), build_rotary(ALL_ON, 100)
@@ -1438,8 +1356,8 @@ def test_initial_values_are_the_documented_ones():
     for name, value in constant.items():
         assert (model.get_parameter(name) == value).all(), name
     assert model.attn_lambdas.tolist() == [[0.5, 1.0]] * 3
-    assert not model.attn_bank[:, 3].any() and not model.mlp_bank[:, 1].any()
-    for weights in (model.attn_bank[:, :3], model.mlp_bank[:, 0], model.pointer):
+    assert not model.mlp_bank[:, 1].any()
+    for weights in (model.attn_bank, model.mlp_bank[:, 0], model.pointer):
         assert weights.abs().max() <= bound
         assert_close(weights.std().item(), 0.5 / math.sqrt(32), rtol=0.02, atol=0)
     assert_close(model.embed.std().item(), 1.0, rtol=0.02, atol=0)
@@ -1464,19 +1382,19 @@ def test_every_parameter_receives_a_gradient_within_four_steps():
 
 
 OFF = {
-    "value_embeds": {"value_embeds"}, "attn_gate": {"attn_gate"},
-    "x0_mix": {"resid_lambdas", "x0_lambdas"}, "smear": {"smear_gate", "smear_lambda"},
-    "skip": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"}, "mtp_heads": {"mtp_heads"},
-    "pointer": {"pointer", "pointer_gain", "pointer_sink"},
+    "value_embeds": {"value_embeds"}, "skip_from": {"skip_lambdas"}, "smear_mtp": {"smear_mtp_lambda"},
+    "mtp_heads": {"mtp_heads"}, "pointer": {"pointer", "pointer_gain", "pointer_sink"},
     "backout_from": {"backout_lambda"}, "bigram_ratio": {"bigram_embed", "bigram_lambdas"},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flag", OFF)
-def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follows(flag):
-    cfg = replace(ALL_ON, **{flag: -1 if flag == "backout_from" else 0})
+@pytest.mark.parametrize("name", OFF)
+def test_a_mechanism_that_is_off_has_no_parameters_and_the_optimizer_table_follows(name):
+    cfg = layers_without(ALL_ON, name)
+    if name not in t.Layer._fields:
+        cfg = replace(ALL_ON, **{name: -1 if name == "backout_from" else 0})
     with_it, without = ({name for name, _ in t.GPT(c).named_parameters()} for c in (ALL_ON, cfg))
-    assert with_it - without == OFF[flag] and without <= with_it
+    assert with_it - without == OFF[name] and without <= with_it
     t.Optimizer(t.GPT(cfg), t.optimizer_table(cfg), t.World())
 
 
@@ -1495,6 +1413,6 @@ def test_latents_have_the_activation_dtype_and_logits_are_float32_over_the_padde
     model = t.GPT(ALL_ON, dtype)
     x = latents(model, *packed(9, 12))
     assert (x.shape, x.dtype) == ((21, 32), dtype)
-    logits = t.cap(model.products(x), ALL_ON.logit_cap)
+    logits = t.cap(model.products(x))
     assert (logits.shape, logits.dtype) == ((21, 384), torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}

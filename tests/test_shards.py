@@ -209,7 +209,7 @@ def test_columns_hold_all_targets_and_walk_through_the_vocabulary_the_same_at_ev
         columns, targets = batch.columns.tolist(), set(batch.tokens[1:].tolist())
         assert batch.columns.dtype == torch.int64 and len(set(columns)) == len(columns) == 64
         others = [token for token in (np.arange(384) + 20_011 * turn) % 384 if token not in targets]
-        assert columns == [*sorted(targets), *others[: 64 - len(targets)]]
+        assert columns == [*sorted(targets, reverse=True), *others[: 64 - len(targets)]]
     assert {token for batch in whole[:10] for token in batch.columns.tolist()} == set(range(384))
     rests = [(Loader(cfg, World(rank, 2), shards, device), whole[rank::2]) for rank in range(2)]
     rests += [(Loader(cfg, World(), shards, device, 7, positions[6]), whole[14:])]
@@ -226,7 +226,7 @@ def test_columns_that_dont_hold_all_targets_or_are_all_tokens_are_left_out():
 
     cfg = data_config()
     assert chosen(0, 1) is None and chosen(16, 17) is None and chosen(384, 1) is None
-    assert chosen(16, 16).tolist() == list(range(16)) and len(chosen(368, 1)) == 368
+    assert chosen(16, 16).tolist() == [*range(15, -1, -1)] and len(chosen(368, 1)) == 368
     with pytest.raises(UserError, match=r"stage table: columns \[24, 0\]: must be multiples of 16"):
         check_config(replace(cfg, stages=(cfg.stages[0]._replace(columns=24), cfg.stages[1])))
 

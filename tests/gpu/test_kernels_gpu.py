@@ -26,29 +26,21 @@ needs_gpu = pytest.mark.skipif(not can_run, reason="needs a GPU and Triton")
 capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 needs_float8 = pytest.mark.skipif(capability < (8, 9), reason="needs compute capability 8.9")
 needs_hopper = pytest.mark.skipif(capability < (9, 0), reason="needs a Hopper GPU")
-M_TILE, N_TILE, K_TILE, VOCAB_BLOCK = 128, 256, 64, 4096
+VOCAB_BLOCK = 4096
+TILES = {"large": (128, 256, 128), "small": (128, 128, 64)}  # of M, N, K
 
-# By how much N and K fall short of whole tiles (first, step): rows of whole 16 bytes for the copy engine, of
-# multiples of 16 elements, or neither, for which "tma" takes pointers.
-SHORT = {"copied": (8, 16), "sixteen": (16, 16), "odd": (1, 2)}
-MLP_SETTINGS = [  # mode, dtype, slope, more tiles than programs, rows
-    ("tma", BF16, 0.5, True, "copied"),
-    ("tma", BF16, 0.0, True, "copied"),
-    ("tma", BF16, 0.75, False, "copied"),
-    ("tma", BF16, 0.5, True, "whole"),
-    ("tma", BF16, 0.5, True, "odd"),
-    ("tma", FP16, 0.5, True, "copied"),
-    ("pointer", BF16, 0.5, True, "odd"),
-    ("pointer", BF16, 0.0, True, "odd"),
-    ("pointer", BF16, 0.75, False, "odd"),
-    ("pointer", BF16, 0.5, True, "sixteen"),
-    ("pointer", FP16, 0.75, False, "copied"),
+MLP_SETTINGS = [  # mode, slope, more tiles than programs, whole tiles
+    ("large", 0.5, True, False),
+    ("large", 0.0, True, False),
+    ("large", 0.75, False, False),
+    ("large", 0.5, True, True),
+    ("small", 0.5, True, False),
+    ("small", 0.0, False, False),
 ]
 
 
 class MLPCase(NamedTuple):
     mode: str
-    dtype: torch.dtype
     slope: float
     M: int
     N: int
@@ -56,27 +48,23 @@ class MLPCase(NamedTuple):
 
     @property
     def ragged(self):
-        """No dimension is a multiple of a tile in any mode."""
-        return all(size % tile for size, tile in zip(self[3:], (128, 128, 32)))
+        """No dimension is a multiple of its tile."""
+        return all(size % tile for size, tile in zip(self[2:], TILES[self.mode]))
 
 
-def mlp_shape(rng, mode, many, rows):
-    """M, N, K: 4 tiles, or more than the programs of a Hopper GPU; ragged unless rows are "whole"."""
-    n_tile = 128 if mode == "pointer" or rows == "odd" else N_TILE
+def mlp_shape(rng, mode, many, whole):
+    """M, N, K, multiples of 16: 4 tiles, or more than the programs of a Hopper GPU; ragged unless whole."""
     n = rng.choice((1, 2, 3) if many else (1, 2, 4))
     m, k = -(-132 // n) + rng.randrange(8) if many else 4 // n, rng.randint(1, 11)
-    if rows == "whole":
-        return m * M_TILE, n * n_tile, k * K_TILE
-    first, step = SHORT[rows]
-    short = [rng.choice([x for x in range(first, tile, step) if 2 * x != tile]) for tile in (n_tile, K_TILE)]
-    return m * M_TILE - rng.randrange(1, M_TILE - 2, 2), n * n_tile - short[0], max(k * K_TILE - short[1], 3)
+    pairs = zip((m, n, k), TILES[mode])
+    return [count * tile - (0 if whole else rng.randrange(16, tile, 16)) for count, tile in pairs]
 
 
 def mlp_cases():
     rng = random.Random(0)
-    made = [MLPCase(*setting[:3], *mlp_shape(rng, setting[0], *setting[3:])) for setting in MLP_SETTINGS * 10]
-    large = [MLPCase("tma", BF16, 0.5, *shape) for shape in ((8205, 3080, 776), (16384, 3072, 768))]
-    return [*made, *large, MLPCase("tma", BF16, 0.5, 1, 248, 72)]
+    made = [MLPCase(*setting[:2], *mlp_shape(rng, setting[0], *setting[2:])) for setting in MLP_SETTINGS * 12]
+    large = [MLPCase("large", 0.5, *shape) for shape in ((8208, 3088, 784), (16384, 3072, 768))]
+    return [*made, *large, MLPCase("large", 0.5, 16, 256, 80)]
 
 
 # precision of logits and gradient, weights, softcap: training's first, then others
@@ -116,7 +104,6 @@ def rectangles():
 MLP_CASES, CROSS_ENTROPY_CASES, RECTANGLES = mlp_cases(), cross_entropy_cases(), rectangles()
 POLYNOMIALS = [(BF16, R) for R in (300, 701, 768)] + [(FP16, 257)]
 ROWS = [(50, 33, 400), (300, 701, 999), (7, 768, 500), (9001, 128, 3000)]
-FLOAT8_SHAPES = [(3001, 1520, 720), (131, 272, 80), (257, 701, 333), (3024, 1520, 720), (16384, 3072, 768)]
 
 
 def by_seed(values):
@@ -132,50 +119,43 @@ def test_there_are_200_cases_and_in_50_no_dimension_of_the_product_is_a_multiple
     sizes = MLP_CASES, CROSS_ENTROPY_CASES, RECTANGLES, POLYNOMIALS, ROWS
     assert sum(map(len, sizes)) >= 200
     assert sum(case.ragged for case in MLP_CASES) >= 50
-    assert len({case[3:] for case in MLP_CASES}) > 100
+    assert len({case[2:] for case in MLP_CASES}) > 60
 
 
 @needs_gpu
+@needs_float8
 @pytest.mark.parametrize("seed, case", by_seed(MLP_CASES))
 def test_mlp_forward_and_backward_equal_float64(seed, case):
-    if case.mode == "tma" and capability < (9, 0):
+    if case.mode == "large" and capability < (9, 0):
         pytest.skip("needs a Hopper GPU")
-    mode, dtype, slope, M, N, K = case
-    cases.check_mlp(seeded(seed, DEVICE), M, N, K, slope, dtype, mode)
-
-
-@needs_gpu
-@needs_hopper
-@pytest.mark.parametrize("shape", FLOAT8_SHAPES, ids=str)
-@pytest.mark.parametrize("mode", ["tma", "pointer"])
-def test_mlp_forward_and_backward_from_float8_equal_float64(mode, shape):
-    cases.check_float8_mlp(seeded(0, DEVICE), *shape, 0.5, mode)
+    mode, slope, M, N, K = case
+    cases.check_mlp(seeded(seed, DEVICE), M, N, K, slope, mode)
 
 
 @needs_gpu
 @pytest.mark.parametrize("seed, case", by_seed(CROSS_ENTROPY_CASES))
 def test_cross_entropy_and_its_gradient_equal_float64(seed, case):
     dtype, grad_dtype, weights, softcap, T, V = case
-    cases.check_cross_entropy(seeded(seed, DEVICE), T, V, weights, softcap, dtype, grad_dtype, "tma")
+    cases.check_cross_entropy(seeded(seed, DEVICE), T, V, weights, softcap, dtype, grad_dtype, "large")
 
 
 @needs_gpu
 @pytest.mark.parametrize("seed, shape", by_seed(RECTANGLES))
 def test_transpose_keeps_every_bit(seed, shape):
-    cases.check_transpose(seeded(seed, DEVICE), *shape, (E5M2, E4M3)[seed % 2], "tma")
+    cases.check_transpose(seeded(seed, DEVICE), *shape, (E5M2, E4M3)[seed % 2], "large")
 
 
 @needs_gpu
 @pytest.mark.parametrize("N, coefficients", [(1, (8.16, -22.5, 15.9)), (5, (0.5, 1.5, -0.25))], ids=str)
 @pytest.mark.parametrize("dtype, R", POLYNOMIALS, ids=str)
 def test_polynomial_equals_float64_and_is_symmetric_to_the_bit(dtype, R, N, coefficients):
-    cases.check_polynomial(seeded(N, DEVICE), N, R, coefficients, dtype, "tma")
+    cases.check_polynomial(seeded(N, DEVICE), N, R, coefficients, dtype, "large")
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype, grad_dtype, weights, softcap", CROSS_ENTROPY_SETTINGS)
 def test_cross_entropy_of_a_mixture_with_copies_is_that_of_its_formula(dtype, grad_dtype, weights, softcap):
-    cases.check_copying(seeded(0, DEVICE), 300, 50304, weights, softcap, dtype, grad_dtype, "tma")
+    cases.check_copying(seeded(0, DEVICE), 300, 50304, weights, softcap, dtype, grad_dtype, "large")
 
 
 @needs_gpu
@@ -183,7 +163,7 @@ def test_cross_entropy_of_a_mixture_with_copies_is_that_of_its_formula(dtype, gr
     ((701, 1, 0, 299, 1030, 0, 0), 128, 300), ((2048,), 128, 2048), ((1, 4099, 60), 64, 1000)], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_pointer_masses_and_their_gradients_are_those_of_a_dense_float64_formula(lengths, E, window, dtype):
-    cases.check_pointer(seeded(0, DEVICE), lengths, E, window, 50, dtype, "tma")
+    cases.check_pointer(seeded(0, DEVICE), lengths, E, window, 50, dtype, "large")
 
 
 @pytest.fixture
@@ -200,20 +180,13 @@ def test_lookup_adds_the_rows_gradients_to_the_table(V, D, N):
 
 
 @needs_gpu
-@needs_hopper
-@pytest.mark.parametrize("dtype, shape", [(BF16, (5003, 776, 1016)), (BF16, (6144, 512, 1024)),
-                                          (FP16, (5003, 776, 1016))], ids=str)  # fmt: skip
-def test_mlp_function_has_the_gradients_of_float64_and_adds_them_up(dtype, shape):
-    cases.check_mlp_function(seeded(shape[0], DEVICE), *shape, 0.5, dtype, "tma")
-
-
-@needs_gpu
+@pytest.mark.parametrize("flipped", [False, True], ids=["weight", "transposed weight"])
 @pytest.mark.parametrize("T, R, C", [(301, 129, 77), (2048, 768, 768)])
-def test_linear_function_has_the_gradients_of_float64_and_adds_them_up(T, R, C):
+def test_linear_function_has_the_gradients_of_float64_and_adds_them_up(T, R, C, flipped):
     rng, bound = seeded(T, DEVICE), BOUNDS[BF16].chain
     x, weight = normal(rng, T, C, dtype=BF16).requires_grad_(), normal(rng, R, C, dtype=BF16, std=C**-0.5)
     before, out_grad = normal(rng, R, C), normal(rng, T, R, dtype=BF16)
-    weight_grad = before.clone()
+    weight, weight_grad = (x.T.contiguous().T if flipped else x.clone() for x in (weight, before))
     y = t.Linear.apply(x, weight, weight_grad)
     y.backward(out_grad)
     x64, weight64, grad64 = x.detach().double(), weight.double(), out_grad.double()
@@ -226,63 +199,62 @@ def test_linear_function_has_the_gradients_of_float64_and_adds_them_up(T, R, C):
 @needs_float8
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("T, D", [(301, 77), (2048, 768)])
-def test_branch_function_has_the_gradients_of_float64(T, D):
+def test_branches_have_the_gradients_of_float64(T, D):
     cases.check_branch(seeded(T, DEVICE), T, D)
 
 
 @needs_gpu
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("present", cases.STREAMS, ids=str)
 @pytest.mark.parametrize("T, D", [(301, 77), (2048, 768)])
-def test_mixing_function_has_the_gradients_of_float64(T, D):
-    cases.check_mixing(seeded(T, DEVICE), T, D)
+def test_mixed_streams_have_the_gradients_of_float64(T, D, present, reads):
+    cases.check_mixing(seeded(T, DEVICE), T, D, present, reads)
 
 
-def gpu_model(fp8="head+mlp", **changes):
+def gpu_model(fp8=True, **changes):
     cfg = replace(t.TRACKS["tiny"], mtp_heads=1, **changes)
-    hardware = CPU._replace(device=torch.device(DEVICE), dtype=BF16, kernels="tma", fp8=fp8)
+    hardware = CPU._replace(device=torch.device(DEVICE), dtype=BF16, kernels="large", fp8=fp8)
     return t.build_model(cfg, hardware)
 
 
 @needs_gpu
 @needs_hopper
 @pytest.mark.parametrize("T, width", [(1040, 528), (2048, 768)])
-@pytest.mark.parametrize("fp8, bound", [("head+mlp", BOUNDS[E4M3].chain), ("head+mlp+grad", 0.1)])
-def test_mlp_function_from_float8_is_near_float64(T, width, fp8, bound):
-    rng, model = seeded(T, DEVICE), gpu_model(fp8, width=width, vocab_size=257)
+def test_mlp_function_is_near_float64(T, width):
+    rng, model = seeded(T, DEVICE), gpu_model(width=width, vocab_size=257)
     with torch.no_grad():
         model.mlp_bank.copy_(normal(rng, *model.mlp_bank.shape, std=width**-0.5))
     model.refresh()
-    weights, grad = model.compute_weights["mlp_bank"][0][0], torch.zeros_like(model.mlp_bank[0])
-    x, out_grad = (normal(rng, T, width, dtype=BF16) for _ in range(2))
+    grad, out_grad = torch.zeros_like(model.mlp_bank[0]), normal(rng, T, width, dtype=BF16)
     h = t.norm(normal(rng, T, width, dtype=BF16)).requires_grad_()
     h8 = t.float8_region(h.detach(), model.latent_scale)
-    eight = h8, model.latent_scale, model.grad_scale, *model.compute_weights["mlp8", 0]
-    y = t.MLP.apply(x.clone(), h, weights, grad, eight, 0.5, "tma")
+    scales, eight = (model.latent_scale, model.grad_scale), model.compute_weights["mlp8", 0]
+    y = t.MLP.apply(h, h8, scales, eight, grad, 0.5, "large")
     y.backward(out_grad)
     wide = [v.detach().double().requires_grad_() for v in (h, model.mlp_bank[0])]
     expected = F.leaky_relu(wide[0] @ wide[1][0].T, 0.5).square() @ wide[1][1]
     expected.backward(out_grad.double())
-    assert error(y.double() - x.double(), expected.detach()) < BOUNDS[E4M3].chain
-    assert error(h.grad, wide[0].grad) < bound
-    assert error(grad, wide[1].grad) < bound
+    assert error(y.detach(), expected.detach()) < BOUNDS[E4M3].chain
+    assert error(h.grad, wide[0].grad) < 0.1
+    assert error(grad, wide[1].grad) < 0.1
 
 
-def check_head(rng, T, width, vocab, fp8, head, softcap, bound, columns=None):
+def check_head(rng, T, width, vocab, fp8, head, columns=None):
     """Loss and gradients from head_step; those of the head's weight are added up over two steps."""
-    capped = dict(zip(("softcap", "softcap_shift", "softcap_width"), softcap))
-    model = gpu_model(fp8, width=width, vocab_size=vocab, **capped)
+    model, bound = gpu_model(fp8, width=width, vocab_size=vocab), BOUNDS[E5M2 if fp8 else BF16].chain
     weight = (model.head, model.mtp_heads[0])[head].detach()
     weight.copy_(normal(rng, *weight.shape, std=2 * width**-0.5))
     model.refresh()
     latents = t.norm(normal(rng, T, width))
-    x, targets = (latents + 0.3 * t.shift(latents)).to(BF16), cases.targets_of(rng, T, vocab, 2)
+    x, targets = (latents + 0.3 * latents.roll(1, 0)).to(BF16), cases.targets_of(rng, T, vocab, 2)
     weights, x64, weight64 = torch.tensor([1, 0.5], device=DEVICE) / T, x.double(), weight.double()
     one = torch.ones_like(x64[0, 0])
     among = torch.arange(len(weight), device=DEVICE) if columns is None else columns
     places = torch.full((len(weight),), -1, device=DEVICE)
     places[among] = torch.arange(len(among), device=DEVICE)
     own = torch.where(targets < 0, -1, places[targets])
-    losses, grad64 = t.cross_entropy(x64 @ weight64[among].T, own, weights.double(), softcap, one)
+    losses, grad64 = t.cross_entropy(x64 @ weight64[among].T, own, weights.double(), t.SOFTCAP, one)
     expected = torch.zeros_like(weight64)
     expected[among] = grad64.T @ x64
     for repeat in (1, 2):
@@ -296,22 +268,19 @@ def check_head(rng, T, width, vocab, fp8, head, softcap, bound, columns=None):
 @needs_gpu
 @needs_float8
 @pytest.mark.parametrize("T, width, vocab", [(512, 128, 257), (2048, 768, 5000), (1040, 528, 2049)])
-@pytest.mark.parametrize("fp8", ["head", "off"])
+@pytest.mark.parametrize("fp8", [True, False], ids=["float8", "bfloat16"])
 @pytest.mark.parametrize("head", [0, 1])
-@pytest.mark.parametrize("cap", [SYMMETRIC, RESCALED], ids=["symmetric", "rescaled"])
-def test_head_step_has_the_loss_and_gradients_of_float64_and_adds_them_up(T, width, vocab, fp8, head, cap):
-    bound = BOUNDS[BF16 if fp8 == "off" else E5M2].chain
-    check_head(seeded(T, DEVICE), T, width, vocab, fp8, head, cap, bound)
+def test_head_step_has_the_loss_and_gradients_of_float64_and_adds_them_up(T, width, vocab, fp8, head):
+    check_head(seeded(T, DEVICE), T, width, vocab, fp8, head)
 
 
 @needs_gpu
 @needs_float8
-@pytest.mark.parametrize("fp8", ["head", "off"])
+@pytest.mark.parametrize("fp8", [True, False], ids=["float8", "bfloat16"])
 @pytest.mark.parametrize("head", [0, 1])
 def test_head_step_among_columns_has_the_loss_and_gradients_of_float64(fp8, head):
-    rng, bound = seeded(0, DEVICE), BOUNDS[BF16 if fp8 == "off" else E5M2].chain
     columns = torch.randperm(5120, generator=torch.Generator().manual_seed(0))[:2064].to(DEVICE)
-    check_head(rng, 2048, 768, 5000, fp8, head, RESCALED, bound, columns)
+    check_head(seeded(0, DEVICE), 2048, 768, 5000, fp8, head, columns)
 
 
 @needs_gpu
@@ -320,8 +289,9 @@ def test_head_step_among_columns_has_the_loss_and_gradients_of_float64(fp8, head
 def test_pairs_of_tokens_have_the_hashes_compiled_that_they_have_in_eager_mode(rows):
     """Whose products wrap around as int32."""
     tokens = torch.randint(50_257, (5003,), generator=torch.Generator().manual_seed(0))
-    found = t.bigram_region(tokens.to(DEVICE), None, rows)
-    for compiled, eager in zip(found, t.bigram_region.__wrapped__(tokens, None, rows), strict=True):
+    edges = torch.arange(5003) % 100 == 0
+    found = t.bigram_region(tokens.to(DEVICE), edges.to(DEVICE), rows)
+    for compiled, eager in zip(found, t.bigram_region.__wrapped__(tokens, edges, rows), strict=True):
         assert torch.equal(compiled.cpu(), eager)
 
 
@@ -330,7 +300,7 @@ def test_pairs_of_tokens_have_the_hashes_compiled_that_they_have_in_eager_mode(r
 def test_orthogonalised_groups_are_near_those_of_float64(groups):
     x = normal(seeded(0, DEVICE), 4, 768, 768)
     x = x / (1.02 * t.frobenius(x))
-    assert error(t.orthogonalise(x.to(BF16), groups, "tma"), t.orthogonalise(x.double(), groups)) < 0.05
+    assert error(t.orthogonalise(x.to(BF16), groups, "large"), t.orthogonalise(x.double(), groups)) < 0.05
 
 
 @needs_gpu
@@ -407,7 +377,7 @@ def losses_and_gradients(model, runs):
 @needs_gpu
 @needs_float8
 @pytest.mark.parametrize("columns", [0, 1536])
-@pytest.mark.parametrize("fp8, bound", [("off", 0.06), ("head+mlp", 0.4), ("head+mlp+grad", 0.4)])
+@pytest.mark.parametrize("fp8, bound", [(False, 0.06), (True, 0.4)], ids=["bfloat16", "float8"])
 def test_a_micro_batch_with_and_without_graph_has_nearly_the_gradients_of_plain_float32(fp8, bound, columns):
     """Compiled, with kernels and FlashAttention, as the GPU at hand has them."""
     stages, cuda = (RACE.stages[0]._replace(columns=columns),), torch.device(DEVICE)
