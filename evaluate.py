@@ -616,7 +616,7 @@ def evaluate(path: Path, model: AdaptedGPT, options: Options, hardware: Hardware
     """Score the validation tokens with each method. A log folder gets the table, metrics.jsonl and a plot."""
     val = load_documents(model.cfg, options.every)
     facts = {"flags": str(options), "checkpoint": path.name, "validation data": val.sha256}
-    check_ranks_agree(facts, world, hardware.device)
+    check_ranks_agree(facts, world)
     log = Log(replace(model.cfg, track=f"{model.cfg.track}-eval"), world)  # names the folder
     log.line(f"{source()} torch:{torch.__version__} {hardware.name} world_size:{world.size}")
     log.line(f"options {json.dumps(vars(options))}", console=False)

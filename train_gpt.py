@@ -338,45 +338,45 @@ POINTER_WIDTH = 128    # of the pointer head's queries and keys
 POINTER_WINDOW = 2048, 8192  # tokens that the pointer head looks back: in training, in validation
 POINTER_TILE = 64      # queries and keys that its kernels read at a time
 
-# What a resumed run may change. `data` is where the data lies; that it is the same isn't checked.
-RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "data", "runs")
+# What a resumed run may change, as well as `data`: where the data lies; that it is the same isn't checked.
+RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "runs")
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
 
 
-def on_or_off(text: str) -> bool:
+def on_or_off(text):
     if text not in ("on", "off", "true", "false", "1", "0"):
         raise ValueError(text)
     return text in ("on", "true", "1")
 
 
-def parse_flags(argv: list[str]) -> dict:
+def parse_flags(argv) -> dict:
     """The flags that are given, by name; --name alone means on. Raises UserError."""
     parser = Parser(usage="train_gpt.py [--flag=value ..]", description=f"{__doc__}\nDefaults are tiny's.",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    fields = [field for field in dataclasses.fields(Config) if field.metadata]
-    for field in fields:
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    flags = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
+    for name, field in flags.items():
         options = {"type": field.type, "choices": field.metadata["choices"] or None}
         if field.type is bool:
             options = {"type": on_or_off, "nargs": "?", "const": True}
-        default = getattr(TRACKS["tiny"], field.name)
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
-                            help=f"{field.metadata['help']} [{default}]", **options)
+        default = getattr(TRACKS["tiny"], name)
+        parser.add_argument(f"--{name}", help=f"{field.metadata['help']} [{default}]", **options)
     given = vars(parser.parse_args(argv))
-    for field in fields:
-        value, least = given.get(field.name), field.metadata["least"]
-        if field.type in (int, float) and value is not None:
-            require(least <= value < 1e12, f"--{field.name}={value}: expected a number from {least} to 1e12")
+    for name, value in given.items():
+        least = flags[name].metadata["least"]
+        require(isinstance(value, str) or least <= value < 1e12,
+                f"--{name}={value}: expected a number from {least} to 1e12")
     return given
 
 
-def parse_config(argv: list[str], ranks: int = 1) -> Config:
+def parse_config(argv, ranks: int = 1) -> Config:
     """The chosen track with the given flags. Raises UserError.
 
-    With --resume the checkpoint's own configuration, of which only RUN_FLAGS can be overridden.
+    With --resume the checkpoint's own configuration, of which only RUN_FLAGS and data can be overridden.
     """
     given = parse_flags(argv)
     cfg = replace(TRACKS[given.get("track", "tiny")], **given)
@@ -387,28 +387,31 @@ def parse_config(argv: list[str], ranks: int = 1) -> Config:
         return cfg
     require(cfg.runs == 1, "--runs: a resumed run is one; leave --resume out or give --runs=1")
     saved = read_checkpoint(cfg.resume)[1]["config"]
+    resumed = replace(with_run_flags(saved, cfg), data=given.get("data", saved.data))
     for name in given:
-        kept = getattr(saved, name)
-        require(name in RUN_FLAGS or getattr(cfg, name) == kept,
-                f"--{name}: {cfg.resume} has {kept}; leave the flag out")
-    fresh = {name: getattr(cfg, name) for name in RUN_FLAGS if name != "data" or "data" in given}
-    return replace(saved, **fresh)
+        require(getattr(resumed, name) == getattr(cfg, name),
+                f"--{name}: {cfg.resume} has {getattr(saved, name)}; leave the flag out")
+    return resumed
 
 
-def check_config(cfg: Config) -> Config:
+def with_run_flags(saved, cfg) -> Config:
+    """saved, but RUN_FLAGS are those of cfg."""
+    return replace(saved, **{name: getattr(cfg, name) for name in RUN_FLAGS})
+
+
+def check_config(cfg) -> Config:
     """Fill in the vocabulary's size. Raises UserError where fields don't fit together."""
     if not cfg.vocab_size:
         table = load_token_table(cfg, "token_bytes.npy")
         cfg = replace(cfg, vocab_size=50_257 if table is None else len(table))
-    micro, last = cfg.micro_batches, len(cfg.layers) - 1
-    batches = [stage.batch_tokens for stage in cfg.stages]
-    require(not any(batch % micro for batch in batches), f"--micro_batches={micro}: must divide {batches}")
-    columns = [stage.columns for stage in cfg.stages]
-    require(not any(count % 16 for count in columns),
-            f"stage table: columns {columns}: must be multiples of 16")
+    for stage in cfg.stages:
+        require(stage.batch_tokens % cfg.micro_batches == 0,
+                f"--micro_batches={cfg.micro_batches}: must divide {stage.batch_tokens} tokens of a batch")
+        require(stage.columns % 16 == 0, f"stage table: {stage.columns} columns: must be a multiple of 16")
     tables = {table for layer in cfg.layers for table in layer.value_embeds}
     require(tables == set(range(len(tables))), f"layer table: value_embeds {tables} must be 0, 1, ..")
     require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 * heads")
+    last = len(cfg.layers) - 1
     require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
     require(not cfg.late_attention or any(map(cfg.reads_late, cfg.attention_layers)),
             "--late_attention: no attention after --backout_from; turn it off")
@@ -447,26 +450,31 @@ class World(NamedTuple):
         rank, size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         return cls(int(rank), int(size), int(local_rank)) if size else cls()
 
-    def meet(self, hardware: "Hardware", minutes: int):
+    def meet(self, hardware, minutes: int):
         """Begin the exchange with the others; one that waits longer than this ends."""
         if self.size > 1:
             cuda = hardware.device.type == "cuda"
             dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
                                     timeout=timedelta(minutes=minutes))
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x):
         """Sum over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Every rank's tensor: (size, *x.shape)."""
-        if self.size == 1:
-            return x[None]
-        out = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1))
+    def all_gather(self, x):
+        """The rows of all ranks, of which there are several, in their order."""
+        out = x.new_empty(self.size * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x)
         return out
+
+    def gather_objects(self, value) -> list:
+        """Every rank's value, of whatever type."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def leave(self):
         """Wait for the others, then end the exchange with them."""
@@ -495,7 +503,7 @@ class Hardware(NamedTuple):
             torch.cuda.synchronize(self.device)
 
 
-def choose_hardware(cfg: Config, world: World) -> Hardware:
+def choose_hardware(cfg, world) -> Hardware:
     """The fastest that this machine has and the flags allow. Raises UserError if a rank has no GPU."""
     if not torch.cuda.is_available():
         return Hardware(torch.device("cpu"), torch.float32, False, "reference", "reference", "off", False)
@@ -512,7 +520,7 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     if cfg.fa3 and hopper and importlib.util.find_spec("flash_attn_interface") is not None:
         attention = "fa3"
         torch.nn.attention.activate_flash_attention_impl("FA3")
-    sizes = cfg.width, *(cfg.micro_tokens(stage) for stage in cfg.stages)
+    sizes = cfg.width, *map(cfg.micro_tokens, cfg.stages)
     fp8 = cfg.fp8 if capability >= (8, 9) and not any(size % 16 for size in sizes) else "off"
     dtype = torch.bfloat16 if modern else torch.float32
     graphs = cfg.graphs and cfg.compile and modern
@@ -1990,7 +1998,7 @@ class Part:
             return part.to("cpu", copy=True)
         own = part.new_zeros(self.per_rank, *part.shape[1:])
         own[: part.size(0)] = part
-        return self.world.all_gather(own).flatten(0, 1)[: self.units].cpu()
+        return self.world.all_gather(own)[: self.units].cpu()
 
 
 class NorMuon(Part):
@@ -3007,12 +3015,11 @@ def validate(val: Validation, model: GPT, rotary: Rotary, step: int, seconds: fl
     log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
 
 
-def check_ranks_agree(facts: dict, world: World, device):
-    """Raise UserError unless all ranks have the same facts (name -> text)."""
-    hashes = [int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) for text in facts.values()]
-    found = world.all_gather(torch.tensor(hashes, device=device))
-    for name, column in zip(facts, found.T.tolist()):
-        others = [rank for rank, value in enumerate(column) if value != column[0]]
+def check_ranks_agree(facts: dict, world):
+    """Raise UserError unless all ranks have the same facts, by name."""
+    found = world.gather_objects(facts)
+    for name, first in found[0].items():
+        others = [rank for rank, other in enumerate(found) if other[name] != first]
         require(not others, f"{name}: ranks {others} have another than rank 0: start all with the same")
 
 
@@ -3063,9 +3070,9 @@ def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress
         progress = meta["progress"]
         require(progress.step < cfg.total_steps, f"{cfg.resume}: is at step {progress.step}: nothing left")
     flags = vars(cfg) | dict.fromkeys(("data", "log_folder", "resume"))  # paths may differ between hosts
-    facts = {"flags": json.dumps(flags), "train_gpt.py": source().split()[1], "checkpoint": str(progress),
+    facts = {"flags": flags, "train_gpt.py": source().split()[1], "checkpoint": progress,
              "training data": shards.sha256(), "validation data": val.sha256}
-    check_ranks_agree(facts, world, hardware.device)
+    check_ranks_agree(facts, world)
     model = new_model(cfg, hardware)
     if cfg.prefix_weight:
         prefixes = load_token_table(cfg, "prefixes.npy")
