@@ -67,8 +67,8 @@ try:
     from train_gpt import (
         GPT, LOSS_CHUNK, POINTER_WINDOW, Config, Documents, Hardware, Log, UserError, Validation, World,
         backward_micro_batch, build_rotary, cap, check_ranks_agree, choose_hardware, cut_at_bos, data_folder,
-        final_windows, gradient, load_token_table, load_weights, log_root, memory_mib, mixture, pinned,
-        plan_step, read_checkpoint, region, source, to_device, write_checkpoint,
+        gradient, load_token_table, load_weights, log_root, memory_mib, mixture, pinned, plan_step,
+        read_checkpoint, region, source, to_device, write_checkpoint,
     )
 except ImportError as error:
     refuse(f"{error}: older trainers evaluate checkpoints themselves, by --checkpoint=FILE --eval=METHODS")
@@ -393,6 +393,10 @@ class LoRA:
 # Methods
 
 
+def final_windows(cfg: Config) -> dict:
+    return plan_step(cfg, cfg.total_steps).windows
+
+
 class Evaluation:
     """Scores the validation tokens once, by one method."""
 
@@ -520,8 +524,7 @@ class Evaluation:
         size = self.options.sgd_chunk
         inputs = chunk * size + np.arange(size)
         pieces = np.array_split(inputs, max(cfg.micro_batches, world.size))
-        plan = plan_step(cfg, cfg.total_steps)
-        plan = plan._replace(windows=final_windows(cfg), weights=(1.0,), prefix=False)
+        plan = plan_step(cfg, cfg.total_steps)._replace(weights=(1.0,), prefix=False)
         loss_weights = torch.tensor([[1 / size], [0.0]], device=self.device)  # auxiliary heads don't count
         model.requires_grad_(True)
         for piece in pieces[world.rank :: world.size]:

@@ -2246,51 +2246,50 @@ class Optimizer:
 # Data
 
 
-def data_folder(cfg: Config) -> Path:
-    """cfg.data as given, or else beside this file or further up. Raises UserError if there is none."""
+def data_folder(cfg) -> Path:
+    """cfg.data as given, or else beside this file or further up, if it is there."""
     given = Path(cfg.data).expanduser()
-    for place in (given, *(parent / cfg.data for parent in Path(__file__).resolve().parents)):
-        if place.is_dir():
-            return place
-    maker = "data/sample.py" if given.name == "sample" else "data/fineweb.py"
-    raise UserError(f"no data folder {given}: make it with python {maker}, or give another with --data=")
+    places = (parent / given for parent in (Path(), *Path(__file__).resolve().parents))
+    return next(filter(Path.is_dir, places), given)
 
 
-def load_token_table(cfg: Config, name: str) -> np.ndarray | None:
+def load_token_table(cfg, name: str) -> np.ndarray | None:
     """A table with an entry for each token that lies beside the shards, or None if there is none."""
-    try:
-        return np.load(data_folder(cfg) / name)
-    except (UserError, FileNotFoundError):
-        return None
+    path = data_folder(cfg) / name
+    return np.load(path) if path.exists() else None
 
 
-def find_shards(cfg: Config, split: str) -> list[Path]:
+def find_shards(cfg, split: str) -> list[Path]:
     """Shards of a split, in order. Raises UserError if there are none."""
-    shards = sorted(data_folder(cfg).glob(f"[!.]*_{split}_*.bin"))
-    require(shards, f"no *_{split}_*.bin in {data_folder(cfg)}: make them, or give another --data=")
+    folder = data_folder(cfg)
+    shards = sorted(folder.glob(f"[!.]*_{split}_*.bin"))
+    maker = "sample.py" if folder.name == "sample" else "fineweb.py"
+    require(shards, f"no {folder}/*_{split}_*.bin: make them with python data/{maker}, or give --data=")
     return shards
 
 
-def open_shard(path: Path, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
+def open_shard(path, cfg) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a checked shard, (count,) uint16 in a memory map, and where its documents start.
 
     Raises UserError that names the file.
     """
     header = np.fromfile(path, "<i4", 256)
-    known = len(header) == 256 and header[0] == 20240520 and header[1] == 1
-    require(known, f"{path}: not a version 1 token shard: fetch or make it again")
-    count, named = (path.stat().st_size - 1024) / 2, int(header[2])
-    require(count == named > 0, f"{path}: header says {named} tokens, the file has {count:g}: make it again")
+    known = len(header) == 256 and header[:2].tolist() == [20240520, 1]
+    require(known and path.stat().st_size == 1024 + 2 * int(header[2]) > 1024,
+            f"{path}: not a complete token shard of version 1: fetch or make it again")
     tokens = np.memmap(path, "<u2", "r", offset=1024)
     require(tokens.max() < cfg.vocab_size, f"{path}: token {tokens.max()}, but the vocabulary has "
             f"{cfg.vocab_size}: damaged, or token_bytes.npy beside it is of another tokenizer")
-    return tokens, np.flatnonzero(tokens == cfg.bos)
+    starts = np.flatnonzero(tokens == cfg.bos)
+    require(len(starts), f"{path}: no document start, token {cfg.bos}; "
+            "python data/token_tables.py FOLDER --tokenizer=.. says what the tokens are")
+    return tokens, starts
 
 
 class Shards:
     """Training shards as one array of tokens, each opened and checked when first used."""
 
-    def __init__(self, paths: list[Path], cfg: Config):
+    def __init__(self, paths: list[Path], cfg):
         self.paths, self.cfg, self.opened = paths, cfg, {}
         counts = [(path.stat().st_size - 1024) // 2 for path in paths]  # 1,024 bytes of header, 2 a token
         self.edges = [0, *itertools.accumulate(counts)]  # shard i: edges[i] to edges[i + 1]
@@ -2306,15 +2305,13 @@ class Shards:
         """Tokens of shard i and where its documents start."""
         if i not in self.opened:
             self.opened[i] = open_shard(self.paths[i], self.cfg)
-            require(len(self.opened[i][1]), f"{self.paths[i]}: no document start, token {self.cfg.bos}; "
-                    "python data/token_tables.py FOLDER --tokenizer=.. says what the tokens are")
         return self.opened[i]
 
     def next_start(self, offset: int) -> int:
-        """Where the first document after token `offset` starts; where the tokens end if there is none."""
-        for i in range(max(bisect.bisect_right(self.edges, offset) - 1, 0), len(self.paths)):
+        """Where the first document from token `offset` on starts; where the tokens end if there is none."""
+        for i in range(bisect.bisect_right(self.edges, offset) - 1, len(self.paths)):
             starts = self[i][1]
-            following = np.searchsorted(starts, offset - self.edges[i], side="right")
+            following = np.searchsorted(starts, offset - self.edges[i])
             if following < len(starts):
                 return self.edges[i] + int(starts[following])
         return self.edges[-1]
@@ -2335,21 +2332,20 @@ class Position(NamedTuple):
 class DocumentStream:
     """Pieces of documents in file order; a document that runs over a shard's end is read on in the next."""
 
-    def __init__(self, shards: Shards, cfg: Config, position: Position = Position()):
-        self.shards, self.cfg, self.position = shards, cfg, position
-        if position == Position():
-            self.position = Position(0, shards.next_start(-1))
-        require(position.offset <= shards.edges[-1], f"training goes on at token {position.offset:,} of "
-                f"{shards.edges[-1]:,}: are the shards those that it began with?")
+    def __init__(self, shards, cfg, position=Position()):
+        self.shards, self.cfg, self.position, self.end = shards, cfg, position, shards.edges[-1]
+        require(position.offset <= self.end, f"training goes on at token {position.offset:,} of "
+                f"{self.end:,}: are the shards those that it began with?")
 
     def advance(self, limit: int) -> tuple[int, int]:
         """First and end of the next piece, at most `limit` tokens. Raises UserError after the last epoch."""
         epoch, lo = self.position
-        if lo == self.shards.edges[-1]:
-            epoch, lo = epoch + 1, self.shards.next_start(-1)
-        require(epoch < self.cfg.epochs, f"{self.shards.edges[-1]:,} training tokens don't last for {epoch} "
-                "epochs: add shards, raise --epochs or lower --scheduled_steps")
-        end = self.shards.next_start(lo)
+        if lo == self.end:
+            epoch, lo = epoch + 1, 0
+        lo = lo or self.shards.next_start(0)
+        require(epoch < self.cfg.epochs, f"{self.end:,} training tokens don't last for {epoch} epochs: add "
+                "shards, raise --epochs or lower --scheduled_steps")
+        end = self.shards.next_start(lo + 1)
         hi = min(lo + limit, end)
         self.position = Position(epoch, end if self.cfg.document_rest == "skip" else hi)
         return lo, hi
@@ -2370,7 +2366,7 @@ class MicroBatch(NamedTuple):
     columns: Tensor | None = None  # (S,) int64: see choose_columns
 
 
-def pack(stream: DocumentStream, tokens: int, max_doc: int) -> tuple[np.ndarray, np.ndarray]:
+def pack(stream, tokens: int, max_doc: int) -> tuple[np.ndarray, np.ndarray]:
     """Exactly tokens + 1 tokens of documents, whole or cut, and where they start among the first `tokens`."""
     pieces = [stream.shards.read(lo, hi) for lo, hi in stream.spans(tokens, max_doc)]
     starts = np.cumsum([0, *map(len, pieces)])
@@ -2383,7 +2379,7 @@ def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None) ->
     return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
 
 
-def choose_columns(cfg: Config, stage: Stage, targets: np.ndarray, turn: int, device) -> Tensor | None:
+def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device) -> Tensor | None:
     """Distinct tokens among which the loss of micro-batch `turn` chooses (record 92, PR 360): (S,) int64.
 
     All targets, then others from a window that walks through the padded vocabulary from turn to turn. None
@@ -2408,21 +2404,23 @@ class Loader:
     at every world size.
     """
 
-    def __init__(self, cfg: Config, world: World, shards: Shards, device, first=0, position=Position()):
-        self.cfg, self.world, self.device, self.first = cfg, world, device, first
+    def __init__(self, cfg, world, shards, device, first: int = 0, position=Position()):
+        self.cfg, self.world, self.device = cfg, world, device
         self.stream = DocumentStream(shards, cfg, position)
+        self.steps = range(first, cfg.total_steps)
         self.queue = queue.Queue(maxsize=2)
         threading.Thread(target=self.fill, daemon=True).start()
 
     def fill(self):
         try:
-            for step in range(self.first, self.cfg.total_steps):
-                self.queue.put(self.batch(plan_step(self.cfg, step).stage, step))
+            for step in self.steps:
+                self.queue.put(self.batch(step))
         except BaseException as error:  # handed to the consumer, which raises it
             self.queue.put(error)
 
-    def batch(self, stage: Stage, step: int) -> tuple[list[MicroBatch], Position]:
-        T, own = self.cfg.micro_tokens(stage), []
+    def batch(self, step: int) -> tuple[list[MicroBatch], Position]:
+        stage, own = plan_step(self.cfg, step).stage, []
+        T = self.cfg.micro_tokens(stage)
         for i in range(self.cfg.micro_batches):
             tokens, starts = pack(self.stream, T, stage.max_doc)
             if i % self.world.size == self.world.rank:
@@ -2433,14 +2431,14 @@ class Loader:
         return own, self.stream.position
 
     def __iter__(self):
-        for _ in range(self.first, self.cfg.total_steps):
+        for _ in self.steps:
             item = self.queue.get()
             if isinstance(item, BaseException):
                 raise item
             yield item
 
 
-def check_supply(cfg: Config, world: World, shards: Shards):
+def check_supply(cfg, world, shards):
     """Open and check the shards that the schedule needs. Raises UserError if it needs more documents.
 
     Packs them as the loader does, but reads no tokens: some 1.5 s for the short track, 5 s for medium.
@@ -2475,12 +2473,13 @@ class StepPlan(NamedTuple):
         return self.stage_index, len(self.weights)
 
 
-def plan_step(cfg: Config, step: int) -> StepPlan:
-    """The schedule at `step`, 0 .. total_steps - 1; at total_steps that of the last stage's end."""
+def plan_step(cfg, step: int) -> StepPlan:
+    """The schedule at `step`, 0 .. total_steps - 1; at total_steps the last stage's end, with val_windows."""
+    last = step == cfg.total_steps
     starts = [math.ceil(stage.start * cfg.scheduled_steps - 1e-9) for stage in cfg.stages] + [cfg.total_steps]
-    index = max(i for i in range(len(cfg.stages)) if starts[i] <= step)
+    index = bisect.bisect_right(starts, step - last) - 1
     stage = cfg.stages[index]
-    done = (step - starts[index]) / max(starts[index + 1] - starts[index], 1)
+    done = (step - starts[index]) / (starts[index + 1] - starts[index])
     weights = tuple(a + (b - a) * done for a, b in stage.targets) if cfg.multi_target else (1.0,)
     prefix = cfg.prefix_weight * min(1.0, max(0.0, 2 - 3 * step / cfg.scheduled_steps))
     weights = (*weights, prefix) if prefix else weights
@@ -2492,13 +2491,8 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
     warm = step / max(cfg.momentum_warmup, 1)
     cold = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
     momentum = 0.85 + 0.1 * max(0.0, min(1.0, warm, cold))
-    windows = {"short": stage.window_short, "long": stage.window_long}
-    return StepPlan(stage, index, windows, lr, momentum, weights, prefix > 0)
-
-
-def final_windows(cfg: Config) -> dict:
-    short, long = cfg.val_windows
-    return {"short": short, "long": long}
+    short, long = cfg.val_windows if last else (stage.window_short, stage.window_long)
+    return StepPlan(stage, index, {"short": short, "long": long}, lr, momentum, weights, prefix > 0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2999,15 +2993,14 @@ def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardwar
             model.graphs.add(model, batch, plan, rotary, weights)
     chunk = min(cfg.val_chunk, val.count)
     synthetic = Validation(cfg, np.resize(tokens, chunk * world.size + 1))
-    synthetic.run(model, final_windows(cfg), rotary, world)
+    synthetic.run(model, plan_step(cfg, cfg.total_steps).windows, rotary, world)
     hardware.synchronize()
 
 
 def validate(val: Validation, model: GPT, rotary: Rotary, step: int, seconds: float, log: Log, world: World):
     """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
-    cfg = model.cfg
-    windows = final_windows(cfg) if step == cfg.total_steps else plan_step(cfg, step).windows
-    result, lambdas = val.run(model, windows, rotary, world), model.lambdas()
+    cfg, lambdas = model.cfg, model.lambdas()
+    result = val.run(model, plan_step(cfg, step).windows, rotary, world)
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
     single = "".join(f" {name}:{values[0]:+.4f}" for name, values in lambdas.items() if len(values) == 1)
     log.line(f"step:{step}/{cfg.total_steps} val_loss:{result['val_loss']:.4f}{bpb} "
@@ -3107,7 +3100,7 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
     stage, unsaved = None, ""
     for step in range(start, cfg.total_steps + 1):
         last = step == cfg.total_steps
-        plan = plan_step(cfg, min(step, cfg.total_steps - 1))
+        plan = plan_step(cfg, step)
         if plan.stage_index != stage:
             stage = plan.stage_index
             rotary = build_rotary(cfg, stage, val.positions, hardware.device)

@@ -160,7 +160,7 @@ class Bench:
         rng = np.random.default_rng(0)
         batch = synthetic_batch(self.cfg, self.cfg.stages[-1], rng)
         tokens = np.resize(batch.tokens.numpy(), self.cfg.val_chunk + 1)
-        val, windows = tg.Validation(self.cfg, tokens), tg.final_windows(self.cfg)
+        val, windows = tg.Validation(self.cfg, tokens), tg.plan_step(self.cfg, self.cfg.total_steps).windows
         rotary = tg.build_rotary(self.cfg, len(self.cfg.stages) - 1, val.positions, self.hardware.device)
         if self.model.graphs:
             self.model.graphs.release()

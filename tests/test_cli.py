@@ -371,8 +371,8 @@ def test_data_is_found_from_any_folder(monkeypatch, tmp_path):
     names = "data/a", "data/b", "record/data/b"
     found = [train_gpt.data_folder(replace(SMALL, data=name)) for name in names]
     assert [path.resolve() for path in found] == [beside, above, above]
-    with pytest.raises(UserError, match="data/c"):
-        train_gpt.data_folder(replace(SMALL, data="data/c"))
+    with pytest.raises(UserError, match="no data/c/.*_train_.*make them with python data/fineweb.py"):
+        train_gpt.find_shards(replace(SMALL, data="data/c"), "train")
 
 
 # ------------------------------------------------------------------ a terminal

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import train_gpt as t
-from small import BOS, CPU, RESCALED, plain_mixing, random_tokens, rms_normed, write_split
+from small import BOS, CPU, RESCALED, final_windows, plain_mixing, random_tokens, rms_normed, write_split
 
 WIDE = {"short": 1000, "long": 1000}
 LAYERS = (
@@ -284,7 +284,7 @@ def test_value_std_is_that_of_value_embeddings_at_the_start():
 @mechanism("windows", attention_reference={"window": 10**6})
 def test_windows_end_influence_exactly():
     text = packed(40)
-    plan, final = t.plan_step(CFG, 0).windows, t.final_windows(CFG)
+    plan, final = t.plan_step(CFG, 0).windows, final_windows(CFG)
     cases = ("short", plan, 4), ("long", plan, 8), ("short", final, 10), ("long", final, 20)
     for kind, windows, reach in cases:
         cfg = replace(ATTENTION_ONLY, layers=(t.Layer(kind),), backout_from=-1)

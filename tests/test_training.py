@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from small import BOS, CPU, SMALL, random_tokens, train_gpt, write_corpus
+from small import BOS, CPU, SMALL, final_windows, random_tokens, train_gpt, write_corpus
 from train_gpt import (
     TRACKS, GPT, Loader, Optimizer, Position, Progress, UserError, Validation, World, build_rotary, cap,
     optimizer_table, plan_step, read_checkpoint,
@@ -110,7 +110,7 @@ def test_without_cooldown_and_extension_the_last_stage_runs_to_the_end():
 
 
 def whole_and_final(cfg, count):
-    return train_gpt.final_windows(cfg), build_rotary(cfg, len(cfg.stages) - 1, count, torch.device("cpu"))
+    return final_windows(cfg), build_rotary(cfg, len(cfg.stages) - 1, count, torch.device("cpu"))
 
 
 def nats_by_hand(model, cfg, tokens):
