@@ -67,8 +67,8 @@ try:
     from train_gpt import (
         GPT, LOSS_CHUNK, POINTER_WINDOW, Config, Documents, Hardware, Log, UserError, Validation, World,
         backward_micro_batch, build_rotary, cap, check_ranks_agree, choose_hardware, cut_at_bos, data_folder,
-        gradient, load_token_table, load_weights, log_root, memory_mib, mixture, pinned, plan_step,
-        read_checkpoint, region, source, to_device, write_checkpoint,
+        gradient, load_token_table, load_weights, log_root, mixture, pinned, plan_step, read_checkpoint,
+        region, source, to_device, write_checkpoint,
     )
 except ImportError as error:
     refuse(f"{error}: older trainers evaluate checkpoints themselves, by --checkpoint=FILE --eval=METHODS")
@@ -581,7 +581,7 @@ def measure(method: str, model: AdaptedGPT, val: Validation, options: Options, h
     seconds = time.perf_counter() - start
     bpb = total / math.log(2) / val.bytes if val.bytes else None
     row = {"loss": total / tokens, "bpb": bpb, "tokens": tokens, "seconds": round(seconds, 2)}
-    return row | {"peak_mib": memory_mib(hardware)}, nats
+    return row | {"peak_mib": torch.cuda.max_memory_allocated() // 2**20}, nats
 
 
 def result_table(rows: dict) -> str:

@@ -2720,7 +2720,7 @@ class Progress(NamedTuple):
     train_seconds: float = 0.0
 
 
-def write_checkpoint(path: Path, tensors: dict, meta: dict):
+def write_checkpoint(path, tensors: dict, meta: dict):
     """Atomic: the final name appears only when everything is on disk. meta: JSON values by name."""
     from safetensors.torch import save_file
 
@@ -2735,7 +2735,7 @@ def write_checkpoint(path: Path, tensors: dict, meta: dict):
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str, tensors: bool = False) -> tuple[dict, dict]:
+def read_checkpoint(path, tensors: bool = False) -> tuple[dict, dict]:
     """Tensors, if wanted, on the CPU, and metadata: "config" and, but for an export, "progress".
 
     Raises UserError if it isn't a checkpoint of this script.
@@ -2749,14 +2749,14 @@ def read_checkpoint(path: str, tensors: bool = False) -> tuple[dict, dict]:
         meta["config"] = config_from_json(meta["config"])
         if "progress" in meta:
             step, position, seconds = meta["progress"]
-            meta["progress"] = Progress(int(step), Position(*map(int, position)), float(seconds))
+            meta["progress"] = Progress(step, Position(*position), seconds)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:120]}"
         raise UserError(f"{path}: not a checkpoint of this script: {reason}") from None
     return found, meta
 
 
-def load_weights(model: GPT, tensors: dict, path: str):
+def load_weights(model, tensors: dict, path):
     """Copy weights into the model. Raises UserError unless names and shapes are exactly the model's."""
     weights = {name[6:]: x for name, x in tensors.items() if name.startswith("model.")}
     try:
@@ -2765,51 +2765,44 @@ def load_weights(model: GPT, tensors: dict, path: str):
         raise UserError(f"{path}: of another version of this script: {error}") from None
 
 
-def save_checkpoint(folder: Path | None, model: GPT, optimizer: Optimizer, world: World,
-                    progress: Progress) -> str:
+def save_checkpoint(folder, model, optimizer, world, progress) -> str:
     """Write all that a run needs to go on. Collective: rank 0 writes, and removes all but the folder's last.
 
-    Returns "", or on every rank that and why nothing was written: what isn't finite isn't saved.
+    Returns "", or on every rank why nothing was written: what isn't finite isn't saved.
     """
     state, failed = optimizer.state_dict(progress.step), ""
     if world.rank == 0:
         tensors = {f"model.{name}": p for name, p in model.named_parameters()} | state
-        bad = [name for name, x in tensors.items() if not x.isfinite().all()]
         path = folder / f"checkpoint_{progress.step:06d}.safetensors"
-        meta = {"config": vars(model.cfg), "progress": progress}
         try:
-            if bad:
-                raise ValueError(f"not finite: {', '.join(bad)}")
-            write_checkpoint(path, tensors, meta)
+            bad = [name for name, x in tensors.items() if not x.isfinite().all()]
+            require(not bad, f"not finite: {', '.join(bad)}")
+            write_checkpoint(path, tensors, {"config": vars(model.cfg), "progress": progress})
             for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
                 old.unlink()
         except Exception as error:  # a full disk is an error of safetensors' own
             failed = f"checkpoint of step {progress.step} not written: {error}"
-    ranks = world.all_reduce(torch.tensor(float(bool(failed)), device=model.embed.device)).item()
-    return failed or ("rank 0 could not write a checkpoint" if ranks else "")
+    return world.gather_objects(failed)[0]
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder) -> list[Path]:
     """Those of one run, by step."""
     return sorted(folder.glob("checkpoint_*.safetensors"))
 
 
-def log_root(cfg: Config) -> Path:
-    if cfg.log_folder:
-        return Path(cfg.log_folder).expanduser()
-    return Path(__file__).resolve().parent / "logs"
+def log_root(cfg) -> Path:
+    return Path(cfg.log_folder or Path(__file__).resolve().with_name("logs")).expanduser()
 
 
-def find_unfinished(cfg: Config) -> str:
+def find_unfinished(cfg) -> str:
     """Last checkpoint of the newest run with this configuration that has one; "" if that run is over."""
-    same = {field.name for field in dataclasses.fields(cfg)} - set(RUN_FLAGS) | {"data"}
     paths = log_root(cfg).glob("*/checkpoint_*.safetensors")
     for path in sorted(paths, reverse=True):  # a run's folder begins with its time
         try:
-            meta = read_checkpoint(str(path))[1]
+            meta = read_checkpoint(path)[1]
         except UserError:  # damaged: the one before may serve
             continue
-        if "progress" in meta and all(getattr(meta["config"], name) == getattr(cfg, name) for name in same):
+        if "progress" in meta and with_run_flags(meta["config"], cfg) == cfg:
             return str(path) if meta["progress"].step < cfg.total_steps else ""
     return ""
 
@@ -2823,7 +2816,7 @@ class Clock:
     warm-up, validation, checkpoints or the recording of CUDA graphs.
     """
 
-    def __init__(self, hardware: Hardware, seconds: float = 0.0):
+    def __init__(self, hardware, seconds: float):
         self.hardware, self.seconds, self.since = hardware, seconds, None
 
     def resume(self):
@@ -2842,22 +2835,21 @@ class Clock:
 class Log:
     """log.txt and metrics.jsonl in a folder of their own, and the console; silent except on rank 0."""
 
-    def __init__(self, cfg: Config, world: World):
+    def __init__(self, cfg, world):
         self.active, self.folder = world.rank == 0, None
         if not self.active:
             return
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
+        folder = log_root(cfg) / f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
         try:
-            log_root(cfg).mkdir(parents=True, exist_ok=True)
-            suffixes = ("", *(f"-{i}" for i in range(1, 100)))  # for runs that start in the same second
-            folders = (log_root(cfg) / f"{name}{suffix}" for suffix in suffixes)
-            self.folder = next(folder for folder in folders if not folder.exists())
-            self.folder.mkdir()
-            shutil.copy(__file__, self.folder / "train_gpt.py")
+            while folder.exists():  # of a run that started in the same second
+                folder = folder.with_name(f"{folder.name}-1")
+            folder.mkdir(parents=True)
+            shutil.copy(__file__, folder / "train_gpt.py")
+            self.text = open(folder / "log.txt", "w", buffering=1)
+            self.metrics = open(folder / "metrics.jsonl", "w", buffering=1)
         except OSError as error:
-            raise UserError(f"can't write in {log_root(cfg)}: {error.strerror}; give --log_folder=") from None
-        self.text = open(self.folder / "log.txt", "w", buffering=1)
-        self.metrics = open(self.folder / "metrics.jsonl", "w", buffering=1)
+            raise UserError(f"can't write {folder}: {error.strerror}; give --log_folder=") from None
+        self.folder = folder
 
     def line(self, text: str, console: bool = True):
         if self.active:
@@ -2872,31 +2864,22 @@ class Log:
 
 def source() -> str:
     """This file's hash and its folder's commit, for the log."""
-    path, commit = Path(__file__).resolve(), "none"
-    try:
-        command = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or commit
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return f"source sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} git:{commit}"
-
-
-def memory_mib(hardware: Hardware) -> int:
-    """Peak memory allocated on the GPU; 0 without one."""
-    return torch.cuda.max_memory_allocated(hardware.device) // 2**20 if hardware.device.type == "cuda" else 0
+    path = Path(__file__).resolve()
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=path.parent, capture_output=True, text=True)
+    return f"source sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} git:{git.stdout.strip() or 'none'}"
 
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
 
 
-def step_metrics(model: GPT, hardware: Hardware, world: World, tokens: int, seconds: float) -> dict:
+def step_metrics(job, tokens: int, seconds: float) -> dict:
     """Tokens per second and, on a known GPU, the share of its peak that the weights' products use."""
-    rate, gpu = tokens / max(seconds, 1e-9), hardware.name
+    rate = tokens / max(seconds, 1e-9)
     metrics = {"tokens_per_s": round(rate)}
     for name, tflops in PEAK_TFLOPS.items():
-        if name in gpu:
-            weights = model.attn_bank.numel() + model.mlp_bank.numel() + model.head.numel()
-            metrics["mfu"] = round(6 * weights * rate / world.size / (tflops * 1e12), 4)
+        if name in job.hardware.name:
+            weights = sum(p.numel() for p in (job.model.attn_bank, job.model.mlp_bank, job.model.head))
+            metrics["mfu"] = round(6 * weights * rate / job.world.size / (tflops * 1e12), 4)
     return metrics
 
 
@@ -2906,11 +2889,11 @@ class StepLog:
     On a GPU one step late: a report is read while the next step runs, so nothing stalls.
     """
 
-    def __init__(self, log: Log, clock: Clock, model: GPT, hardware: Hardware, world: World):
-        self.log, self.clock, self.model, self.hardware, self.world = log, clock, model, hardware, world
-        self.pending, self.before, self.stop = None, clock.read(), False
+    def __init__(self, log, clock, job):
+        self.log, self.clock, self.job = log, clock, job
+        self.queued, self.before, self.stop = [], clock.read(), False
 
-    def add(self, step: int, report: dict, plan: StepPlan):
+    def add(self, step: int, report: dict, plan):
         """Queue the line of `step` (1, 2, ..) and print the one before it. report: see train_step."""
         values, event = torch.stack(list(report.values())), None
         on_host = values.to("cpu", non_blocking=True)
@@ -2918,39 +2901,36 @@ class StepLog:
             event = torch.cuda.Event()
             event.record()
         self.flush()
-        self.pending = step, list(report), on_host, plan, event
+        self.queued.append((step, plan, list(report), on_host, event))
         if event is None:
             self.flush()
 
     def flush(self):
         """Print the line that is queued. Raises UserError if its loss isn't finite."""
-        if self.pending is None:
+        if not self.queued:
             return
-        (step, names, values, plan, event), self.pending = self.pending, None
+        step, plan, names, values, event = self.queued.pop()
         if event is not None:
             event.synchronize()
         report = dict(zip(names, values.tolist()))
-        self.stop = report.pop("stop") > 0 or self.stop
-        self.print(step, report.pop("train_loss") / sum(plan.weights), plan, report)
+        self.stop |= report.pop("stop") > 0
+        loss = report.pop("train_loss") / sum(plan.weights)
 
-    def print(self, step: int, loss: float, plan: StepPlan, report: dict):
-        total, now = self.model.cfg.total_steps, self.clock.read()
+        cfg, now = self.job.model.cfg, self.clock.read()
         seconds, self.before = now - self.before, now
-        speed = step_metrics(self.model, self.hardware, self.world, plan.stage.batch_tokens, seconds)
-        line = f"step:{step}/{total} train_loss:{loss:.4f}"
+        speed = step_metrics(self.job, plan.stage.batch_tokens, seconds)
+        line = f"step:{step}/{cfg.total_steps} train_loss:{loss:.4f}"
         self.log.line(f"{line} train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms", console=False)
         self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
                         **speed, **report)
-        terminal = sys.stdout.isatty()
-        if self.log.active and (terminal or step % max(self.model.cfg.val_every // 5, 1) == 0):
+        if self.log.active and step % max(cfg.val_every // 5, 1) == 0:
             rates = [f"{name}:{value:,}" for name, value in speed.items()]
-            left = f"eta:{now / step * (total - step):.0f}s"
-            print(line, *rates, left, end=" \r" if terminal else "\n", flush=True)
+            print(line, *rates, f"eta:{now / step * (cfg.total_steps - step):.0f}s", flush=True)
         require(math.isfinite(loss), f"step {step}: the training loss is {loss}: lower the learning rates, "
                 "or go on from the last checkpoint with --resume=auto")
 
 
-def write_plot(folder: Path) -> str:
+def write_plot(folder) -> str:
     """Draw loss.png from metrics.jsonl; returns the file, or why it isn't drawn."""
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     try:
@@ -2959,7 +2939,7 @@ def write_plot(folder: Path) -> str:
         axes = (figure := Figure(figsize=(7, 4), layout="tight")).subplots()
         for key, style in (("train_loss", "-"), ("val_loss", "o-")):
             points = [(row["step"], row[key]) for row in rows if key in row and row["step"]]
-            axes.plot(*zip(*points), style, label=key.replace("_", " "), lw=1, ms=3)
+            axes.plot(*zip(*points), style, label=key, lw=1, ms=3)
         axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
         figure.savefig(folder / "loss.png", dpi=120)
@@ -2968,39 +2948,36 @@ def write_plot(folder: Path) -> str:
     return str(folder / "loss.png")
 
 
-def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardware, world: World):
+def warm_up(model, optimizer, val, world):
     """Run each kind of step and a validation chunk on synthetic tokens: compiles all that training will use.
 
     Changes weights and optimizer state: initialise and reset them afterwards.
     """
-    cfg, generator, kinds = model.cfg, np.random.default_rng(0), {}
-    for step in range(cfg.total_steps):
-        plan = plan_step(cfg, step)
-        kinds.setdefault(plan.kind, plan)
+    cfg, device, generator = model.cfg, model.embed.device, np.random.default_rng(0)
+    plans = map(partial(plan_step, cfg), range(cfg.total_steps))
+    kinds = {plan.kind: plan for plan in plans}
     for plan in sorted(kinds.values(), key=lambda plan: -plan.stage.batch_tokens):  # most memory first
         T, length = cfg.micro_tokens(plan.stage), min(512, plan.stage.max_doc)
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
         tokens[::length] = cfg.bos
         docs = to_documents(np.arange(0, T, length), T, plan.stage.max_doc)
-        some = tokens[:1]  # all targets might be too many
-        columns = choose_columns(cfg, plan.stage, some, 0, hardware.device)
+        columns = choose_columns(cfg, plan.stage, tokens[:1], 0, device)  # all targets might be too many
         batch = MicroBatch(torch.from_numpy(tokens), docs, columns)
-        rotary = build_rotary(cfg, plan.stage_index, val.positions, hardware.device)
+        rotary = build_rotary(cfg, plan.stage_index, val.positions, device)
         for step in range(ADAM_EVERY):
             train_step(model, optimizer, [batch], plan, rotary, step)
-        weights = loss_weights(cfg, plan, hardware.device)
+        weights = loss_weights(cfg, plan, device)
         if model.graphs and graph_inputs(batch, weights):
             model.graphs.add(model, batch, plan, rotary, weights)
     chunk = min(cfg.val_chunk, val.count)
     synthetic = Validation(cfg, np.resize(tokens, chunk * world.size + 1))
     synthetic.run(model, plan_step(cfg, cfg.total_steps).windows, rotary, world)
-    hardware.synchronize()
 
 
-def validate(val: Validation, model: GPT, rotary: Rotary, step: int, seconds: float, log: Log, world: World):
+def validate(job, rotary, step: int, seconds: float, log):
     """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
-    cfg, lambdas = model.cfg, model.lambdas()
-    result = val.run(model, plan_step(cfg, step).windows, rotary, world)
+    cfg, lambdas = job.model.cfg, job.model.lambdas()
+    result = job.val.run(job.model, plan_step(cfg, step).windows, rotary, job.world)
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
     single = "".join(f" {name}:{values[0]:+.4f}" for name, values in lambdas.items() if len(values) == 1)
     log.line(f"step:{step}/{cfg.total_steps} val_loss:{result['val_loss']:.4f}{bpb} "
@@ -3020,39 +2997,41 @@ class Job(NamedTuple):
     """What the runs of a process share."""
 
     model: GPT
+    hardware: Hardware
+    world: World
     optimizer: Optimizer
     shards: Shards
     val: Validation
-    hardware: Hardware
-    world: World
+    progress: Progress           # of a resumed run
+    tensors: dict                # of its checkpoint; empty if none is resumed
     asked: threading.Event       # by a signal, to stop after the running step
 
 
-def log_header(log: Log, job: Job, progress: Progress):
+def log_header(log, job):
     """What a reader needs to judge and repeat the run. records/ parses these lines and those of the steps."""
-    model, _, shards, val, hardware, world, _ = job
-    cfg = model.cfg
-    log.line(source(), console=False)
-    log.line(f"config {json.dumps(vars(cfg))}", console=False)
-    log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
-             f"world_size:{world.size} seed:{cfg.seed}")
-    log.line(f"device: {hardware.device.type} ({hardware.name})")
-    log.line(f"hardware: {str(hardware.dtype)[6:]}, compile {hardware.compile}, kernels {hardware.kernels}, "
-             f"attention {hardware.attention}, float8 {hardware.fp8}, CUDA graphs {hardware.graphs}")
-    log.line(f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}")
-    log.line(f"validation: tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
-    size = sum(p.numel() for p in model.parameters())
-    log.line(f"model: {size:,} parameters, {len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}")
-    log.line("timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses")
-    log.line("untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
-             "checkpoints")
+    cfg, hardware, shards, progress = job.model.cfg, job.hardware, job.shards, job.progress
+    log.line(f"{source()}\nconfig {json.dumps(vars(cfg))}", console=False)
+    log.line(
+        f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
+        f"world_size:{job.world.size} seed:{cfg.seed}\n"
+        f"device: {hardware.device.type} ({hardware.name})\n"
+        f"hardware: {str(hardware.dtype)[6:]}, compile {hardware.compile}, kernels {hardware.kernels}, "
+        f"attention {hardware.attention}, float8 {hardware.fp8}, CUDA graphs {hardware.graphs}\n"
+        f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}\n"
+        f"validation: tokens:{job.val.count} bytes:{job.val.bytes or 'unknown'} sha256:{job.val.sha256}\n"
+        f"model: {sum(p.numel() for p in job.model.parameters()):,} parameters, {len(cfg.layers)} x "
+        f"{cfg.width}, vocabulary {cfg.padded_vocab}\n"
+        "timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses\n"
+        "untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
+        "checkpoints"
+    )
     if progress.step:
         log.line(f"resumed: {cfg.resume} at step {progress.step}; the clock goes on from "
                  f"{progress.train_seconds:.1f} s: later steps of the earlier run don't count")
 
 
-def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress, dict]:
-    """Check the data, build and compile. Returns also how far a resumed run is, and its tensors."""
+def set_up(cfg, hardware, world) -> Job:
+    """Check the data, read the checkpoint of a resumed run, build and compile. Raises UserError."""
     shards = Shards(find_shards(cfg, "train"), cfg)
     check_supply(cfg, world, shards)
     val = Validation.load(cfg)
@@ -3074,56 +3053,55 @@ def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress
         model.prefix_V = torch.from_numpy(prefixes).to(hardware.device)
     optimizer = Optimizer(model, optimizer_table(cfg), world)
     if hardware.compile:
-        warm_up(model, optimizer, val, hardware, world)
-    return Job(model, optimizer, shards, val, hardware, world, threading.Event()), progress, tensors
+        warm_up(model, optimizer, val, world)
+    return Job(model, hardware, world, optimizer, shards, val, progress, tensors, threading.Event())
 
 
-def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
+def train(cfg, job) -> bool:
     """One run: steps on the clock, with validations and checkpoints off it. Raises UserError.
 
     Returns whether a signal ended it.
     """
-    model, optimizer, shards, val, hardware, world, asked = job
+    model, optimizer, device = job.model, job.optimizer, job.hardware.device
+    start, position, seconds = job.progress
     model.cfg = cfg
-    if tensors:
-        load_weights(model, tensors, cfg.resume)
-        optimizer.load_state_dict(tensors, progress.step)
+    if job.tensors:
+        load_weights(model, job.tensors, cfg.resume)
+        optimizer.load_state_dict(job.tensors, start)
     else:
         model.initialise(cfg.seed)
         optimizer.reset()
-    log = Log(cfg, world)
-    log_header(log, job, progress)
-    start, position, seconds = progress
-    clock = Clock(hardware, seconds)
-    loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
-    steps = StepLog(log, clock, model, hardware, world)
+    log = Log(cfg, job.world)
+    log_header(log, job)
+    clock = Clock(job.hardware, seconds)
+    loader = iter(Loader(cfg, job.world, job.shards, device, start, position))
+    steps = StepLog(log, clock, job)
     stage, unsaved = None, ""
     for step in range(start, cfg.total_steps + 1):
         last = step == cfg.total_steps
         plan = plan_step(cfg, step)
         if plan.stage_index != stage:
             stage = plan.stage_index
-            rotary = build_rotary(cfg, stage, val.positions, hardware.device)
+            rotary = build_rotary(cfg, stage, job.val.positions, device)
         validating = last or step % cfg.val_every == 0
-        saving = cfg.save_every >= 0 and (last or steps.stop)
-        saving = saving or (cfg.save_every > 0 and step % cfg.save_every == 0)
+        saving = cfg.save_every > 0 and step % cfg.save_every == 0
         if validating or saving or steps.stop or step == start:
-            steps.flush()
-            saving = saving or (steps.stop and cfg.save_every >= 0)  # a GPU's report is read here at last
+            steps.flush()  # a GPU's report is read here at last
             if last:
                 optimizer.finish()
             clock.pause()
             if model.graphs:
                 model.graphs.release()  # what follows needs the memory
+            saving = saving or (cfg.save_every >= 0 and (last or steps.stop))
             if saving and step > start:  # before a validation that might fail
                 done = Progress(step, position, clock.seconds)
-                unsaved = save_checkpoint(log.folder, model, optimizer, world, done)
+                unsaved = save_checkpoint(log.folder, model, optimizer, job.world, done)
                 log.line(unsaved or f"checkpoint of step {step} written")
             if steps.stop and not last:
                 log.line(f"stopped after step {step}: a signal asked for it; --resume=auto goes on")
                 break
             if validating:
-                validate(val, model, rotary, step, clock.seconds, log, world)
+                validate(job, rotary, step, clock.seconds, log)
             if model.graphs and not last:
                 model.graphs.capture()
             if step == start:
@@ -3131,28 +3109,25 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
             clock.resume()
         if not last:
             batches, position = next(loader)  # waits only if the loader isn't ahead
-            report = train_step(model, optimizer, batches, plan, rotary, step, asked.is_set())
+            report = train_step(model, optimizer, batches, plan, rotary, step, job.asked.is_set())
             steps.add(step + 1, report, plan)
-    log.line(f"peak memory: {memory_mib(hardware)} MiB")
+    log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")  # 0 without a GPU
     if log.active:
-        log.line(f"plot: {write_plot(log.folder)}")
-        log.line(f"log: {log.folder / 'log.txt'}")
+        log.line(f"plot: {write_plot(log.folder)}\nlog: {log.folder / 'log.txt'}")
     require(not unsaved, f"{unsaved}; --resume=auto goes on from the one before")
     return steps.stop
 
 
-def run(argv: list[str]):
+def run(argv):
     world = World.from_environment()
     cfg = parse_config(argv, world.size)
     hardware = choose_hardware(cfg, world)
     world.meet(hardware, minutes=10)
-    job, progress, tensors = set_up(cfg, hardware, world)
-    asked = job.asked
+    job = set_up(cfg, hardware, world)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())
+        signal.signal(number, lambda *_: job.asked.set())
     for i in range(cfg.runs):
-        stopped = train(replace(cfg, seed=cfg.seed + i), job, progress, tensors)
-        if stopped:
+        if train(replace(cfg, seed=cfg.seed + i), job):
             break
     world.leave()
 
