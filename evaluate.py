@@ -66,8 +66,8 @@ try:
     from train_gpt import (
         GPT, LOSS_CHUNK, POINTER_WINDOW, Config, Documents, Hardware, Log, UserError, Validation, World,
         activation_region, backward_micro_batch, build_rotary, cap, check_ranks_agree, choose_hardware,
-        cut_at_bos, data_folder, final_windows, gradient, load_token_table, load_weights, log_root,
-        memory_mib, mixture, pinned, plan_step, read_checkpoint, region, source, to_device, write_checkpoint,
+        cut_at_bos, data_folder, gradient, load_token_table, load_weights, log_root, mixture, pinned, plan_step,
+        read_checkpoint, region, source, to_device, write_checkpoint,
     )
 except ImportError as error:
     refuse(f"{error}: older trainers evaluate checkpoints themselves, by --checkpoint=FILE --eval=METHODS")
@@ -385,6 +385,10 @@ class LoRA:
 # Methods
 
 
+def final_windows(cfg: Config) -> dict:
+    return plan_step(cfg, cfg.total_steps).windows
+
+
 class Evaluation:
     """Scores the validation tokens once, by one method."""
 
@@ -512,8 +516,7 @@ class Evaluation:
         size = self.options.sgd_chunk
         inputs = chunk * size + np.arange(size)
         pieces = np.array_split(inputs, max(cfg.micro_batches, world.size))
-        plan = plan_step(cfg, cfg.total_steps)
-        plan = plan._replace(windows=final_windows(cfg), weights=(1.0,), prefix=False)
+        plan = plan_step(cfg, cfg.total_steps)._replace(weights=(1.0,), prefix=False)
         loss_weights = torch.tensor([[1 / size], [0.0]], device=self.device)  # auxiliary heads don't count
         model.requires_grad_(True)
         for piece in pieces[world.rank :: world.size]:
@@ -570,7 +573,7 @@ def measure(method: str, model: AdaptedGPT, val: Validation, options: Options, h
     seconds = time.perf_counter() - start
     bpb = total / math.log(2) / val.bytes if val.bytes else None
     row = {"loss": total / tokens, "bpb": bpb, "tokens": tokens, "seconds": round(seconds, 2)}
-    return row | {"peak_mib": memory_mib(hardware)}, nats
+    return row | {"peak_mib": torch.cuda.max_memory_allocated() // 2**20}, nats
 
 
 def result_table(rows: dict) -> str:
@@ -608,7 +611,7 @@ def evaluate(path: Path, model: AdaptedGPT, options: Options, hardware: Hardware
     """Score the validation tokens with each method. A log folder gets the table, metrics.jsonl and a plot."""
     val = load_documents(model.cfg, options.every)
     facts = {"flags": str(options), "checkpoint": path.name, "validation data": val.sha256}
-    check_ranks_agree(facts, world, hardware.device)
+    check_ranks_agree(facts, world)
     log = Log(replace(model.cfg, track=f"{model.cfg.track}-eval"), world)  # names the folder
     log.line(f"{source()} torch:{torch.__version__} {hardware.name} world_size:{world.size}")
     log.line(f"options {json.dumps(vars(options))}", console=False)

@@ -309,45 +309,45 @@ POINTER_WIDTH = 128    # of the pointer head's queries and keys
 POINTER_WINDOW = 2048, 8192  # tokens that the pointer head looks back: in training, in validation
 POINTER_TILE = 64      # queries and keys that its kernels read at a time
 
-# What a resumed run may change. `data` is where the data lies; that it is the same isn't checked.
-RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "data", "runs")
+# What a resumed run may change, as well as `data`: where the data lies; that it is the same isn't checked.
+RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "runs")
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
 
 
-def on_or_off(text: str) -> bool:
+def on_or_off(text):
     if text not in ("on", "off", "true", "false", "1", "0"):
         raise ValueError(text)
     return text in ("on", "true", "1")
 
 
-def parse_flags(argv: list[str]) -> dict:
+def parse_flags(argv) -> dict:
     """The flags that are given, by name; --name alone means on. Raises UserError."""
     parser = Parser(usage="train_gpt.py [--flag=value ..]", description=f"{__doc__}\nDefaults are tiny's.",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    fields = [field for field in dataclasses.fields(Config) if field.metadata]
-    for field in fields:
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    flags = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
+    for name, field in flags.items():
         options = {"type": field.type, "choices": field.metadata["choices"] or None}
         if field.type is bool:
             options = {"type": on_or_off, "nargs": "?", "const": True}
-        default = getattr(TRACKS["tiny"], field.name)
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
-                            help=f"{field.metadata['help']} [{default}]", **options)
+        default = getattr(TRACKS["tiny"], name)
+        parser.add_argument(f"--{name}", help=f"{field.metadata['help']} [{default}]", **options)
     given = vars(parser.parse_args(argv))
-    for field in fields:
-        value, least = given.get(field.name), field.metadata["least"]
-        if field.type in (int, float) and value is not None:
-            require(least <= value < 1e12, f"--{field.name}={value}: expected a number from {least} to 1e12")
+    for name, value in given.items():
+        least = flags[name].metadata["least"]
+        require(isinstance(value, str) or least <= value < 1e12,
+                f"--{name}={value}: expected a number from {least} to 1e12")
     return given
 
 
-def parse_config(argv: list[str], ranks: int = 1) -> Config:
+def parse_config(argv, ranks: int = 1) -> Config:
     """The chosen track with the given flags. Raises UserError.
 
-    With --resume the checkpoint's own configuration, of which only RUN_FLAGS can be overridden.
+    With --resume the checkpoint's own configuration, of which only RUN_FLAGS and data can be overridden.
     """
     given = parse_flags(argv)
     cfg = replace(TRACKS[given.get("track", "tiny")], **given)
@@ -358,28 +358,31 @@ def parse_config(argv: list[str], ranks: int = 1) -> Config:
         return cfg
     require(cfg.runs == 1, "--runs: a resumed run is one; leave --resume out or give --runs=1")
     saved = read_checkpoint(cfg.resume)[1]["config"]
+    resumed = replace(with_run_flags(saved, cfg), data=given.get("data", saved.data))
     for name in given:
-        kept = getattr(saved, name)
-        require(name in RUN_FLAGS or getattr(cfg, name) == kept,
-                f"--{name}: {cfg.resume} has {kept}; leave the flag out")
-    fresh = {name: getattr(cfg, name) for name in RUN_FLAGS if name != "data" or "data" in given}
-    return replace(saved, **fresh)
+        require(getattr(resumed, name) == getattr(cfg, name),
+                f"--{name}: {cfg.resume} has {getattr(saved, name)}; leave the flag out")
+    return resumed
 
 
-def check_config(cfg: Config) -> Config:
+def with_run_flags(saved, cfg) -> Config:
+    """saved, but RUN_FLAGS are those of cfg."""
+    return replace(saved, **{name: getattr(cfg, name) for name in RUN_FLAGS})
+
+
+def check_config(cfg) -> Config:
     """Fill in the vocabulary's size. Raises UserError where fields don't fit together."""
     if not cfg.vocab_size:
         table = load_token_table(cfg, "token_bytes.npy")
         cfg = replace(cfg, vocab_size=50_257 if table is None else len(table))
-    micro, last = cfg.micro_batches, len(cfg.layers) - 1
-    batches = [stage.batch_tokens for stage in cfg.stages]
-    require(not any(batch % micro for batch in batches), f"--micro_batches={micro}: must divide {batches}")
-    columns = [stage.columns for stage in cfg.stages]
-    require(not any(count % 16 for count in columns),
-            f"stage table: columns {columns}: must be multiples of 16")
+    for stage in cfg.stages:
+        require(stage.batch_tokens % cfg.micro_batches == 0,
+                f"--micro_batches={cfg.micro_batches}: must divide {stage.batch_tokens} tokens of a batch")
+        require(stage.columns % 16 == 0, f"stage table: {stage.columns} columns: must be a multiple of 16")
     tables = {table for layer in cfg.layers for table in layer.value_embeds}
     require(tables == set(range(len(tables))), f"layer table: value_embeds {tables} must be 0, 1, ..")
     require(cfg.width % (4 * cfg.heads) == 0, f"--width={cfg.width}: must be a multiple of 4 * heads")
+    last = len(cfg.layers) - 1
     require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
     require(not cfg.pointer or cfg.vocab_size < cfg.padded_vocab, "--pointer: no column is unused")
     require(cfg.heads % MUON_HEADS == 0, f"--heads={cfg.heads}: must be a multiple of {MUON_HEADS}")
@@ -415,26 +418,31 @@ class World(NamedTuple):
         rank, size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         return cls(int(rank), int(size), int(local_rank)) if size else cls()
 
-    def meet(self, hardware: "Hardware", minutes: int):
+    def meet(self, hardware, minutes: int):
         """Begin the exchange with the others; one that waits longer than this ends."""
         if self.size > 1:
             cuda = hardware.device.type == "cuda"
             dist.init_process_group("nccl" if cuda else "gloo", device_id=hardware.device if cuda else None,
                                     timeout=timedelta(minutes=minutes))
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x):
         """Sum over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Every rank's tensor: (size, *x.shape)."""
-        if self.size == 1:
-            return x[None]
-        out = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1))
+    def all_gather(self, x):
+        """The rows of all ranks, of which there are several, in their order."""
+        out = x.new_empty(self.size * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x)
         return out
+
+    def gather_objects(self, value) -> list:
+        """Every rank's value, of whatever type."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def leave(self):
         """Wait for the others, then end the exchange with them."""
@@ -463,7 +471,7 @@ class Hardware(NamedTuple):
             torch.cuda.synchronize(self.device)
 
 
-def choose_hardware(cfg: Config, world: World) -> Hardware:
+def choose_hardware(cfg, world) -> Hardware:
     """The fastest that this machine has and the flags allow. Raises UserError if a rank has no GPU."""
     if not torch.cuda.is_available():
         return Hardware(torch.device("cpu"), torch.float32, False, "reference", "reference", False, False)
@@ -480,7 +488,7 @@ def choose_hardware(cfg: Config, world: World) -> Hardware:
     if cfg.fa3 and hopper and importlib.util.find_spec("flash_attn_interface") is not None:
         attention = "fa3"
         torch.nn.attention.activate_flash_attention_impl("FA3")
-    sizes = cfg.width, *(cfg.micro_tokens(stage) for stage in cfg.stages)
+    sizes = cfg.width, *map(cfg.micro_tokens, cfg.stages)
     fp8 = cfg.fp8 and capability >= (8, 9) and not any(size % 16 for size in sizes)
     dtype = torch.bfloat16 if modern else torch.float32
     graphs = cfg.graphs and cfg.compile and modern
@@ -1767,7 +1775,7 @@ class Part:
             return part.to("cpu", copy=True)
         own = part.new_zeros(self.per_rank, *part.shape[1:])
         own[: part.size(0)] = part
-        return self.world.all_gather(own).flatten(0, 1)[: self.units].cpu()
+        return self.world.all_gather(own)[: self.units].cpu()
 
 
 class NorMuon(Part):
@@ -2009,51 +2017,50 @@ class Optimizer:
 # Data
 
 
-def data_folder(cfg: Config) -> Path:
-    """cfg.data as given, or else beside this file or further up. Raises UserError if there is none."""
+def data_folder(cfg) -> Path:
+    """cfg.data as given, or else beside this file or further up, if it is there."""
     given = Path(cfg.data).expanduser()
-    for place in (given, *(parent / cfg.data for parent in Path(__file__).resolve().parents)):
-        if place.is_dir():
-            return place
-    maker = "data/sample.py" if given.name == "sample" else "data/fineweb.py"
-    raise UserError(f"no data folder {given}: make it with python {maker}, or give another with --data=")
+    places = (parent / given for parent in (Path(), *Path(__file__).resolve().parents))
+    return next(filter(Path.is_dir, places), given)
 
 
-def load_token_table(cfg: Config, name: str) -> np.ndarray | None:
+def load_token_table(cfg, name: str) -> np.ndarray | None:
     """A table with an entry for each token that lies beside the shards, or None if there is none."""
-    try:
-        return np.load(data_folder(cfg) / name)
-    except (UserError, FileNotFoundError):
-        return None
+    path = data_folder(cfg) / name
+    return np.load(path) if path.exists() else None
 
 
-def find_shards(cfg: Config, split: str) -> list[Path]:
+def find_shards(cfg, split: str) -> list[Path]:
     """Shards of a split, in order. Raises UserError if there are none."""
-    shards = sorted(data_folder(cfg).glob(f"[!.]*_{split}_*.bin"))
-    require(shards, f"no *_{split}_*.bin in {data_folder(cfg)}: make them, or give another --data=")
+    folder = data_folder(cfg)
+    shards = sorted(folder.glob(f"[!.]*_{split}_*.bin"))
+    maker = "sample.py" if folder.name == "sample" else "fineweb.py"
+    require(shards, f"no {folder}/*_{split}_*.bin: make them with python data/{maker}, or give --data=")
     return shards
 
 
-def open_shard(path: Path, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
+def open_shard(path, cfg) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a checked shard, (count,) uint16 in a memory map, and where its documents start.
 
     Raises UserError that names the file.
     """
     header = np.fromfile(path, "<i4", 256)
-    known = len(header) == 256 and header[0] == 20240520 and header[1] == 1
-    require(known, f"{path}: not a version 1 token shard: fetch or make it again")
-    count, named = (path.stat().st_size - 1024) / 2, int(header[2])
-    require(count == named > 0, f"{path}: header says {named} tokens, the file has {count:g}: make it again")
+    known = len(header) == 256 and header[:2].tolist() == [20240520, 1]
+    require(known and path.stat().st_size == 1024 + 2 * int(header[2]) > 1024,
+            f"{path}: not a complete token shard of version 1: fetch or make it again")
     tokens = np.memmap(path, "<u2", "r", offset=1024)
     require(tokens.max() < cfg.vocab_size, f"{path}: token {tokens.max()}, but the vocabulary has "
             f"{cfg.vocab_size}: damaged, or token_bytes.npy beside it is of another tokenizer")
-    return tokens, np.flatnonzero(tokens == cfg.bos)
+    starts = np.flatnonzero(tokens == cfg.bos)
+    require(len(starts), f"{path}: no document start, token {cfg.bos}; "
+            "python data/token_tables.py FOLDER --tokenizer=.. says what the tokens are")
+    return tokens, starts
 
 
 class Shards:
     """Training shards as one array of tokens, each opened and checked when first used."""
 
-    def __init__(self, paths: list[Path], cfg: Config):
+    def __init__(self, paths: list[Path], cfg):
         self.paths, self.cfg, self.opened = paths, cfg, {}
         counts = [(path.stat().st_size - 1024) // 2 for path in paths]  # 1,024 bytes of header, 2 a token
         self.edges = [0, *itertools.accumulate(counts)]  # shard i: edges[i] to edges[i + 1]
@@ -2069,15 +2076,13 @@ class Shards:
         """Tokens of shard i and where its documents start."""
         if i not in self.opened:
             self.opened[i] = open_shard(self.paths[i], self.cfg)
-            require(len(self.opened[i][1]), f"{self.paths[i]}: no document start, token {self.cfg.bos}; "
-                    "python data/token_tables.py FOLDER --tokenizer=.. says what the tokens are")
         return self.opened[i]
 
     def next_start(self, offset: int) -> int:
-        """Where the first document after token `offset` starts; where the tokens end if there is none."""
-        for i in range(max(bisect.bisect_right(self.edges, offset) - 1, 0), len(self.paths)):
+        """Where the first document from token `offset` on starts; where the tokens end if there is none."""
+        for i in range(bisect.bisect_right(self.edges, offset) - 1, len(self.paths)):
             starts = self[i][1]
-            following = np.searchsorted(starts, offset - self.edges[i], side="right")
+            following = np.searchsorted(starts, offset - self.edges[i])
             if following < len(starts):
                 return self.edges[i] + int(starts[following])
         return self.edges[-1]
@@ -2098,21 +2103,20 @@ class Position(NamedTuple):
 class DocumentStream:
     """Pieces of documents in file order; a document that runs over a shard's end is read on in the next."""
 
-    def __init__(self, shards: Shards, cfg: Config, position: Position = Position()):
-        self.shards, self.cfg, self.position = shards, cfg, position
-        if position == Position():
-            self.position = Position(0, shards.next_start(-1))
-        require(position.offset <= shards.edges[-1], f"training goes on at token {position.offset:,} of "
-                f"{shards.edges[-1]:,}: are the shards those that it began with?")
+    def __init__(self, shards, cfg, position=Position()):
+        self.shards, self.cfg, self.position, self.end = shards, cfg, position, shards.edges[-1]
+        require(position.offset <= self.end, f"training goes on at token {position.offset:,} of "
+                f"{self.end:,}: are the shards those that it began with?")
 
     def advance(self, limit: int) -> tuple[int, int]:
         """First and end of the next piece, at most `limit` tokens. Raises UserError after the last epoch."""
         epoch, lo = self.position
-        if lo == self.shards.edges[-1]:
-            epoch, lo = epoch + 1, self.shards.next_start(-1)
-        require(epoch < self.cfg.epochs, f"{self.shards.edges[-1]:,} training tokens don't last for {epoch} "
-                "epochs: add shards, raise --epochs or lower --scheduled_steps")
-        end = self.shards.next_start(lo)
+        if lo == self.end:
+            epoch, lo = epoch + 1, 0
+        lo = lo or self.shards.next_start(0)
+        require(epoch < self.cfg.epochs, f"{self.end:,} training tokens don't last for {epoch} epochs: add "
+                "shards, raise --epochs or lower --scheduled_steps")
+        end = self.shards.next_start(lo + 1)
         hi = min(lo + limit, end)
         self.position = Position(epoch, end if self.cfg.document_rest == "skip" else hi)
         return lo, hi
@@ -2133,7 +2137,7 @@ class MicroBatch(NamedTuple):
     columns: Tensor | None = None  # (S,) int64: see choose_columns
 
 
-def pack(stream: DocumentStream, tokens: int, max_doc: int) -> tuple[np.ndarray, np.ndarray]:
+def pack(stream, tokens: int, max_doc: int) -> tuple[np.ndarray, np.ndarray]:
     """Exactly tokens + 1 tokens of documents, whole or cut, and where they start among the first `tokens`."""
     pieces = [stream.shards.read(lo, hi) for lo, hi in stream.spans(tokens, max_doc)]
     starts = np.cumsum([0, *map(len, pieces)])
@@ -2146,7 +2150,7 @@ def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None) ->
     return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
 
 
-def choose_columns(cfg: Config, stage: Stage, targets: np.ndarray, turn: int, device) -> Tensor | None:
+def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device) -> Tensor | None:
     """Distinct tokens among which the loss of micro-batch `turn` chooses (record 92, PR 360): (S,) int64.
 
     All targets, then others from a window that walks through the padded vocabulary from turn to turn. None
@@ -2171,21 +2175,23 @@ class Loader:
     at every world size.
     """
 
-    def __init__(self, cfg: Config, world: World, shards: Shards, device, first=0, position=Position()):
-        self.cfg, self.world, self.device, self.first = cfg, world, device, first
+    def __init__(self, cfg, world, shards, device, first: int = 0, position=Position()):
+        self.cfg, self.world, self.device = cfg, world, device
         self.stream = DocumentStream(shards, cfg, position)
+        self.steps = range(first, cfg.total_steps)
         self.queue = queue.Queue(maxsize=2)
         threading.Thread(target=self.fill, daemon=True).start()
 
     def fill(self):
         try:
-            for step in range(self.first, self.cfg.total_steps):
-                self.queue.put(self.batch(plan_step(self.cfg, step).stage, step))
+            for step in self.steps:
+                self.queue.put(self.batch(step))
         except BaseException as error:  # handed to the consumer, which raises it
             self.queue.put(error)
 
-    def batch(self, stage: Stage, step: int) -> tuple[list[MicroBatch], Position]:
-        T, own = self.cfg.micro_tokens(stage), []
+    def batch(self, step: int) -> tuple[list[MicroBatch], Position]:
+        stage, own = plan_step(self.cfg, step).stage, []
+        T = self.cfg.micro_tokens(stage)
         for i in range(self.cfg.micro_batches):
             tokens, starts = pack(self.stream, T, stage.max_doc)
             if i % self.world.size == self.world.rank:
@@ -2196,14 +2202,14 @@ class Loader:
         return own, self.stream.position
 
     def __iter__(self):
-        for _ in range(self.first, self.cfg.total_steps):
+        for _ in self.steps:
             item = self.queue.get()
             if isinstance(item, BaseException):
                 raise item
             yield item
 
 
-def check_supply(cfg: Config, world: World, shards: Shards):
+def check_supply(cfg, world, shards):
     """Open and check the shards that the schedule needs. Raises UserError if it needs more documents.
 
     Packs them as the loader does, but reads no tokens: some 1.5 s for the short track, 5 s for medium.
@@ -2238,12 +2244,13 @@ class StepPlan(NamedTuple):
         return self.stage_index, len(self.weights)
 
 
-def plan_step(cfg: Config, step: int) -> StepPlan:
-    """The schedule at `step`, 0 .. total_steps - 1; at total_steps that of the last stage's end."""
+def plan_step(cfg, step: int) -> StepPlan:
+    """The schedule at `step`, 0 .. total_steps - 1; at total_steps the last stage's end, with val_windows."""
+    last = step == cfg.total_steps
     starts = [math.ceil(stage.start * cfg.scheduled_steps - 1e-9) for stage in cfg.stages] + [cfg.total_steps]
-    index = max(i for i in range(len(cfg.stages)) if starts[i] <= step)
+    index = bisect.bisect_right(starts, step - last) - 1
     stage = cfg.stages[index]
-    done = (step - starts[index]) / max(starts[index + 1] - starts[index], 1)
+    done = (step - starts[index]) / (starts[index + 1] - starts[index])
     weights = tuple(a + (b - a) * done for a, b in stage.targets)
     prefix = cfg.prefix_weight * min(1.0, max(0.0, 2 - 3 * step / cfg.scheduled_steps))
     weights = (*weights, prefix) if prefix else weights
@@ -2255,13 +2262,8 @@ def plan_step(cfg: Config, step: int) -> StepPlan:
     warm = step / max(cfg.momentum_warmup, 1)
     cold = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
     momentum = 0.85 + 0.1 * max(0.0, min(1.0, warm, cold))
-    windows = {"short": stage.window_short, "long": stage.window_long}
-    return StepPlan(stage, index, windows, lr, momentum, weights, prefix > 0)
-
-
-def final_windows(cfg: Config) -> dict:
-    short, long = cfg.val_windows
-    return {"short": short, "long": long}
+    short, long = cfg.val_windows if last else (stage.window_short, stage.window_long)
+    return StepPlan(stage, index, {"short": short, "long": long}, lr, momentum, weights, prefix > 0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2488,7 +2490,7 @@ class Progress(NamedTuple):
     train_seconds: float = 0.0
 
 
-def write_checkpoint(path: Path, tensors: dict, meta: dict):
+def write_checkpoint(path, tensors: dict, meta: dict):
     """Atomic: the final name appears only when everything is on disk. meta: JSON values by name."""
     from safetensors.torch import save_file
 
@@ -2503,7 +2505,7 @@ def write_checkpoint(path: Path, tensors: dict, meta: dict):
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str, tensors: bool = False) -> tuple[dict, dict]:
+def read_checkpoint(path, tensors: bool = False) -> tuple[dict, dict]:
     """Tensors, if wanted, on the CPU, and metadata: "config" and, but for an export, "progress".
 
     Raises UserError if it isn't a checkpoint of this script.
@@ -2517,14 +2519,14 @@ def read_checkpoint(path: str, tensors: bool = False) -> tuple[dict, dict]:
         meta["config"] = config_from_json(meta["config"])
         if "progress" in meta:
             step, position, seconds = meta["progress"]
-            meta["progress"] = Progress(int(step), Position(*map(int, position)), float(seconds))
+            meta["progress"] = Progress(step, Position(*position), seconds)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:120]}"
         raise UserError(f"{path}: not a checkpoint of this script: {reason}") from None
     return found, meta
 
 
-def load_weights(model: GPT, tensors: dict, path: str):
+def load_weights(model, tensors: dict, path):
     """Copy weights into the model. Raises UserError unless names and shapes are exactly the model's."""
     weights = {name[6:]: x for name, x in tensors.items() if name.startswith("model.")}
     try:
@@ -2533,51 +2535,44 @@ def load_weights(model: GPT, tensors: dict, path: str):
         raise UserError(f"{path}: of another version of this script: {error}") from None
 
 
-def save_checkpoint(folder: Path | None, model: GPT, optimizer: Optimizer, world: World,
-                    progress: Progress) -> str:
+def save_checkpoint(folder, model, optimizer, world, progress) -> str:
     """Write all that a run needs to go on. Collective: rank 0 writes, and removes all but the folder's last.
 
-    Returns "", or on every rank that and why nothing was written: what isn't finite isn't saved.
+    Returns "", or on every rank why nothing was written: what isn't finite isn't saved.
     """
     state, failed = optimizer.state_dict(progress.step), ""
     if world.rank == 0:
         tensors = {f"model.{name}": p for name, p in model.named_parameters()} | state
-        bad = [name for name, x in tensors.items() if not x.isfinite().all()]
         path = folder / f"checkpoint_{progress.step:06d}.safetensors"
-        meta = {"config": vars(model.cfg), "progress": progress}
         try:
-            if bad:
-                raise ValueError(f"not finite: {', '.join(bad)}")
-            write_checkpoint(path, tensors, meta)
+            bad = [name for name, x in tensors.items() if not x.isfinite().all()]
+            require(not bad, f"not finite: {', '.join(bad)}")
+            write_checkpoint(path, tensors, {"config": vars(model.cfg), "progress": progress})
             for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
                 old.unlink()
         except Exception as error:  # a full disk is an error of safetensors' own
             failed = f"checkpoint of step {progress.step} not written: {error}"
-    ranks = world.all_reduce(torch.tensor(float(bool(failed)), device=model.embed.device)).item()
-    return failed or ("rank 0 could not write a checkpoint" if ranks else "")
+    return world.gather_objects(failed)[0]
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder) -> list[Path]:
     """Those of one run, by step."""
     return sorted(folder.glob("checkpoint_*.safetensors"))
 
 
-def log_root(cfg: Config) -> Path:
-    if cfg.log_folder:
-        return Path(cfg.log_folder).expanduser()
-    return Path(__file__).resolve().parent / "logs"
+def log_root(cfg) -> Path:
+    return Path(cfg.log_folder or Path(__file__).resolve().with_name("logs")).expanduser()
 
 
-def find_unfinished(cfg: Config) -> str:
+def find_unfinished(cfg) -> str:
     """Last checkpoint of the newest run with this configuration that has one; "" if that run is over."""
-    same = {field.name for field in dataclasses.fields(cfg)} - set(RUN_FLAGS) | {"data"}
     paths = log_root(cfg).glob("*/checkpoint_*.safetensors")
     for path in sorted(paths, reverse=True):  # a run's folder begins with its time
         try:
-            meta = read_checkpoint(str(path))[1]
+            meta = read_checkpoint(path)[1]
         except UserError:  # damaged: the one before may serve
             continue
-        if "progress" in meta and all(getattr(meta["config"], name) == getattr(cfg, name) for name in same):
+        if "progress" in meta and with_run_flags(meta["config"], cfg) == cfg:
             return str(path) if meta["progress"].step < cfg.total_steps else ""
     return ""
 
@@ -2591,7 +2586,7 @@ class Clock:
     warm-up, validation, checkpoints or the recording of CUDA graphs.
     """
 
-    def __init__(self, hardware: Hardware, seconds: float = 0.0):
+    def __init__(self, hardware, seconds: float):
         self.hardware, self.seconds, self.since = hardware, seconds, None
 
     def resume(self):
@@ -2610,22 +2605,21 @@ class Clock:
 class Log:
     """log.txt and metrics.jsonl in a folder of their own, and the console; silent except on rank 0."""
 
-    def __init__(self, cfg: Config, world: World):
+    def __init__(self, cfg, world):
         self.active, self.folder = world.rank == 0, None
         if not self.active:
             return
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
+        folder = log_root(cfg) / f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
         try:
-            log_root(cfg).mkdir(parents=True, exist_ok=True)
-            suffixes = ("", *(f"-{i}" for i in range(1, 100)))  # for runs that start in the same second
-            folders = (log_root(cfg) / f"{name}{suffix}" for suffix in suffixes)
-            self.folder = next(folder for folder in folders if not folder.exists())
-            self.folder.mkdir()
-            shutil.copy(__file__, self.folder / "train_gpt.py")
+            while folder.exists():  # of a run that started in the same second
+                folder = folder.with_name(f"{folder.name}-1")
+            folder.mkdir(parents=True)
+            shutil.copy(__file__, folder / "train_gpt.py")
+            self.text = open(folder / "log.txt", "w", buffering=1)
+            self.metrics = open(folder / "metrics.jsonl", "w", buffering=1)
         except OSError as error:
-            raise UserError(f"can't write in {log_root(cfg)}: {error.strerror}; give --log_folder=") from None
-        self.text = open(self.folder / "log.txt", "w", buffering=1)
-        self.metrics = open(self.folder / "metrics.jsonl", "w", buffering=1)
+            raise UserError(f"can't write {folder}: {error.strerror}; give --log_folder=") from None
+        self.folder = folder
 
     def line(self, text: str, console: bool = True):
         if self.active:
@@ -2640,31 +2634,22 @@ class Log:
 
 def source() -> str:
     """This file's hash and its folder's commit, for the log."""
-    path, commit = Path(__file__).resolve(), "none"
-    try:
-        command = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or commit
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return f"source sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} git:{commit}"
-
-
-def memory_mib(hardware: Hardware) -> int:
-    """Peak memory allocated on the GPU; 0 without one."""
-    return torch.cuda.max_memory_allocated(hardware.device) // 2**20 if hardware.device.type == "cuda" else 0
+    path = Path(__file__).resolve()
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=path.parent, capture_output=True, text=True)
+    return f"source sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} git:{git.stdout.strip() or 'none'}"
 
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
 
 
-def step_metrics(model: GPT, hardware: Hardware, world: World, tokens: int, seconds: float) -> dict:
+def step_metrics(job, tokens: int, seconds: float) -> dict:
     """Tokens per second and, on a known GPU, the share of its peak that the weights' products use."""
-    rate, gpu = tokens / max(seconds, 1e-9), hardware.name
+    rate = tokens / max(seconds, 1e-9)
     metrics = {"tokens_per_s": round(rate)}
     for name, tflops in PEAK_TFLOPS.items():
-        if name in gpu:
-            weights = model.attn_bank.numel() + model.mlp_bank.numel() + model.head.numel()
-            metrics["mfu"] = round(6 * weights * rate / world.size / (tflops * 1e12), 4)
+        if name in job.hardware.name:
+            weights = sum(p.numel() for p in (job.model.attn_bank, job.model.mlp_bank, job.model.head))
+            metrics["mfu"] = round(6 * weights * rate / job.world.size / (tflops * 1e12), 4)
     return metrics
 
 
@@ -2674,11 +2659,11 @@ class StepLog:
     On a GPU one step late: a report is read while the next step runs, so nothing stalls.
     """
 
-    def __init__(self, log: Log, clock: Clock, model: GPT, hardware: Hardware, world: World):
-        self.log, self.clock, self.model, self.hardware, self.world = log, clock, model, hardware, world
-        self.pending, self.before, self.stop = None, clock.read(), False
+    def __init__(self, log, clock, job):
+        self.log, self.clock, self.job = log, clock, job
+        self.queued, self.before, self.stop = [], clock.read(), False
 
-    def add(self, step: int, report: dict, plan: StepPlan):
+    def add(self, step: int, report: dict, plan):
         """Queue the line of `step` (1, 2, ..) and print the one before it. report: see train_step."""
         values, event = torch.stack(list(report.values())), None
         on_host = values.to("cpu", non_blocking=True)
@@ -2686,39 +2671,36 @@ class StepLog:
             event = torch.cuda.Event()
             event.record()
         self.flush()
-        self.pending = step, list(report), on_host, plan, event
+        self.queued.append((step, plan, list(report), on_host, event))
         if event is None:
             self.flush()
 
     def flush(self):
         """Print the line that is queued. Raises UserError if its loss isn't finite."""
-        if self.pending is None:
+        if not self.queued:
             return
-        (step, names, values, plan, event), self.pending = self.pending, None
+        step, plan, names, values, event = self.queued.pop()
         if event is not None:
             event.synchronize()
         report = dict(zip(names, values.tolist()))
-        self.stop = report.pop("stop") > 0 or self.stop
-        self.print(step, report.pop("train_loss") / sum(plan.weights), plan, report)
+        self.stop |= report.pop("stop") > 0
+        loss = report.pop("train_loss") / sum(plan.weights)
 
-    def print(self, step: int, loss: float, plan: StepPlan, report: dict):
-        total, now = self.model.cfg.total_steps, self.clock.read()
+        cfg, now = self.job.model.cfg, self.clock.read()
         seconds, self.before = now - self.before, now
-        speed = step_metrics(self.model, self.hardware, self.world, plan.stage.batch_tokens, seconds)
-        line = f"step:{step}/{total} train_loss:{loss:.4f}"
+        speed = step_metrics(self.job, plan.stage.batch_tokens, seconds)
+        line = f"step:{step}/{cfg.total_steps} train_loss:{loss:.4f}"
         self.log.line(f"{line} train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms", console=False)
         self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
                         **speed, **report)
-        terminal = sys.stdout.isatty()
-        if self.log.active and (terminal or step % max(self.model.cfg.val_every // 5, 1) == 0):
+        if self.log.active and step % max(cfg.val_every // 5, 1) == 0:
             rates = [f"{name}:{value:,}" for name, value in speed.items()]
-            left = f"eta:{now / step * (total - step):.0f}s"
-            print(line, *rates, left, end=" \r" if terminal else "\n", flush=True)
+            print(line, *rates, f"eta:{now / step * (cfg.total_steps - step):.0f}s", flush=True)
         require(math.isfinite(loss), f"step {step}: the training loss is {loss}: lower the learning rates, "
                 "or go on from the last checkpoint with --resume=auto")
 
 
-def write_plot(folder: Path) -> str:
+def write_plot(folder) -> str:
     """Draw loss.png from metrics.jsonl; returns the file, or why it isn't drawn."""
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     try:
@@ -2727,7 +2709,7 @@ def write_plot(folder: Path) -> str:
         axes = (figure := Figure(figsize=(7, 4), layout="tight")).subplots()
         for key, style in (("train_loss", "-"), ("val_loss", "o-")):
             points = [(row["step"], row[key]) for row in rows if key in row and row["step"]]
-            axes.plot(*zip(*points), style, label=key.replace("_", " "), lw=1, ms=3)
+            axes.plot(*zip(*points), style, label=key, lw=1, ms=3)
         axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
         figure.savefig(folder / "loss.png", dpi=120)
@@ -2736,40 +2718,36 @@ def write_plot(folder: Path) -> str:
     return str(folder / "loss.png")
 
 
-def warm_up(model: GPT, optimizer: Optimizer, val: Validation, hardware: Hardware, world: World):
+def warm_up(model, optimizer, val, world):
     """Run each kind of step and a validation chunk on synthetic tokens: compiles all that training will use.
 
     Changes weights and optimizer state: initialise and reset them afterwards.
     """
-    cfg, generator, kinds = model.cfg, np.random.default_rng(0), {}
-    for step in range(cfg.total_steps):
-        plan = plan_step(cfg, step)
-        kinds.setdefault(plan.kind, plan)
+    cfg, device, generator = model.cfg, model.embed.device, np.random.default_rng(0)
+    plans = map(partial(plan_step, cfg), range(cfg.total_steps))
+    kinds = {plan.kind: plan for plan in plans}
     for plan in sorted(kinds.values(), key=lambda plan: -plan.stage.batch_tokens):  # most memory first
         T, length = cfg.micro_tokens(plan.stage), min(512, plan.stage.max_doc)
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
         tokens[::length] = cfg.bos
         docs = to_documents(np.arange(0, T, length), T, plan.stage.max_doc)
-        some = tokens[:1]  # all targets might be too many
-        columns = choose_columns(cfg, plan.stage, some, 0, hardware.device)
+        columns = choose_columns(cfg, plan.stage, tokens[:1], 0, device)  # all targets might be too many
         batch = MicroBatch(torch.from_numpy(tokens), docs, columns)
-        rotary = build_rotary(cfg, plan.stage_index, val.positions, hardware.device)
+        rotary = build_rotary(cfg, plan.stage_index, val.positions, device)
         for step in range(ADAM_EVERY):
             train_step(model, optimizer, [batch], plan, rotary, step)
-        weights = loss_weights(cfg, plan, hardware.device)
+        weights = loss_weights(cfg, plan, device)
         if model.graphs and graph_inputs(batch, weights):
             model.graphs.add(model, batch, plan, rotary, weights)
     chunk = min(cfg.val_chunk, val.count)
     synthetic = Validation(cfg, np.resize(tokens, chunk * world.size + 1))
-    synthetic.run(model, final_windows(cfg), rotary, world)
-    hardware.synchronize()
+    synthetic.run(model, plan_step(cfg, cfg.total_steps).windows, rotary, world)
 
 
-def validate(val: Validation, model: GPT, rotary: Rotary, step: int, seconds: float, log: Log, world: World):
+def validate(job, rotary, step: int, seconds: float, log):
     """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
-    cfg = model.cfg
-    windows = final_windows(cfg) if step == cfg.total_steps else plan_step(cfg, step).windows
-    result, lambdas = val.run(model, windows, rotary, world), model.lambdas()
+    cfg, lambdas = job.model.cfg, job.model.lambdas()
+    result = job.val.run(job.model, plan_step(cfg, step).windows, rotary, job.world)
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
     single = "".join(f" {name}:{values[0]:+.4f}" for name, values in lambdas.items() if len(values) == 1)
     log.line(f"step:{step}/{cfg.total_steps} val_loss:{result['val_loss']:.4f}{bpb} "
@@ -2777,12 +2755,11 @@ def validate(val: Validation, model: GPT, rotary: Rotary, step: int, seconds: fl
     log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
 
 
-def check_ranks_agree(facts: dict, world: World, device):
-    """Raise UserError unless all ranks have the same facts (name -> text)."""
-    hashes = [int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) for text in facts.values()]
-    found = world.all_gather(torch.tensor(hashes, device=device))
-    for name, column in zip(facts, found.T.tolist()):
-        others = [rank for rank, value in enumerate(column) if value != column[0]]
+def check_ranks_agree(facts: dict, world):
+    """Raise UserError unless all ranks have the same facts, by name."""
+    found = world.gather_objects(facts)
+    for name, first in found[0].items():
+        others = [rank for rank, other in enumerate(found) if other[name] != first]
         require(not others, f"{name}: ranks {others} have another than rank 0: start all with the same")
 
 
@@ -2790,39 +2767,41 @@ class Job(NamedTuple):
     """What the runs of a process share."""
 
     model: GPT
+    hardware: Hardware
+    world: World
     optimizer: Optimizer
     shards: Shards
     val: Validation
-    hardware: Hardware
-    world: World
+    progress: Progress           # of a resumed run
+    tensors: dict                # of its checkpoint; empty if none is resumed
     asked: threading.Event       # by a signal, to stop after the running step
 
 
-def log_header(log: Log, job: Job, progress: Progress):
+def log_header(log, job):
     """What a reader needs to judge and repeat the run. records/ parses these lines and those of the steps."""
-    model, _, shards, val, hardware, world, _ = job
-    cfg = model.cfg
-    log.line(source(), console=False)
-    log.line(f"config {json.dumps(vars(cfg))}", console=False)
-    log.line(f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
-             f"world_size:{world.size} seed:{cfg.seed}")
-    log.line(f"device: {hardware.device.type} ({hardware.name})")
-    log.line(f"hardware: {str(hardware.dtype)[6:]}, compile {hardware.compile}, kernels {hardware.kernels}, "
-             f"attention {hardware.attention}, float8 {hardware.fp8}, CUDA graphs {hardware.graphs}")
-    log.line(f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}")
-    log.line(f"validation: tokens:{val.count} bytes:{val.bytes or 'unknown'} sha256:{val.sha256}")
-    size = sum(p.numel() for p in model.parameters())
-    log.line(f"model: {size:,} parameters, {len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}")
-    log.line("timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses")
-    log.line("untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
-             "checkpoints")
+    cfg, hardware, shards, progress = job.model.cfg, job.hardware, job.shards, job.progress
+    log.line(f"{source()}\nconfig {json.dumps(vars(cfg))}", console=False)
+    log.line(
+        f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
+        f"world_size:{job.world.size} seed:{cfg.seed}\n"
+        f"device: {hardware.device.type} ({hardware.name})\n"
+        f"hardware: {str(hardware.dtype)[6:]}, compile {hardware.compile}, kernels {hardware.kernels}, "
+        f"attention {hardware.attention}, float8 {hardware.fp8}, CUDA graphs {hardware.graphs}\n"
+        f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}\n"
+        f"validation: tokens:{job.val.count} bytes:{job.val.bytes or 'unknown'} sha256:{job.val.sha256}\n"
+        f"model: {sum(p.numel() for p in job.model.parameters()):,} parameters, {len(cfg.layers)} x "
+        f"{cfg.width}, vocabulary {cfg.padded_vocab}\n"
+        "timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses\n"
+        "untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
+        "checkpoints"
+    )
     if progress.step:
         log.line(f"resumed: {cfg.resume} at step {progress.step}; the clock goes on from "
                  f"{progress.train_seconds:.1f} s: later steps of the earlier run don't count")
 
 
-def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress, dict]:
-    """Check the data, build and compile. Returns also how far a resumed run is, and its tensors."""
+def set_up(cfg, hardware, world) -> Job:
+    """Check the data, read the checkpoint of a resumed run, build and compile. Raises UserError."""
     shards = Shards(find_shards(cfg, "train"), cfg)
     check_supply(cfg, world, shards)
     val = Validation.load(cfg)
@@ -2833,9 +2812,9 @@ def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress
         progress = meta["progress"]
         require(progress.step < cfg.total_steps, f"{cfg.resume}: is at step {progress.step}: nothing left")
     flags = vars(cfg) | dict.fromkeys(("data", "log_folder", "resume"))  # paths may differ between hosts
-    facts = {"flags": json.dumps(flags), "train_gpt.py": source().split()[1], "checkpoint": str(progress),
+    facts = {"flags": flags, "train_gpt.py": source().split()[1], "checkpoint": progress,
              "training data": shards.sha256(), "validation data": val.sha256}
-    check_ranks_agree(facts, world, hardware.device)
+    check_ranks_agree(facts, world)
     model = new_model(cfg, hardware)
     if cfg.prefix_weight:
         prefixes = load_token_table(cfg, "prefixes.npy")
@@ -2844,56 +2823,55 @@ def set_up(cfg: Config, hardware: Hardware, world: World) -> tuple[Job, Progress
         model.prefix_V = torch.from_numpy(prefixes).to(hardware.device)
     optimizer = Optimizer(model, optimizer_table(cfg), world)
     if hardware.compile:
-        warm_up(model, optimizer, val, hardware, world)
-    return Job(model, optimizer, shards, val, hardware, world, threading.Event()), progress, tensors
+        warm_up(model, optimizer, val, world)
+    return Job(model, hardware, world, optimizer, shards, val, progress, tensors, threading.Event())
 
 
-def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
+def train(cfg, job) -> bool:
     """One run: steps on the clock, with validations and checkpoints off it. Raises UserError.
 
     Returns whether a signal ended it.
     """
-    model, optimizer, shards, val, hardware, world, asked = job
+    model, optimizer, device = job.model, job.optimizer, job.hardware.device
+    start, position, seconds = job.progress
     model.cfg = cfg
-    if tensors:
-        load_weights(model, tensors, cfg.resume)
-        optimizer.load_state_dict(tensors, progress.step)
+    if job.tensors:
+        load_weights(model, job.tensors, cfg.resume)
+        optimizer.load_state_dict(job.tensors, start)
     else:
         model.initialise(cfg.seed)
         optimizer.reset()
-    log = Log(cfg, world)
-    log_header(log, job, progress)
-    start, position, seconds = progress
-    clock = Clock(hardware, seconds)
-    loader = iter(Loader(cfg, world, shards, hardware.device, start, position))
-    steps = StepLog(log, clock, model, hardware, world)
+    log = Log(cfg, job.world)
+    log_header(log, job)
+    clock = Clock(job.hardware, seconds)
+    loader = iter(Loader(cfg, job.world, job.shards, device, start, position))
+    steps = StepLog(log, clock, job)
     stage, unsaved = None, ""
     for step in range(start, cfg.total_steps + 1):
         last = step == cfg.total_steps
-        plan = plan_step(cfg, min(step, cfg.total_steps - 1))
+        plan = plan_step(cfg, step)
         if plan.stage_index != stage:
             stage = plan.stage_index
-            rotary = build_rotary(cfg, stage, val.positions, hardware.device)
+            rotary = build_rotary(cfg, stage, job.val.positions, device)
         validating = last or step % cfg.val_every == 0
-        saving = cfg.save_every >= 0 and (last or steps.stop)
-        saving = saving or (cfg.save_every > 0 and step % cfg.save_every == 0)
+        saving = cfg.save_every > 0 and step % cfg.save_every == 0
         if validating or saving or steps.stop or step == start:
-            steps.flush()
-            saving = saving or (steps.stop and cfg.save_every >= 0)  # a GPU's report is read here at last
+            steps.flush()  # a GPU's report is read here at last
             if last:
                 optimizer.finish()
             clock.pause()
             if model.graphs:
                 model.graphs.release()  # what follows needs the memory
+            saving = saving or (cfg.save_every >= 0 and (last or steps.stop))
             if saving and step > start:  # before a validation that might fail
                 done = Progress(step, position, clock.seconds)
-                unsaved = save_checkpoint(log.folder, model, optimizer, world, done)
+                unsaved = save_checkpoint(log.folder, model, optimizer, job.world, done)
                 log.line(unsaved or f"checkpoint of step {step} written")
             if steps.stop and not last:
                 log.line(f"stopped after step {step}: a signal asked for it; --resume=auto goes on")
                 break
             if validating:
-                validate(val, model, rotary, step, clock.seconds, log, world)
+                validate(job, rotary, step, clock.seconds, log)
             if model.graphs and not last:
                 model.graphs.capture()
             if step == start:
@@ -2901,28 +2879,25 @@ def train(cfg: Config, job: Job, progress: Progress, tensors: dict) -> bool:
             clock.resume()
         if not last:
             batches, position = next(loader)  # waits only if the loader isn't ahead
-            report = train_step(model, optimizer, batches, plan, rotary, step, asked.is_set())
+            report = train_step(model, optimizer, batches, plan, rotary, step, job.asked.is_set())
             steps.add(step + 1, report, plan)
-    log.line(f"peak memory: {memory_mib(hardware)} MiB")
+    log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")  # 0 without a GPU
     if log.active:
-        log.line(f"plot: {write_plot(log.folder)}")
-        log.line(f"log: {log.folder / 'log.txt'}")
+        log.line(f"plot: {write_plot(log.folder)}\nlog: {log.folder / 'log.txt'}")
     require(not unsaved, f"{unsaved}; --resume=auto goes on from the one before")
     return steps.stop
 
 
-def run(argv: list[str]):
+def run(argv):
     world = World.from_environment()
     cfg = parse_config(argv, world.size)
     hardware = choose_hardware(cfg, world)
     world.meet(hardware, minutes=10)
-    job, progress, tensors = set_up(cfg, hardware, world)
-    asked = job.asked
+    job = set_up(cfg, hardware, world)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())
+        signal.signal(number, lambda *_: job.asked.set())
     for i in range(cfg.runs):
-        stopped = train(replace(cfg, seed=cfg.seed + i), job, progress, tensors)
-        if stopped:
+        if train(replace(cfg, seed=cfg.seed + i), job):
             break
     world.leave()
 

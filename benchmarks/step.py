@@ -74,13 +74,14 @@ class Bench:
     """A model and its optimizer after a few steps: weights are no longer zero, everything is compiled."""
 
     def __init__(self, cfg: tg.Config, pointers: bool = False):
-        self.cfg, self.hardware, self.step = cfg, tg.choose_hardware(cfg, tg.World()), 0
+        self.cfg, self.world, self.step = cfg, tg.World(), 0
+        self.hardware = tg.choose_hardware(cfg, self.world)
         if pointers and self.hardware.kernels == "tma":
             self.hardware = self.hardware._replace(kernels="pointer")
         self.cuda = self.hardware.device.type == "cuda"
         self.model = tg.build_model(cfg, self.hardware)
         self.model.prefix_V = torch.randint(cfg.vocab_size, (cfg.vocab_size,), device=self.hardware.device)
-        self.optimizer = tg.Optimizer(self.model, tg.optimizer_table(cfg), tg.World())
+        self.optimizer = tg.Optimizer(self.model, tg.optimizer_table(cfg), self.world)
         first = {}  # of the steps of each size
         for step in range(cfg.total_steps):
             plan = tg.plan_step(cfg, step)
@@ -127,14 +128,14 @@ class Bench:
             self.hardware.synchronize()
             times.append((time.perf_counter() - began) * 1e3 / 2 / self.cfg.micro_batches)
         T = self.cfg.micro_tokens(plan.stage)
-        metrics = tg.step_metrics(self.model, self.hardware, tg.World(), T, statistics.median(times) / 1e3)
+        metrics = tg.step_metrics(self, T, statistics.median(times) / 1e3)
         return {"tokens": T, "ms": statistics.median(times), "low": min(times), "high": max(times),
                 "n": len(times), **metrics, **self.memory(), "loss": loss.item(),
                 "compilations": compilations() - compiled}
 
     def memory(self) -> dict:
         reserved = torch.cuda.max_memory_reserved() >> 20 if self.cuda else 0
-        return {"peak_mib": tg.memory_mib(self.hardware), "reserved_mib": reserved}
+        return {"peak_mib": torch.cuda.max_memory_allocated() >> 20, "reserved_mib": reserved}
 
     def profile(self, plan: tg.StepPlan) -> str:
         """The kernels, on a CPU the operators, that take longest: milliseconds and calls a micro-batch."""
@@ -160,15 +161,15 @@ class Bench:
         rng = np.random.default_rng(0)
         batch = synthetic_batch(self.cfg, self.cfg.stages[-1], rng)
         tokens = np.resize(batch.tokens.numpy(), self.cfg.val_chunk + 1)
-        val, windows = tg.Validation(self.cfg, tokens), tg.final_windows(self.cfg)
+        val, windows = tg.Validation(self.cfg, tokens), tg.plan_step(self.cfg, self.cfg.total_steps).windows
         rotary = tg.build_rotary(self.cfg, len(self.cfg.stages) - 1, val.positions, self.hardware.device)
         if self.model.graphs:
             self.model.graphs.release()
-        val.run(self.model, windows, rotary, tg.World())
+        val.run(self.model, windows, rotary, self.world)
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        val.run(self.model, windows, rotary, tg.World())
+        val.run(self.model, windows, rotary, self.world)
         return {"tokens": val.count, "seconds": time.perf_counter() - began, **self.memory()}
 
 

@@ -138,6 +138,11 @@ def checkpoint_of(logs, step):
     return path
 
 
+def final_windows(cfg):
+    """Of the validation after training."""
+    return train_gpt.plan_step(cfg, cfg.total_steps).windows
+
+
 def rms_normed(x):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 

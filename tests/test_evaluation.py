@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small import CPU, RESCALED, SMALL, checkpoint_of, free_port, write_corpus
+from small import CPU, RESCALED, SMALL, checkpoint_of, final_windows, free_port, write_corpus
 from test_model import CFG, PLAIN, cross_entropies, mixed
 from torch.testing import assert_close
 
@@ -167,7 +167,7 @@ def latents_of_window(model, tokens, window):
     inputs = torch.from_numpy(tokens[window.lo : window.hi])
     docs = t.Documents(torch.tensor([0, len(inputs)], dtype=torch.int32), len(inputs))
     rotary = t.build_rotary(model.cfg, len(model.cfg.stages) - 1, len(inputs), CPU.device)
-    return model(inputs, docs, t.final_windows(model.cfg), rotary)
+    return model(inputs, docs, final_windows(model.cfg), rotary)
 
 
 def cross_entropy(logits, tokens, window):
@@ -695,7 +695,7 @@ def reference_sgd(tokens, cfg, options, monkeypatch):
                 piece = torch.from_numpy(tokens[lo : lo + size + 1])
                 starts = [0, *(j for j in range(1, len(piece) - 1) if piece[j] == cfg.bos)]
                 docs = t.to_documents(np.array(starts), len(piece) - 1)
-                x_TD = model(piece[:-1], docs, t.final_windows(cfg), rotary)
+                x_TD = model(piece[:-1], docs, final_windows(cfg), rotary)
                 (cross_entropies(model, model.head, x_TD, piece, 1) / chunk).backward()
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), options.sgd_clip).item())
             optimizer.step()
@@ -890,7 +890,7 @@ def latents(model, tokens, lengths, isolated):
     docs = t.Documents(cu_seqlens, max(lengths), first if isolated else None)
     rotary = t.build_rotary(model.cfg, 1, len(tokens), CPU.device)
     with torch.no_grad():
-        return model(tokens, docs, t.final_windows(model.cfg), rotary)
+        return model(tokens, docs, final_windows(model.cfg), rotary)
 
 
 @both
@@ -972,7 +972,7 @@ def test_at_temperature_0_each_token_is_the_likeliest_after_all_before_it(sample
     for _ in range(6):
         tokens = torch.tensor([*ids, 0])
         rotary = t.build_rotary(cfg, len(cfg.stages) - 1, 100, CPU.device)
-        x_TD = sampler.model(tokens[:-1], t.cut_at_bos(tokens, 256).docs, t.final_windows(cfg), rotary)
+        x_TD = sampler.model(tokens[:-1], t.cut_at_bos(tokens, 256).docs, final_windows(cfg), rotary)
         ids.append(int(logits_of(sampler.model, x_TD)[-1, :257].argmax()))
     assert 256 not in ids[1:]
     assert sampler("ab", 6, temperature=0) == BYTES.decode(ids[1:])
@@ -982,7 +982,7 @@ def test_a_sample_is_drawn_from_the_mixture_with_copies_that_losses_are_of():
     model, ids = make_model(replace(SMALL, vocab_size=257, pointer=True)), torch.tensor([256, *b"abcabcab"])
     docs = t.Documents(torch.tensor([0, 9], dtype=torch.int32), 9)
     with torch.no_grad():
-        x_TD = model(ids, docs, t.final_windows(model.cfg), t.build_rotary(model.cfg, 0, 9, CPU.device))
+        x_TD = model(ids, docs, final_windows(model.cfg), t.build_rotary(model.cfg, 0, 9, CPU.device))
         found = ev.next_token_logits(model, x_TD, ids[1:])
         expected = mixed(model, logits_of(model, x_TD), x_TD, ids)[-1]
         found, expected = found[:257].softmax(0), expected[:257].softmax(0)

@@ -251,7 +251,7 @@ def no_room(path, tensors, meta):
 
 
 @pytest.mark.parametrize("fault, words", [
-    ("gradient", ["the training loss is nan"] * 2), ("disk", ["No space left", "rank 0 could not write"])
+    ("gradient", ["the training loss is nan"] * 2), ("disk", ["No space left"] * 2)
 ])  # fmt: skip
 def test_fault_of_one_rank_ends_all_with_a_line(data, tmp_path, fault, words):
     codes, errors = fork_ranks(2, tmp_path / fault, train_as_rank, data, fault)

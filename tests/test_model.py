@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import train_gpt as t
-from small import BOS, CPU, layers_without, random_tokens, rms_normed, write_split
+from small import BOS, CPU, final_windows, layers_without, random_tokens, rms_normed, write_split
 
 WIDE = {"short": 1000, "long": 1000}
 LAYERS = (
@@ -288,7 +288,7 @@ def test_value_std_is_that_of_value_embeddings_at_the_start():
 @mechanism("windows", attention_reference={"window": 10**6})
 def test_windows_end_influence_exactly():
     text = packed(40)
-    plan, final = t.plan_step(CFG, 0).windows, t.final_windows(CFG)
+    plan, final = t.plan_step(CFG, 0).windows, final_windows(CFG)
     cases = ("short", plan, 4), ("long", plan, 8), ("short", final, 10), ("long", final, 20)
     for kind, windows, reach in cases:
         cfg = replace(ATTENTION_ONLY, layers=(t.Layer(kind),), backout_from=-1)
@@ -1025,8 +1025,9 @@ def test_final_windows_are_used_by_the_validation_after_training_and_lambdas_are
     val = SimpleNamespace(run=lambda model, windows, *rest: seen.append(windows) or result)
     log = SimpleNamespace(line=lines.append, metric=lambda **values: metrics.append(values))
     model = make_model(cfg, smear_mtp_lambda=-0.125)
+    job = SimpleNamespace(model=model, val=val, world=t.World())
     for step in (0, cfg.total_steps - 1, cfg.total_steps):
-        t.validate(val, model, None, step, 0.0, log, t.World())
+        t.validate(job, None, step, 0.0, log)
     assert seen == [{"short": 4, "long": 8}, {"short": 8, "long": 16}, {"short": 10, "long": 20}]
     assert all("val_loss:2.5000" in line and "smear_mtp_lambda:-0.1250" in line for line in lines)
     assert [row["lambdas"] for row in metrics] == [model.lambdas()] * 3

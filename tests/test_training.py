@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from small import BOS, CPU, SMALL, random_tokens, train_gpt, write_corpus
+from small import BOS, CPU, SMALL, final_windows, random_tokens, train_gpt, write_corpus
 from train_gpt import (
     TRACKS, GPT, Loader, Optimizer, Position, Progress, UserError, Validation, World, build_rotary, cap,
     optimizer_table, plan_step, read_checkpoint,
@@ -110,7 +110,7 @@ def test_without_cooldown_and_extension_the_last_stage_runs_to_the_end():
 
 
 def whole_and_final(cfg, count):
-    return train_gpt.final_windows(cfg), build_rotary(cfg, len(cfg.stages) - 1, count, torch.device("cpu"))
+    return final_windows(cfg), build_rotary(cfg, len(cfg.stages) - 1, count, torch.device("cpu"))
 
 
 def nats_by_hand(model, cfg, tokens):
@@ -232,11 +232,11 @@ def warm_up_first(monkeypatch):
     set_up, moved = train_gpt.set_up, []
 
     def set_up_and_warm_up(cfg, hardware, world):
-        job, *rest = set_up(cfg, hardware, world)
+        job = set_up(cfg, hardware, world)
         before = weights_of(randomise(job.model))  # those of a new model are 0, and then all gradients are
-        train_gpt.warm_up(job.model, job.optimizer, job.val, hardware, world)
+        train_gpt.warm_up(job.model, job.optimizer, job.val, world)
         moved.append(not any(torch.equal(p, before[name]) for name, p in job.model.named_parameters()))
-        return job, *rest
+        return job
 
     monkeypatch.setattr(train_gpt, "set_up", set_up_and_warm_up)
     return moved
@@ -262,7 +262,7 @@ def test_warm_up_runs_each_kind_of_step_and_reset_clears_what_it_left():
     stages, step = [], optimizer.step
     optimizer.step = lambda *args: stages.append(model.embed.grad.any().item()) or step(*args)
     tokens = random_tokens(np.random.default_rng(0), 300).astype(np.uint16)
-    train_gpt.warm_up(model, optimizer, Validation(cfg, tokens), CPU, World())
+    train_gpt.warm_up(model, optimizer, Validation(cfg, tokens), World())
     kinds = {plan_step(cfg, step).kind for step in range(cfg.total_steps)}
     assert len(stages) == train_gpt.ADAM_EVERY * len(kinds) and all(stages)
     assert all(moment.any() for part in optimizer.parts for moment in part.moments.values())
@@ -506,7 +506,8 @@ def test_clock_goes_on_from_the_checkpoint(runs, monkeypatch):
 
 def test_share_of_the_peak_is_that_of_the_products_with_weights():
     model, gpu = GPT(SMALL), types.SimpleNamespace(name="NVIDIA H100 80GB HBM3")
-    metrics = train_gpt.step_metrics(model, gpu, World(0, 2), tokens=10**12, seconds=2.0)
+    job = types.SimpleNamespace(model=model, hardware=gpu, world=World(0, 2))
+    metrics = train_gpt.step_metrics(job, tokens=10**12, seconds=2.0)
     products = 384 * 32 + 2 * 4 * 32 * 32 + 3 * 2 * 128 * 32  # head, attention, MLPs
     share = 6 * products * 5e11 / (2 * 989e12)
     assert metrics == {"tokens_per_s": 500_000_000_000, "mfu": pytest.approx(share, abs=1e-4)}
