@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py --data=FOLDER [--seeds=3] [--only=name,name] [--out=FILE]
 
-Runs the sprint once per variant, one run per visible GPU at a time (on a CPU only --track=tiny makes sense).
+Runs race300 once per variant, one run per visible GPU at a time (on a CPU only --track=tiny makes sense).
 Finished variants are kept in --out (JSON) and not run again, so a sweep can be spread over several occasions.
 Prints a Markdown table: a difference below 2 sd of the default's seeds is 'not resolved'. Other flags go to
 train_gpt.py.
@@ -124,7 +124,7 @@ def main():
     parser.add_argument("--only", default="", help="comma-separated names of variants; default: all")
     parser.add_argument("--out", type=Path, default=Path("ablation.json"), help="results (ablation.json)")
     options, flags = parser.parse_known_args()
-    flags = ["--track=sprint", *flags]  # later ones win
+    flags = ["--track=race300", *flags]  # later ones win
     wanted = [name for name in options.only.split(",") if name] or list(VARIANTS)
     unknown = [name for name in wanted if name not in VARIANTS]
     if unknown:

@@ -21,6 +21,13 @@ SPRINT = {  # record: label
     "fewer_passes": "eleven newer techniques, with kernels",
 }
 
+RACE300 = {  # log: label
+    "race_300/old_seed0.txt": "mechanisms of December 2025",
+    "race_300/eleven_seed0.txt": "with eleven newer techniques",
+    "screening/run1.txt": "with pointer head, slow momentum, averages and more",
+    "screening/run6.txt": "with pointer head, sampled softmax and more",
+}
+
 sys.path.insert(0, str(ROOT / "records"))
 from runs import parse_log  # noqa: E402
 
@@ -80,7 +87,20 @@ def draw_sprint(records: dict, window: int = 7):
            title=f"sprint: training loss, mean of {window} steps, and last validation loss (dots)")
 
 
+def draw_race300():
+    """Validation losses over training seconds of 300 steps of short: old settings, and what came since."""
+    figure, axes = plt.subplots(figsize=(7.5, 4))
+    for i, (name, label) in enumerate(RACE300.items()):
+        rows = [line[11:] for line in open(RESULTS / name) if line.startswith("validation {")]
+        seconds, losses = zip(*((row["train_time"], row["val_loss"]) for row in map(json.loads, rows[1:])))
+        axes.plot(seconds, losses, "o-", color=f"C{i}", lw=1, ms=4, label=f"{label}: {losses[-1]:.4f}")
+    axes.plot(141.7, 3.3356, "k*", label="modded-nanogpt of August 2026, another H100: 3.3356")
+    finish(figure, axes, "race300_loss.png", xlabel="training seconds, one H100",
+           ylabel="validation loss (nats per token)", title="300 steps of the short track's batches")
+
+
 def main():
+    draw_race300()
     runs = json.loads((RESULTS / "sprint_ablation.json").read_text())
     seeds = [run for name, run in runs.items() if name.startswith("default")]
 

@@ -2,11 +2,11 @@
 
     python benchmarks/versions.py OLD.py NEW.py .. [--rounds=5] [--steps=8] [--out=FILE] [flags]
 
-Each script gets a process of its own, which keeps its model and graphs in memory (a run of the sprint peaks
+Each script gets a process of its own, which keeps its model and graphs in memory (a run of race300 peaks
 at 21,246 MiB) and waits while another is timed. A round times every stage of every script once, in an order
 that is reversed from round to round, so that what drifts, drifts for all. Prints, for each stage, the median
 over rounds of the milliseconds per micro-batch, optimizer included, and the median over rounds of their ratio
-to the first script's, with its range. Other flags go to the scripts (--track=sprint is the default). Tokens
+to the first script's, with its range. Other flags go to the scripts (--track=race300 is the default). Tokens
 are synthetic, as in step.py. Where a script has a benchmarks/step.py beside it, that one times it: a checkout
 of another month can be compared, whose functions have other names.
 """
@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args, flags = parser.parse_known_args()
-    flags = ["--track=sprint", *flags]  # later ones win
+    flags = ["--track=race300", *flags]  # later ones win
     if args.steps < 2 or args.steps % 2 or args.rounds < 1:
         parser.error(f"--steps={args.steps} --rounds={args.rounds}: an even number, as Adam works at every "
                      "other step, and one or more")

@@ -748,7 +748,7 @@ def parser() -> Parser:
     sub.add_argument("--track", choices=TRACKS, required=True)
     sub.add_argument("--runs", type=at_least_one, required=True)
     sub = command("race", race, "a", "b", gpus=at_least_one, out=Path)
-    sub.add_argument("--track", choices=TRACKS, default="sprint")
+    sub.add_argument("--track", choices=TRACKS, default="race300")
     sub.add_argument("--runs", type=one_or_two, required=True)
     sub = command("plan", plan, sd=float)
     sub.add_argument("--margin", type=float, required=True)

@@ -21,7 +21,8 @@ class Track(NamedTuple):
 
 
 TRACKS = {
-    "sprint": Track("track_0_sprint"),
+    "race300": Track("track_0_race300"),
+    "sprint": Track("track_0_sprint"),  # up to commit 47ba671: 480 steps of a quarter of the batch
     "short": Track("track_1_short", target=3.28, sd=0.0013, val_tokens=10_485_760),
     "medium": Track("track_2_medium", target=2.92, val_tokens=10_485_760),
     "tiny": Track("track_3_tiny"),

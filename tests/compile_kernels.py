@@ -68,9 +68,9 @@ def compile_all(capability: int) -> list:
     taken.clear()
     torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
     triton.runtime.driver.set_active(Driver(capability))
-    sprint = t.parse_config(["--track=sprint", "--fa3=off"])
-    hardware = t.choose_hardware(sprint, t.World())
-    launch(sprint, hardware.kernels, hardware.fp8)
+    cfg = t.parse_config(["--track=race300", "--fa3=off"])
+    hardware = t.choose_hardware(cfg, t.World())
+    launch(cfg, hardware.kernels, hardware.fp8)
     return list(taken)
 
 

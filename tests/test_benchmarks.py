@@ -63,9 +63,9 @@ def test_a_difference_under_two_sd_is_not_resolved():
 
 
 def test_every_variant_is_made_of_flags_that_exist():
-    default = train_gpt.parse_config(["--track=sprint"])
+    default = train_gpt.parse_config(["--track=race300"])
     for name, flags in ablation.VARIANTS.items():
-        assert train_gpt.parse_config(["--track=sprint", *flags]) != default, name
+        assert train_gpt.parse_config(["--track=race300", *flags]) != default, name
 
 
 @pytest.mark.parametrize("argument, words", [("--widht=3", "--widht=3"), ("--only=nothing", "'nothing'")])
@@ -294,7 +294,7 @@ def test_only_exchanging_is_communication_without_anything_beside_it(tmp_path):
 
 
 def test_medians_are_of_pairs_within_a_stage_without_validations_and_profiled_steps():
-    cfg = train_gpt.parse_config(["--track=sprint"])
+    cfg = train_gpt.parse_config(["--track=race300"])
     plans = [train_gpt.plan_step(cfg, step).stage_index for step in range(cfg.total_steps)]
     seconds = {step + 1: 1.0 + plan for step, plan in enumerate(plans)}
     paused = range(0, cfg.total_steps, cfg.val_every)

@@ -286,7 +286,7 @@ MISTAKES = {
     "word_for_switch": (["--smear=maybe"], "--smear", "maybe", "on", "off"),
     "number_for_switch": (["--smear=3"], "--smear", "3"),
     "unknown_choice": (["--fp8=all"], "--fp8", "all", "head+mlp", "off"),
-    "unknown_track": (["--track=long"], "--track", "long", "sprint", "medium"),
+    "unknown_track": (["--track=long"], "--track", "long", "race300", "medium"),
     "empty_choice": (["--track="], "--track", "tiny"),
     "zero_width": (["--width=0"], "--width=0", "from 1"),
     "negative": (["--val_tokens=-1"], "--val_tokens=-1", "from 0"),

@@ -334,7 +334,7 @@ def without_last_layer(cfg):
 @mechanism("layers", GPT={"cfg": without_last_layer})
 def test_every_row_of_a_layer_table_is_a_layer_eleven_in_the_short_track():
     text = packed(9, 12)
-    for track, count in (("short", 11), ("sprint", 11), ("medium", 16), ("tiny", 5)):
+    for track, count in (("short", 11), ("race300", 11), ("medium", 16), ("tiny", 5)):
         cfg = replace(t.TRACKS[track], width=32, heads=2, vocab_size=BOS + 1)
         trace = Trace(make_model(cfg), *text)
         assert len(cfg.layers) == len(trace.outputs) == count

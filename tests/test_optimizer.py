@@ -307,7 +307,7 @@ def test_table_has_one_row_for_each_parameter_of_every_track(track, flags):
     assert sorted(row.name for row in optimizer_table(cfg)) == sorted(names)
 
 
-@pytest.mark.parametrize("track, embed", [("short", 0.6), ("sprint", 0.008)])  # where it is tied to the head
+@pytest.mark.parametrize("track, embed", [("short", 0.6), ("race300", 0.008)])  # where it is tied to the head
 def test_effective_learning_rates_of_the_races(track, embed):
     table = optimizer_table(replace(narrow(track), mtp_heads=1, bigram_ratio=5.0))
     rates = {row.name: [round(lr, 9) for lr in row.lr] for row in table}

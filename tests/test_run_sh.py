@@ -112,14 +112,14 @@ def test_no_arguments_train_tiny_and_sample_a_text(box):
 
 
 def test_arguments_folder_and_exit_status_pass_through(box):
-    status, calls = box.run("sprint", "--name=two words", "--star=*", EXIT="5")
-    assert status == 5 and calls[-1] == "train_gpt.py|--track=sprint|--name=two words|--star=*"
+    status, calls = box.run("race300", "--name=two words", "--star=*", EXIT="5")
+    assert status == 5 and calls[-1] == "train_gpt.py|--track=race300|--name=two words|--star=*"
     assert box.cwd() == str(box.here)
     assert box.run("--seed=3") == (0, [TINY[0], f"{TINY[1]}|--seed=3"])
 
 
 @pytest.mark.parametrize("track, script", [
-    ("tiny", "sample.py"), ("sprint", "fineweb.py|1"), ("short", "fineweb.py|9"),
+    ("tiny", "sample.py"), ("race300", "fineweb.py|2"), ("short", "fineweb.py|9"),
     ("medium", "fineweb.py|22")])
 def test_data_of_each_track(box, track, script):
     train = f"train_gpt.py|--track={track}"

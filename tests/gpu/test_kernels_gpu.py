@@ -357,7 +357,7 @@ def race_model(cfg, hardware):
     return model
 
 
-RACE = replace(t.TRACKS["sprint"], width=256, heads=2, vocab_size=2000, micro_batches=1, scheduled_steps=10,
+RACE = replace(t.TRACKS["race300"], width=256, heads=2, vocab_size=2000, micro_batches=1, scheduled_steps=10,
                pointer=True, stages=(t.Stage(0.0, 2048, 512, 128, 384, 1.0),))  # fmt: skip
 
 
