@@ -1,7 +1,6 @@
 """Time and check every kernel of train_gpt.py against plain torch, torch.compile and its floor.
 
     python benchmarks/kernels.py [--stages=1,2,3] [--only=NAME,..] [--out=FILE.json]
-    python benchmarks/kernels.py --tune          # the fastest tiles of the MLP kernel; frozen ones: MLP_TILES
 
 Shapes are those of the short track's micro-batches. Prints a Markdown table of median microseconds. The floor
 is the larger of FLOP over the speed of a large bfloat16 product and bytes over that of a large copy, both
@@ -32,10 +31,6 @@ import train_gpt as tg
 from step import synthetic_batch
 
 ROWS = 256
-TILES = [tg.Tiles(*tiles) for tiles in (
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 4), (128, 256, 128, 8, 2),
-    (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (64, 256, 64, 4, 3), (64, 256, 64, 4, 4),
-    (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4))]
 
 
 class Case(NamedTuple):
@@ -81,40 +76,35 @@ def choose_setting() -> Setting:
         cfg = replace(cfg, stages=tuple(toy), vocab_size=257)
     hardware = tg.choose_hardware(cfg, tg.World())
     interpreted = tg.triton and os.environ.get("TRITON_INTERPRET") == "1"
-    return Setting(cfg, hardware, "pointer" if interpreted else hardware.kernels)
+    return Setting(cfg, hardware, "small" if interpreted else hardware.kernels)
 
 
-def mlp(s: Setting, stage: tg.Stage, backward: bool):
+def mlp_forward(s: Setting, stage: tg.Stage):
     T, D, hidden, slope = s.tokens(stage), s.cfg.width, tg.MLP_RATIO * s.cfg.width, s.cfg.leaky_slope
-    x_TD, weight_FD = s.random(T, D), s.random(hidden, D, std=D**-0.5)
-    u = x_TD[:ROWS].double() @ weight_FD.double().T
-    if backward:
-        r_TF = s.random(T, hidden)
-        r, run = r_TF[:ROWS].double(), partial(tg.mlp_backward, x_TD, weight_FD, r_TF, slope)
-        first = 2 * u * F.leaky_relu(r, slope)
-    else:
-        first = r = F.leaky_relu(u, slope)
-        run = partial(tg.mlp_forward, x_TD, weight_FD, slope)
-    yield Case(f"{T:,} x {D} x {hidden:,}", run, (first, r * r), 5e-3, 2 * T * D * hidden)
+    h_TD, up_FD = s.random(T, D).to(torch.float8_e4m3fn), s.random(hidden, D, std=D**-0.5)
+    up_FD, scale = up_FD.to(torch.float8_e4m3fn), torch.ones((), device=h_TD.device)
+    r = F.leaky_relu(h_TD[:ROWS].double() @ up_FD.double().T, slope)
+    run = partial(tg.mlp_forward, h_TD, up_FD, scale, slope)
+    yield Case(f"{T:,} x {D} x {hidden:,}", run, (r, r * r), 0.1, 2 * T * D * hidden)
 
 
-def mlp_backward_float8(s: Setting, stage: tg.Stage):
+def mlp_backward(s: Setting, stage: tg.Stage):
     """Two of the results are transposed: their first rows are the first hidden channels of all tokens."""
     T, D, hidden, slope = s.tokens(stage), s.cfg.width, tg.MLP_RATIO * s.cfg.width, s.cfg.leaky_slope
-    grad_TD, r_TF = s.random(T, D).to(torch.float8_e5m2), s.random(T, hidden)
-    weight_FD, scale = s.random(hidden, D, std=D**-0.5).to(torch.float8_e4m3fn), r_TF.new_ones(()).float()
-    exact = []
+    grad_TD, r_TF = s.random(T, D).to(torch.float8_e5m2), s.random(T, hidden).bfloat16()
+    down_FD, scale = s.random(hidden, D, std=D**-0.5), torch.ones((), device=r_TF.device)
+    down_FD, exact = down_FD.to(torch.float8_e4m3fn), []
     for tokens, channels in ((slice(ROWS), slice(None)), (slice(None), slice(ROWS))):
         r = r_TF[tokens, channels].double()
-        u_grad = grad_TD[tokens].double() @ weight_FD[channels].double().T * 2 * F.leaky_relu(r, slope)
+        u_grad = grad_TD[tokens].double() @ down_FD[channels].double().T * 2 * F.leaky_relu(r, slope)
         exact += [u_grad, u_grad.T, (r * r).T]
-    run = partial(tg.mlp_backward, grad_TD, weight_FD, r_TF, slope, scale=scale)
+    run = partial(tg.mlp_backward, grad_TD, down_FD, r_TF, scale, slope)
     yield Case(f"{T:,} x {D} x {hidden:,}", run, (exact[0], exact[5], exact[4]), 0.1, 2 * T * D * hidden)
 
 
 def cross_entropy(s: Setting, stage: tg.Stage, dtype: torch.dtype, bound: float):
     """A chunk of the head, scaled as in head_step. The bounds allow for rounding and an approximate tanh."""
-    T, V, softcap = min(tg.LOSS_CHUNK, s.tokens(stage)), s.cfg.padded_vocab, s.cfg.logit_cap
+    T, V, softcap = min(tg.LOSS_CHUNK, s.tokens(stage)), s.cfg.padded_vocab, tg.SOFTCAP
     logits_TV, targets_TK = s.random(T, V, std=4), s.batch(stage)[0][1 : T + 1, None]
     weights_K = torch.full((1,), 1 / stage.batch_tokens, device=logits_TV.device)
     scale = weights_K.sum() * 2.0**-14 if dtype.itemsize == 1 else weights_K.new_ones(())
@@ -170,8 +160,7 @@ def attention(s: Setting, stage: tg.Stage):
 
 
 KERNELS = {
-    "mlp_forward": partial(mlp, backward=False), "mlp_backward": partial(mlp, backward=True),
-    "mlp_backward_float8": mlp_backward_float8,
+    "mlp_forward": mlp_forward, "mlp_backward": mlp_backward,
     "cross_entropy_float8": partial(cross_entropy, dtype=torch.float8_e5m2, bound=0.06),
     "cross_entropy_bfloat16": partial(cross_entropy, dtype=torch.bfloat16, bound=5e-3),
     "transpose": transpose, "polynomial": polynomial, "attention": attention,
@@ -216,25 +205,6 @@ def markdown(row: dict) -> str:
     return f"| {' | '.join([row['kernel'], row['shape'], *times, ratio, error])} |"
 
 
-def tune(s: Setting, stages: list):
-    """Times are summed over the stages."""
-    for name in ("mlp_forward", "mlp_backward", "mlp_backward_float8"):
-        frozen, times = tg.MLP_TILES[s.mode, name != "mlp_forward"], {}
-        inputs = [case.run for stage in stages for case in KERNELS[name](s, stage)]
-        for tiles in dict.fromkeys([frozen, *TILES]):
-            calls = []
-            for run in inputs:
-                x, weight, *r, slope = run.args
-                calls.append(partial(tg.launch_mlp_kernel, x, weight, *(r or [None]), slope, s.mode, tiles,
-                                     run.keywords.get("scale")))
-            try:
-                times[tiles] = sum(map(s.time_us, calls))
-            except tg.triton.TritonError:  # more shared memory than there is
-                continue
-        best = min(times, key=times.get)
-        print(f"{name}: fastest {best}, {times[best]:,.1f} us; frozen {frozen}, {times[frozen]:,.1f} us")
-
-
 def report(s: Setting, names: list, stages: list, out: Path | None) -> list:
     """Print the table, line by line; its rows."""
     began, rates, rows = time.perf_counter(), measure_ceilings(s), []
@@ -260,7 +230,6 @@ def main(argv: list | None = None):
     parser.add_argument("--stages", default="1,2,3")
     parser.add_argument("--only", default=",".join(KERNELS))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tune", action="store_true")
     args = parser.parse_args(argv)
     names, numbers = args.only.split(","), args.stages.split(",")
     if not set(names) <= set(KERNELS):
@@ -270,10 +239,6 @@ def main(argv: list | None = None):
     torch.manual_seed(0)
     s = choose_setting()
     stages = [s.cfg.stages[int(number) - 1] for number in numbers]
-    if args.tune and s.mode == "reference":
-        parser.error("--tune: needs Triton and a GPU, or TRITON_INTERPRET=1")
-    if args.tune:
-        return tune(s, stages)
     wrong = [row for row in report(s, names, stages, args.out) if not row["error"] <= row["bound"]]
     if wrong:
         sys.exit("; ".join(f"{row['kernel']} {row['shape']}: error {row['error']:.1e} exceeds {row['bound']}"

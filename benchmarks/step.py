@@ -29,31 +29,25 @@ import torch._dynamo
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 
-MLP = ("mlp_forward", "mlp_backward")
-
 
 class Variant(NamedTuple):
     """What differs from the default."""
 
     flags: tuple = ()
     plain: tuple = ()            # kernels replaced by torch.compile of their references
-    pointers: bool = False       # the MLP's kernel as on GPUs without a copy engine
+    small: bool = False          # the MLP's kernel as on GPUs with less shared memory
 
 
 VARIANTS = {
     "default": Variant(),
     "CUDA graphs off": Variant(("--graphs=off",)),
     "FlashAttention 2": Variant(("--fa3=off",)),
-    "float8 MLP in backward, too": Variant(("--fp8=head+mlp+grad",)),
-    "float8 MLP off": Variant(("--fp8=head",)),
-    "float8 MLP and head off": Variant(("--fp8=off",)),
-    "float8 MLP and fused MLP off": Variant(("--fp8=head",), MLP),
+    "float8 off": Variant(("--fp8=off",)),
     "cross-entropy kernel off": Variant(plain=("cross_entropy",)),
     "polynomial kernel off": Variant(plain=("polynomial",)),
     "transpose kernel off": Variant(plain=("transpose",)),
-    "TMA off": Variant(pointers=True),
-    "TMA and float8 off": Variant(("--fp8=off",), pointers=True),
-    "compiled plain torch": Variant(("--kernels=off", "--fp8=off", "--graphs=off"), MLP),
+    "small tiles": Variant(small=True),
+    "compiled plain torch": Variant(("--kernels=off", "--fp8=off", "--graphs=off")),
 }
 SAME_LOSS = 0.02  # relative, after the same steps; a wrong kernel diverges
 
@@ -73,11 +67,11 @@ def synthetic_batch(cfg: tg.Config, stage: tg.Stage, rng) -> tg.MicroBatch:
 class Bench:
     """A model and its optimizer after a few steps: weights are no longer zero, everything is compiled."""
 
-    def __init__(self, cfg: tg.Config, pointers: bool = False):
+    def __init__(self, cfg: tg.Config, small: bool = False):
         self.cfg, self.world, self.step = cfg, tg.World(), 0
         self.hardware = tg.choose_hardware(cfg, self.world)
-        if pointers and self.hardware.kernels == "tma":
-            self.hardware = self.hardware._replace(kernels="pointer")
+        if small and self.hardware.kernels == "large":
+            self.hardware = self.hardware._replace(kernels="small")
         self.cuda = self.hardware.device.type == "cuda"
         self.model = tg.build_model(cfg, self.hardware)
         self.model.prefix_V = torch.randint(cfg.vocab_size, (cfg.vocab_size,), device=self.hardware.device)
@@ -212,7 +206,7 @@ def measure(name: str, flags: list, args) -> dict:
     variant = VARIANTS[name]
     cfg = tg.parse_config([*flags, *variant.flags])
     with replaced(variant.plain):
-        bench = Bench(cfg, variant.pointers)
+        bench = Bench(cfg, variant.small)
         out = {"first_step_s": time.time() - tg.STARTED}
         out["stages"] = [bench.time(plan, args.steps) for plan in bench.plans]
         for r in out["stages"]:

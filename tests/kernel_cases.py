@@ -285,7 +285,7 @@ def check_mixing(rng, T, D, present, reads):
     bound = BOUNDS[torch.bfloat16].chain
     for actual, wanted in pairs:
         assert error(actual.detach(), wanted.detach()) < bound
-    assert (factors.grad - wide[-1].grad).abs().max() < bound * (T * D) ** 0.5  # sums that may cancel
+    assert (factors.grad - wide[-1].grad).abs().max() < 3 * bound * (T * D) ** 0.5  # sums that may cancel
 
 
 def naive_masses(q, k, sink, targets, cu_seqlens, window):

@@ -78,14 +78,14 @@ def test_a_sweep_that_cannot_run_ends_in_one_line(run, argument, words):
 def test_a_toy_sweep_runs_and_goes_on_where_it_stopped(run, tmp_path, left):
     data, out = write_corpus(tmp_path / "data"), tmp_path / "out.json"
     whole = {"default seed 0": result(3.0), "default seed 1": result(3.01)}
-    whole["skip connection off"] = result(3.5)
+    whole["smear-MTP off"] = result(3.5)
     done = dict(list(whole.items())[: 3 - left])
     out.write_text(json.dumps(done))
     code, printed, error = run(
         ablation, *TINY, f"--data={data}", "--scheduled_steps=2", "--val_every=2", "--epochs=50", "--seeds=2",
-        "--only=skip connection off,late attention off", f"--out={out}")  # fmt: skip
-    assert code == 0 and "| default, n = 2 |" in printed and "| skip connection off |" in printed
-    assert "not run: late attention off" in error
+        "--only=smear-MTP off,averaged weights off", f"--out={out}")  # fmt: skip
+    assert code == 0 and "| default, n = 2 |" in printed and "| smear-MTP off |" in printed
+    assert "not run: averaged weights off" in error
     found = json.loads(out.read_text())
     assert found.keys() == whole.keys() and [name for name in done if found[name] != done[name]] == []
     assert all(row["device"] == "CPU" and len(row["val_loss"]) == 2
@@ -104,7 +104,7 @@ def test_every_kernel_is_timed_and_checked(tmp_path, monkeypatch, capsys, interp
     out = tmp_path / "out.json"
     kernels.main(["--stages=1", f"--out={out}"])
     printed = capsys.readouterr().out
-    mode = "pointer" if interpreted == "1" else "reference"
+    mode = "small" if interpreted == "1" else "reference"
     assert printed.startswith("toy size") and f"{mode} kernels" in printed
     lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     assert {len(line) for line in lines} == {8}
@@ -145,7 +145,7 @@ STEP = [*TINY, "--micro_batches=2", "--steps=2"]
 
 
 def test_step_times_every_stage_of_the_default_and_a_variant_and_profiles(run, tmp_path):
-    out, variant = tmp_path / "out.json", "float8 MLP and head off"
+    out, variant = tmp_path / "out.json", "float8 off"
     code, printed, _ = run(step, *STEP, f"--compare={variant}", "--profile", f"--out={out}")
     assert code == 0
     assert printed.count("| default | 2,048 |") == printed.count(f"| {variant} | 2,048 |") == 1
@@ -170,7 +170,7 @@ def test_compilations_are_counted():
 def test_every_variant_of_a_step_is_made_of_flags_and_kernels_that_exist():
     default = train_gpt.parse_config([])
     for name, variant in step.VARIANTS.items():
-        changed = train_gpt.parse_config([*variant.flags]) != default or variant.plain or variant.pointers
+        changed = train_gpt.parse_config([*variant.flags]) != default or variant.plain or variant.small
         assert bool(changed) == (name != "default")
         with step.replaced(variant.plain):
             assert all(getattr(step.tg, kernel).__name__ != kernel for kernel in variant.plain)
@@ -195,12 +195,12 @@ def test_step_fails_if_a_variant_has_another_loss(run, monkeypatch):
 def test_step_goes_on_after_a_variant_that_does_not_fit(run, monkeypatch, tmp_path):
     bench = step.Bench
 
-    def build(cfg, pointers):
+    def build(cfg, small):
         if cfg.leaky_slope == 0.25:
             raise torch.OutOfMemoryError("tried to allocate. more")
-        return bench(cfg, pointers)
+        return bench(cfg, small)
 
-    large, other = step.Variant(("--leaky_slope=0.25",)), step.Variant(pointers=True)
+    large, other = step.Variant(("--leaky_slope=0.25",)), step.Variant(small=True)
     monkeypatch.setattr(step, "VARIANTS", {"default": step.Variant(), "large": large, "other": other})
     monkeypatch.setattr(step, "Bench", build)
     code, printed, _ = run(step, *STEP, "--compare=all", f"--out={tmp_path / 'out'}")
@@ -304,8 +304,8 @@ def test_medians_are_of_pairs_within_a_stage_without_validations_and_profiled_st
         now += spent
         times[step_number] = now
     medians = scaling.stage_medians(times, cfg, skip={5})
-    assert [s["seconds"] for s in medians] == pytest.approx([1, 2, 3, 4])
-    assert [s["steps"] for s in medians] == [154, 153, 153, 20]
+    assert [s["seconds"] for s in medians] == pytest.approx([1, 2, 3, 4, 5])
+    assert [s["steps"] for s in medians] == [97, 97, 76, 20, 10]
     assert [s["pairs"] for s in medians] == [74, 75, 75, 9]
 
 

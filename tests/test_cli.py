@@ -173,10 +173,9 @@ def test_resumed_run_ends_with_the_same_log_lines(cli, alone, tmp_path):
         assert found and found == expected[-len(found):]
 
 
-@pytest.mark.parametrize("flag, had", [("--width=64", "32"), ("--smear=off", "True"), ("--mtp_heads=0", "1"),
-                                       ("--softcap=30", "15.0"), ("--scheduled_steps=7", "6"),
-                                       ("--seed=1", "0"), ("--micro_batches=4", "2"),
-                                       ("--track=short", "tiny")])  # fmt: skip
+@pytest.mark.parametrize("flag, had", [
+    ("--width=64", "32"), ("--smear_mtp=off", "True"), ("--mtp_heads=0", "1"), ("--leaky_slope=0.1", "0.5"),
+    ("--scheduled_steps=7", "6"), ("--seed=1", "0"), ("--micro_batches=4", "2"), ("--track=short", "tiny")])
 def test_flag_that_would_change_a_resumed_run_is_refused(cli, alone, tmp_path, flag, had):
     path = alone[-1] / "checkpoint_000004.safetensors"
     result = cli(f"--resume={path}", f"--log_folder={tmp_path / 'logs'}", flag)
@@ -185,7 +184,7 @@ def test_flag_that_would_change_a_resumed_run_is_refused(cli, alone, tmp_path, f
 
 
 def test_flags_that_a_resumed_run_may_have(alone):
-    flags = "--width=32", "--smear=on", "--save_every=1", "--compile=off", "--log_folder=elsewhere"
+    flags = "--width=32", "--smear_mtp=on", "--save_every=1", "--compile=off", "--log_folder=elsewhere"
     cfg = parse_config([f"--resume={alone[-1] / 'checkpoint_000004.safetensors'}", *flags])
     assert (cfg.scheduled_steps, cfg.mtp_heads, cfg.save_every, cfg.compile) == (6, 1, 1, False)
     assert (cfg.log_folder, cfg.data) == ("elsewhere", str(alone[2].parent / "data"))
@@ -224,10 +223,10 @@ def test_flags_that_others_use_keep_their_names():
 
 
 def test_flags_are_read_as_their_fields_say():
-    argv = ["--width=64", "--adam_lr=1e-1", "--smear=off", "--cut_documents", "--width=96", "--yarn=on"]
+    argv = ["--width=64", "--adam_lr=1e-1", "--smear_mtp=off", "--pointer", "--width=96", "--graphs=on"]
     cfg = parse_config([*argv, "--seed", "5", "--data=a=b --c", "--vocab_size=257"])
     assert (cfg.width, cfg.adam_lr, cfg.data, cfg.seed) == (96, 0.1, "a=b --c", 5)
-    assert (cfg.smear, cfg.cut_documents, cfg.yarn) == (False, True, True)
+    assert (cfg.smear_mtp, cfg.pointer, cfg.graphs) == (False, True, True)
 
 
 @pytest.mark.parametrize("track", train_gpt.TRACKS)
@@ -274,7 +273,6 @@ def test_torchrun_hands_every_flag_on():
 
 
 MISTAKES = {
-    "nothing_reads_late": (["--late_attention", "--backout_from=2"], "--late_attention", "--backout_from"),
     "misspelt": (["--widht=32"], "--widht=32", "--help"),
     "abbreviated": (["--widt=32"], "--widt=32", "--help"),
     "not_a_flag": (["width=32"], "width=32", "--help"),
@@ -283,9 +281,9 @@ MISTAKES = {
     "word_for_whole_number": (["--width=wide"], "--width", "wide"),
     "fraction_for_whole_number": (["--width=32.5"], "--width", "32.5"),
     "word_for_number": (["--adam_lr=hot"], "--adam_lr", "hot"),
-    "word_for_switch": (["--smear=maybe"], "--smear", "maybe", "on", "off"),
-    "number_for_switch": (["--smear=3"], "--smear", "3"),
-    "unknown_choice": (["--fp8=all"], "--fp8", "all", "head+mlp", "off"),
+    "word_for_switch": (["--pointer=maybe"], "--pointer", "maybe", "on", "off"),
+    "number_for_switch": (["--pointer=3"], "--pointer", "3"),
+    "unknown_choice": (["--document_rest=all"], "--document_rest", "all", "skip", "keep"),
     "unknown_track": (["--track=long"], "--track", "long", "race300", "medium"),
     "empty_choice": (["--track="], "--track", "tiny"),
     "zero_width": (["--width=0"], "--width=0", "from 1"),
@@ -294,13 +292,13 @@ MISTAKES = {
     "nan": (["--adam_lr=nan"], "--adam_lr=nan"),
     "infinite": (["--muon_lr=inf"], "--muon_lr=inf"),
     "huge": (["--scheduled_steps=10000000000000"], "--scheduled_steps"),
-    "line_break": (["--fp8=a\nb"], "--fp8"),
+    "line_break": (["--document_rest=a\nb"], "--document_rest"),
     "no_value": (["--width"], "--width", "expected one argument"),
     "no_value_for_text": (["--data"], "--data", "expected one argument"),
     "no_prefixes": (["--prefix_weight=0.25", "--data={tmp}/no_prefixes"], "--prefix_weight", "prefixes.npy"),
     "heads_do_not_divide": (["--width=32", "--heads=3"], "--width=32", "heads"),
     "head_of_two": (["--width=4", "--heads=2"], "--width=4"),
-    "muon_heads_do_not_divide": (["--heads=4", "--muon_heads=3"], "--muon_heads=3", "4"),
+    "odd_heads": (["--width=36", "--heads=3"], "--heads=3", "2"),
     "backout_beyond_the_model": (["--backout_from=99"], "--backout_from=99", "2"),
     "missing_data_folder": (["--data={tmp}/nowhere"], "{tmp}/nowhere", "--data"),
     "empty_data_folder": (["--data={tmp}/empty"], "{tmp}/empty", "_train_"),
@@ -403,19 +401,18 @@ def test_runs_of_the_same_second_have_folders_of_their_own(cli, small, data, tmp
 
 
 CHOSEN = [  # compute capability, flags, attention, kernels, fp8, graphs
-    (None, {}, "reference", "reference", "off", False),
-    ((7, 5), {}, "reference", "reference", "off", False),
-    ((8, 0), {}, "fa2", "pointer", "off", True),
-    ((8, 9), {}, "fa2", "pointer", "head+mlp", True),
-    ((9, 0), {}, "fa3", "tma", "head+mlp", True),
-    ((9, 0), {"fa3": False}, "fa2", "tma", "head+mlp", True),
-    ((9, 0), {"kernels": False}, "fa3", "reference", "head+mlp", True),
-    ((9, 0), {"fp8": "head"}, "fa3", "tma", "head", True),
-    ((9, 0), {"fp8": "head+mlp+grad"}, "fa3", "tma", "head+mlp+grad", True),
-    ((9, 0), {"fp8": "off", "graphs": False}, "fa3", "tma", "off", False),
-    ((9, 0), {"compile": False}, "fa3", "tma", "head+mlp", False),
-    ((9, 0), {"width": 40}, "fa3", "tma", "off", True),
-    ((10, 0), {}, "fa2", "pointer", "head+mlp", True),
+    (None, {}, "reference", "reference", False, False),
+    ((7, 5), {}, "reference", "reference", False, False),
+    ((8, 0), {}, "fa2", "small", False, True),
+    ((8, 9), {}, "fa2", "small", True, True),
+    ((9, 0), {}, "fa3", "large", True, True),
+    ((9, 0), {"fa3": False}, "fa2", "large", True, True),
+    ((9, 0), {"kernels": False}, "fa3", "reference", True, True),
+    ((9, 0), {"fp8": False, "graphs": False}, "fa3", "large", False, False),
+    ((9, 0), {"compile": False}, "fa3", "large", True, False),
+    ((9, 0), {"width": 40}, "fa3", "large", False, True),
+    ((10, 0), {}, "fa2", "large", True, True),
+    ((12, 0), {}, "fa2", "small", True, True),
 ]
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from small import (
-    BOS, RESCALED_FLAGS, SMALL, checkpoint_of, random_tokens, train_gpt, write_split, write_tables,
+    BOS, SMALL, checkpoint_of, random_tokens, train_gpt, write_split, write_tables,
 )  # fmt: skip
 from train_gpt import (
     GPT, Optimizer, Position, Progress, Stage, Validation, World, optimizer_table, read_checkpoint,
@@ -28,13 +28,12 @@ from training import (
 STEPS = 20
 EQUAL = replace(
     SMALL, stages=(*SMALL.stages, Stage(1.0, 256, 64, 16, 64, 0.5)), scheduled_steps=18, extension_steps=2,
-    mtp_heads=1, epochs=2, val_every=5, bigram_ratio=1.5, muon_heads=1, muon_weight_decay=0.0,
+    mtp_heads=1, epochs=2, val_every=5, bigram_ratio=1.5, heads=4, muon_weight_decay=0.0,
 )  # fmt: skip
 VARIANTS = {  # flags, steps between Adam's updates, while gradients wait; the head is untied at step 10
-    "keep": (("--document_rest=keep", "--smooth_scalars", "--value_std=0.01", "--draw_output",
-              "--late_attention", "--backout_from=0", "--prefix_weight=0.25", "--untie_at=0.55",
-              "--save_every=7"), 3),
-    "skip": (("--document_rest=skip", *RESCALED_FLAGS, "--cut_documents", "--save_every=1"), 2),
+    "keep": (("--document_rest=keep", "--value_std=0.01", "--backout_from=0", "--prefix_weight=0.25",
+              "--untie_at=0.55", "--slow_momentum=0.5", "--average=0.4", "--save_every=7"), 3),
+    "skip": (("--document_rest=skip", "--save_every=1"), 2),
 }  # fmt: skip
 
 

@@ -28,8 +28,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small import CPU, RESCALED, SMALL, checkpoint_of, final_windows, free_port, write_corpus
-from test_model import CFG, PLAIN, cross_entropies, mixed
+from small import CPU, SMALL, checkpoint_of, final_windows, free_port, write_corpus
+from test_model import CFG, NEXT_ALONE, OFFSET, PLAIN, cross_entropies, mixed
 from torch.testing import assert_close
 
 import evaluate as ev
@@ -37,16 +37,15 @@ import train_gpt as t
 from data.tokenizer import load_tokenizer
 
 EVAL = replace(
-    CFG, layers=CFG.layers[:3], vocab_size=8, multi_target=False, val_windows=(16, 64), val_chunk=100,
+    CFG, layers=CFG.layers[:3], stages=NEXT_ALONE, vocab_size=8, val_windows=(16, 64), val_chunk=100,
     micro_batches=2,
 )  # fmt: skip
 OPTIONS = ev.Options(
     context=48, stride=16, batch=256, slots=3, seed=0, lora_rank=2, lora_lr=0.01, sgd_chunk=64, sgd_lr=0.1,
 )  # fmt: skip
 EVERYTHING = {
-    **RESCALED, "layers": CFG.layers, "key_offset": "all", "multi_target": True, "value_std": 0.01,
-    "draw_output": True, "late_attention": True, "prefix_weight": 0.25, "bigram_ratio": 2.0, "untie_at": 0.5,
-    "muon_heads": 1, "smooth_scalars": True, "adam_weight_decay": 0.005, "pointer": True,
+    "layers": OFFSET, "stages": CFG.stages, "value_std": 0.01, "prefix_weight": 0.25, "bigram_ratio": 2.0,
+    "untie_at": 0.5, "pointer": True,
 }  # fmt: skip
 both = pytest.mark.parametrize("model", ({}, EVERYTHING), ids=("defaults", "everything on"))
 METHODS = "document", "stride", "ttt-lora", "ttt-sgd"
@@ -139,9 +138,9 @@ def recorded():
         batches.append((batch.places.tolist(), []))
         return batch
 
-    def spy_loss_region(logits_TV, targets_T, softcap, *rest):
-        batches[-1][1].append(t.cap(logits_TV.detach(), softcap).log_softmax(-1))
-        return loss_region(logits_TV, targets_T, softcap, *rest)
+    def spy_loss_region(logits_TV, targets_T, *rest):
+        batches[-1][1].append(t.cap(logits_TV.detach()).log_softmax(-1))
+        return loss_region(logits_TV, targets_T, *rest)
 
     with mock.patch.object(ev, "lay_out", spy_lay_out), mock.patch.object(t, "loss_region", spy_loss_region):
         yield rows
@@ -160,7 +159,7 @@ def nats_of_window(model, tokens, window):
 
 
 def logits_of(model, x_TD):
-    return t.cap(x_TD @ model.head.T, model.cfg.logit_cap)
+    return t.cap(x_TD @ model.head.T)
 
 
 def latents_of_window(model, tokens, window):
@@ -476,7 +475,7 @@ def test_sgd_that_learns_nothing_scores_as_stride_does(epochs, rate, model):
 
 def test_sgd_learns_to_predict_tokens_not_their_prefixes_nor_further_ones():
     """Also after a schedule that ends in the stage where these count."""
-    one, off = {**EVERYTHING, "stages": EVAL.stages[:1]}, {"prefix_weight": 0.0, "multi_target": False}
+    one, off = {**EVERYTHING, "stages": CFG.stages[:1]}, {"prefix_weight": 0.0, "stages": NEXT_ALONE[:1]}
     assert not t.plan_step(replace(EVAL, **one), EVAL.total_steps).prefix
     assert np.array_equal(scores("ttt-sgd", STREAM, **one), scores("ttt-sgd", STREAM, **{**one, **off}))
 
@@ -580,7 +579,7 @@ def reference_ttt_lora(tokens, cfg, monkeypatch):
             model.compute_weights = {name: (weights[name],) for name in ("attn_bank", "mlp_bank")}
             x_TD = latents_of_window(model, tokens, window)
             z = x_TD @ weights["head"].T
-            logits = 23 * torch.sigmoid((z + 5) / 7.5) if cfg.softcap_shift else 15 * torch.tanh(z / 15)
+            logits = 23 * torch.sigmoid((z + 5) / 7.5) - 11.5
             logits = mixed(model, logits, x_TD, torch.from_numpy(tokens[window.lo : window.hi]))
             nats = cross_entropy(logits, tokens, window)
             out[window.first + 1 : window.hi + 1] = nats.detach()
@@ -894,14 +893,13 @@ def latents(model, tokens, lengths, isolated):
 
 
 @both
-@pytest.mark.parametrize("cut", (False, True))
-def test_pieces_that_are_isolated_are_the_same_alone_whether_or_not_they_begin_with_bos(cut, model):
-    model, lengths = make_model(replace(EVAL, cut_documents=cut, **model)), (9, 1, 14, 2, 12)
+def test_pieces_that_are_isolated_are_the_same_alone_whether_or_not_they_begin_with_bos(model):
+    model, lengths = make_model(replace(EVAL, **model)), (9, 1, 14, 2, 12)
     tokens = torch.from_numpy(STREAM[20 : 20 + sum(lengths)].copy())
     tokens[10] = tokens[14] = EVAL.bos  # where a piece begins, and within it
     found = latents(model, tokens, lengths, isolated=True)
     for piece, own in zip(tokens.split(lengths), found.split(lengths)):
-        alone = latents(model, piece, (len(piece),), isolated=cut)
+        alone = latents(model, piece, (len(piece),), isolated=True)
         assert_close(own, alone, rtol=1e-4, atol=1e-5)
     other = tokens.clone()
     other[8] = (other[8] + 1) % EVAL.bos

@@ -1006,9 +1006,9 @@ def test_every_mechanism_of_the_config_has_a_test():
     flags = {*names[names.index("attn_scale") : names.index("muon_lr")]}
     others = {"documents", "cuts at document starts", "windows", "stages", "layers", "rotary", "yarn",
               "value_embeds", "several value tables", "shared value tables", "key_offset", "skip", "x0",
-              "inject", "smear", "late attention", "attention gates", "drawn output matrices", "groups of heads",
-              "betas of scalars", "softcap", "softcap shift", "softcap width", "further targets", "columns",
-              "MTP_WEIGHT", "fp8", "fused MLP kernel"}  # fmt: skip
+              "inject", "smear", "late attention", "attention gates", "drawn output matrices",
+              "groups of heads", "betas of scalars", "softcap", "softcap shift", "softcap width",
+              "further targets", "columns", "MTP_WEIGHT", "fp8", "fused MLP kernel"}  # fmt: skip
     assert set(MECHANISM_TESTS) == flags | others
 
 
@@ -1151,7 +1151,8 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-BARE = replace(layers_without(CFG, "value_embeds", "key_offset", "skip_from"), smear_mtp=False, backout_from=-1)
+BARE = replace(layers_without(CFG, "value_embeds", "key_offset", "skip_from"), smear_mtp=False,
+               backout_from=-1)  # fmt: skip
 CHUNKED = {
     "chunks of 1": (1, replace(ALL_ON, leaky_slope=0.0)),
     "chunks of 7": (7, ALL_ON),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from small import BOS, CPU, RESCALED, SMALL, random_tokens, train_gpt
+from small import BOS, CPU, SMALL, layers_without, random_tokens, train_gpt
 from train_gpt import (
     POLAR_EXPRESS, TRACKS, Adam, GPT, NorMuon, Optimizer, Validation, World, adam_update, gradient,
     nesterov, normuon_update, optimizer_table, polar_express,
@@ -59,7 +59,7 @@ def matrix_with_singular_values(shape, smallest, generator):
 
 def direction(g, dtype=torch.float32):
     """What a first step without momentum orthogonalises."""
-    x = nesterov(g, torch.zeros_like(g), torch.tensor(0.0), dtype)
+    x = nesterov(g, torch.zeros_like(g), None, *torch.zeros(3), dtype)
     assert x.float().norm(dim=(-2, -1)).max() < 1
     return x
 
@@ -100,10 +100,11 @@ def test_polar_express_of_zero_is_zero_and_of_a_stack_is_that_of_each_matrix():
         torch.testing.assert_close(x[i], alone, rtol=1e-5, atol=1e-6)
 
 
-def normuon_by_hand(p, g, momentum, second, lr, decay, mu, beta2):
+def normuon_by_hand(p, g, momentum, second, slow, lr, decay, mu, share, beta2):
     """One step on one float64 matrix, orthogonalised through its SVD, rows and elements one at a time."""
-    momentum = mu * momentum + (1 - mu) * g
-    ahead = mu * momentum + (1 - mu) * g
+    beta = 0.85 if share else mu
+    momentum, slow = beta * momentum + (1 - beta) * g, 0.98 * slow + 0.02 * g
+    ahead = mu * ((1 - share) * momentum + share * slow) + (1 - mu) * g
     u, s, vh = torch.linalg.svd(ahead, full_matrices=False)
     x = u * polar_scalar(s / s.norm()) @ vh
     scaled, second = x.clone(), second.clone()
@@ -116,33 +117,37 @@ def normuon_by_hand(p, g, momentum, second, lr, decay, mu, beta2):
         for c in range(p.size(1)):
             agrees = p[r, c] * x[r, c] >= 0
             new[r, c] -= lr * (x[r, c] + (decay * p[r, c] if agrees else 0))
-    return new, momentum, second
+    return new, momentum, second, slow
 
 
+@pytest.mark.parametrize("shares", [(0.0,) * 3, (0.0, 0.5, 0.5)], ids=["one momentum", "and a slow one"])
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 16, 6), (2, 6, 16)])
-def test_normuon_equals_a_plain_implementation_per_matrix(shape):
+def test_normuon_equals_a_plain_implementation_per_matrix(shape, shares):
     N, R, C = shape
     generator = torch.Generator().manual_seed(1)
     p = torch.randn(shape, generator=generator)
-    momentum, second = torch.zeros(shape), torch.zeros(N, R, 1)
+    moments = {"momentum": torch.zeros(shape), "second": torch.zeros(N, R, 1), "slow": torch.zeros(shape)}
+    if not any(shares):
+        del moments["slow"]
     lr = torch.linspace(0.01, 0.05, N).view(N, 1, 1)
-    expected = [(p[i].double(), momentum[i].double(), second[i].double()) for i in range(N)]
-    for mu in (0.85, 0.9, 0.95):
+    zero = torch.zeros(R, C, dtype=torch.float64)
+    expected = [(p[i].double(), zero, zero[:, :1], zero) for i in range(N)]
+    for mu, share in zip((0.85, 0.9, 0.95), shares):
         g = torch.randn(shape, generator=generator)
-        normuon_update(p, g, momentum, second, lr, torch.tensor(0.3), torch.tensor(mu), 0.9,
-                       torch.float32)
+        normuon_update(p, g, moments, lr, torch.tensor(0.3), torch.tensor(mu), share, 0.9, torch.float32)
         for i in range(N):
             rate = lr[i].double().item()
-            expected[i] = normuon_by_hand(expected[i][0], g[i].double(), *expected[i][1:], rate, 0.3, mu, 0.9)
-            for found, wanted in zip((p[i], momentum[i], second[i]), expected[i]):
+            before, *own = expected[i]
+            expected[i] = normuon_by_hand(before, g[i].double(), *own, rate, 0.3, mu, share, 0.9)
+            for found, wanted in zip((p[i], *(moment[i] for moment in moments.values())), expected[i]):
                 torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_grouped_rows_of_q_and_k_are_orthogonalised_by_themselves_and_v_and_o_whole():
-    table = optimizer_table(replace(narrow("short"), heads=4, muon_heads=2))
+    table = optimizer_table(replace(narrow("short"), heads=4))
     groups = {row.name: row.groups for row in table}
     assert groups["attn_bank"] == (2, 2, 1, 1) and {*groups.values()} == {(), (2, 2, 1, 1)}
-    cfg = replace(SMALL, heads=4, muon_heads=2, muon_weight_decay=0.0)
+    cfg = replace(SMALL, heads=4, muon_weight_decay=0.0)
     model, optimizer = small_optimizer(cfg)
     add_gradients(model, random_gradients(model, torch.Generator().manual_seed(9)))
     with torch.no_grad():
@@ -168,8 +173,8 @@ def test_normuon_decays_only_where_decay_does_not_oppose_the_update():
     lr, mu, decay = torch.full((2, 1, 1), 0.01), torch.tensor(0.9), 0.5
 
     def updated(decay):
-        p, momentum, second = start.clone(), torch.zeros(2, 10, 10), torch.zeros(2, 10, 1)
-        normuon_update(p, g, momentum, second, lr, torch.tensor(decay), mu, 0.95, torch.float32)
+        p, moments = start.clone(), {"momentum": torch.zeros(2, 10, 10), "second": torch.zeros(2, 10, 1)}
+        normuon_update(p, g, moments, lr, torch.tensor(decay), mu, 0.0, 0.95, torch.float32)
         return p
 
     plain, decayed = updated(0.0), updated(decay)
@@ -198,10 +203,11 @@ def test_adam_equals_torch_adamw_over_20_steps(betas, scale):
 
 def test_adam_decays_tables_and_head_cautiously_by_their_learning_rate_squared(monkeypatch):
     monkeypatch.setattr(train_gpt, "ADAM_EVERY", 1)
-    cfg = replace(SMALL, mtp_heads=1, adam_weight_decay=0.005)
+    cfg = replace(SMALL, mtp_heads=1)
     moved = {}
-    for name, changed in (("plain", replace(cfg, adam_weight_decay=0.0)), ("decayed", cfg)):
-        model, optimizer = small_optimizer(changed)
+    for name, decay in (("plain", 0.0), ("decayed", 0.005)):
+        monkeypatch.setattr(train_gpt, "ADAM_DECAY", decay)
+        model, optimizer = small_optimizer(cfg)
         before = weights_of(model)
         add_gradients(model, random_gradients(model, torch.Generator().manual_seed(8)))
         optimizer.step(0, lr_multiplier=0.5, momentum=0.9, report=REPORT)
@@ -238,7 +244,8 @@ def test_adam_rows_move_every_nth_step_by_the_sum_of_the_gradients_and_banks_at_
                 total = sum(g[name] for g in waiting)
                 first, second = moments.setdefault(name, (torch.zeros_like(p), torch.zeros_like(p)))
                 bias = [1 - beta**updates for beta in row.betas]
-                adam_update(expected, total, first, second, 0.5 * row.lr[0], *bias, *row.betas)
+                adam_update(expected, total, first, second, 0.5 * row.lr[0], *bias, *row.betas,
+                            0.5 * row.weight_decay)
                 torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
             else:
                 assert torch.equal(p, expected)
@@ -282,53 +289,40 @@ def test_table_that_does_not_cover_each_parameter_once_is_refused(change, name):
         Optimizer(GPT(SMALL), change(optimizer_table(SMALL)), World())
 
 
-FLAGS = {
-    "defaults": {},
-    "mtp_heads": {"mtp_heads": 2},
-    "bigrams_tied": {"bigram_ratio": 5.0, "untie_at": 0.5},
-    "no_value_embeds": {"value_embeds": False},
-    "no_smear_no_skip": {"smear": False, "skip": False},
-    "no_gates_no_x0": {"attn_gate": False, "x0_mix": False},
-    "bare": {"value_embeds": False, "smear": False, "skip": False, "attn_gate": False, "x0_mix": False,
-             "smear_mtp": False, "backout_from": -1},
-    "everything": {"bigram_ratio": 5.0, "untie_at": 0.5, "mtp_heads": 2, "muon_heads": 1,
-                   "value_std": 0.01, "draw_output": True, "late_attention": True,
-                   **RESCALED, "prefix_weight": 0.25, "smooth_scalars": True, "adam_weight_decay": 0.005},
-    "bare_and_mtp_heads": {"value_embeds": False, "smear_mtp": False, "backout_from": -1, "mtp_heads": 2},
+FLAGS = {  # columns that the layer table lacks, flags
+    "defaults": ((), {}),
+    "mtp_heads": ((), {"mtp_heads": 2}),
+    "no_value_embeds": (("value_embeds",), {}),
+    "no_skip": (("skip_from",), {}),
+    "bare": (("value_embeds", "skip_from"), {"smear_mtp": False, "backout_from": -1, "pointer": False,
+                                             "bigram_ratio": 0.0, "untie_at": 0.0}),
+    "everything": ((), {"bigram_ratio": 5.0, "untie_at": 0.5, "mtp_heads": 2, "value_std": 0.01,
+                        "pointer": True, "prefix_weight": 0.25, "slow_momentum": 0.5, "average": 0.5}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("track", TRACKS)
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_table_has_one_row_for_each_parameter_of_every_track(track, flags):
-    cfg = replace(narrow(track), **flags)
+@pytest.mark.parametrize("columns, flags", FLAGS.values(), ids=FLAGS)
+def test_table_has_one_row_for_each_parameter_of_every_track(track, columns, flags):
+    cfg = replace(layers_without(narrow(track), *columns), **flags)
     with torch.device("meta"):
         names = [name for name, _ in GPT(cfg).named_parameters()]
     assert sorted(row.name for row in optimizer_table(cfg)) == sorted(names)
 
 
-@pytest.mark.parametrize("track, embed", [("short", 0.6), ("race300", 0.008)])  # where it is tied to the head
-def test_effective_learning_rates_of_the_races(track, embed):
-    table = optimizer_table(replace(narrow(track), mtp_heads=1, bigram_ratio=5.0))
+@pytest.mark.parametrize("untie_at, embed", [(0.5, 0.008), (0.0, 0.6)], ids=["tied", "apart"])
+@pytest.mark.parametrize("track", ["short", "race300"])
+def test_effective_learning_rates_of_the_races(track, untie_at, embed):
+    table = optimizer_table(replace(narrow(track), mtp_heads=1, untie_at=untie_at))
     rates = {row.name: [round(lr, 9) for lr in row.lr] for row in table}
     assert rates == {
         "embed": [embed], "value_embeds": [0.6], "head": [0.008], "mtp_heads": [0.008],
-        "bigram_embed": [0.6], "bigram_lambdas": [0.04], "attn_gate": [0.008], "smear_gate": [0.008],
+        "bigram_embed": [0.6], "bigram_lambdas": [0.04], "attn_gate": [0.008], "smear_gate": [0.00008],
         "attn_lambdas": [0.04], "resid_lambdas": [0.04], "x0_lambdas": [0.04],
         "smear_lambda": [0.04], "skip_lambdas": [0.04], "backout_lambda": [0.04], "smear_mtp_lambda": [0.04],
         "attn_bank": [0.046, 0.046, 0.046, 0.046], "mlp_bank": [0.046, 0.092],
+        "pointer": [0.008], "pointer_gain": [0.008], "pointer_sink": [0.008],
     }  # fmt: skip
-
-
-def test_smooth_scalars_raise_the_betas_of_every_scalar_and_gate_but_the_factors_on_x0_and_bigrams():
-    cfg = replace(narrow("short"), **FLAGS["everything"])
-    off, on = (optimizer_table(replace(cfg, smooth_scalars=smooth)) for smooth in (False, True))
-    for before, row in zip(off, on, strict=True):
-        smoothed = row.comms == "replicated" and row.name not in ("x0_lambdas", "bigram_lambdas")
-        assert (row.name, row.lr) == (before.name, before.lr)
-        assert row.betas == ((0.9, 0.99) if smoothed else before.betas)
-        always = (0.75 if row.name == "bigram_embed" else 0.65), 0.95
-        assert row.algorithm is NorMuon or before.betas == always
 
 
 def test_matrices_of_the_short_track_move_at_the_rates_of_the_table():
@@ -384,6 +378,35 @@ def test_a_copy_is_its_original_until_its_step_and_a_parameter_of_its_own_from_t
     assert not torch.equal(moments["embed"]["first"], moments["head"]["first"])
 
 
+# ------------------------------------------------------------------- averages
+
+
+def test_final_weights_are_half_way_to_the_average_of_the_last_steps_and_keep_their_norms():
+    """Of head and embedding every second step's, as they move."""
+    cfg = replace(SMALL, average=0.7, scheduled_steps=8)  # of steps 2 to 7
+    model, optimizer = small_optimizer(cfg)
+    generator, seen = torch.Generator().manual_seed(11), []
+    for step in range(8):
+        add_gradients(model, random_gradients(model, generator))
+        optimizer.step(step, 0.5, 0.9, REPORT)
+        seen.append(weights_of(model))
+    optimizer.finish()
+    every = {"attn_bank": 1, "mlp_bank": 1, "head": 2}
+    for name, found in weights_of(model).items():
+        last = seen[-1][name]
+        if name not in every:
+            assert torch.equal(found, last) or name == "embed"
+            continue
+        own = [weights[name] for weights in seen[2:]][every[name] - 1 :: every[name]]
+        average, rate = own[0], 2 / (6 / every[name] + 1)
+        for weights in own[1:]:
+            average = average + rate * (weights - average)
+        blend = (last + average) / 2
+        expected = blend * last.norm(dim=(-2, -1), keepdim=True) / blend.norm(dim=(-2, -1), keepdim=True)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(found, last, rtol=1e-3)
+
+
 # --------------------------------------------------------------------- shares
 
 
@@ -391,7 +414,7 @@ def test_a_copy_is_its_original_until_its_step_and_a_parameter_of_its_own_from_t
     (1, [6]), (2, [3, 3]), (3, [2, 2, 2]), (4, [2, 2, 2, 0]), (8, [1] * 6 + [0] * 2),
 ])  # fmt: skip
 def test_shares_of_every_row_cover_its_units_once(size, matrices):
-    cfg = replace(SMALL, mtp_heads=1, bigram_ratio=1.5, muon_heads=1)
+    cfg = replace(SMALL, mtp_heads=1, bigram_ratio=1.5)
     model, table = GPT(cfg), optimizer_table(cfg)
     optimizers = [Optimizer(model, table, World(rank, size)) for rank in range(size)]
     for parts in zip(*(optimizer.parts for optimizer in optimizers)):

@@ -16,7 +16,8 @@ from train_gpt import Validation
 
 TESTS = Path(__file__).resolve().parent
 STEP_SAVERS = ["--untie_at=0.5", "--bigram_ratio=2", "--heads=4", "--prefix_weight=0.25", "--value_std=0.01",
-               "--lr_floor=0.15", "--backout_from=0", "--pointer"]  # fmt: skip
+               "--lr_floor=0.15", "--backout_from=0", "--slow_momentum=0.5", "--average=0.4",
+               "--pointer"]  # fmt: skip
 
 
 def randomise(model, seed=0):
