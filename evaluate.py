@@ -66,8 +66,8 @@ try:
     from train_gpt import (
         GPT, LOSS_CHUNK, POINTER_WINDOW, Config, Documents, Hardware, Log, UserError, Validation, World,
         activation_region, backward_micro_batch, build_rotary, cap, check_ranks_agree, choose_hardware,
-        cut_at_bos, data_folder, gradient, load_token_table, load_weights, log_root, mixture, pinned, plan_step,
-        read_checkpoint, region, source, to_device, write_checkpoint,
+        cut_at_bos, data_folder, gradient, load_token_table, load_weights, log_root, mixture, pinned,
+        plan_step, read_checkpoint, region, source, to_device, write_checkpoint,
     )
 except ImportError as error:
     refuse(f"{error}: older trainers evaluate checkpoints themselves, by --checkpoint=FILE --eval=METHODS")

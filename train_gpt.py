@@ -2307,8 +2307,8 @@ def backward_micro_batch(model, batch, plan, rotary, weights):
     cfg, tokens = model.cfg, batch.tokens
     main_weights, auxiliary_weight = weights
     # Over the weights' sum, MLPs' gradients had an RMS of 0.001 to 0.012, those of their activations' inputs
-    # one of 0.0002 to 0.024 and a maximum of 1.2 (tiny, and a few steps of 1,024 tokens of an earlier track). float8_e5m2's range has
-    # its middle at 2: this scale leaves a factor of 180 above that maximum.
+    # one of 0.0002 to 0.024 and a maximum of 1.2 (on a CPU: tiny, and ten small steps of a wide model). The
+    # middle of float8_e5m2's range is 2: this scale leaves a factor of 180 above that maximum.
     model.grad_scale.copy_(main_weights.sum() * 2.0**-8)
     x_TD = model(tokens[:-1], batch.docs, plan.windows, rotary)
     latent_TD = x_TD.detach()

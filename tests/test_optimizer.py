@@ -258,7 +258,7 @@ def test_gradients_stay_at_their_addresses(step):
     cfg = replace(SMALL, mtp_heads=1)
     model, optimizer = small_optimizer(cfg)
     tokens = random_tokens(np.random.default_rng(0), 300).astype(np.uint16)
-    warm_up = partial(train_gpt.warm_up, model, optimizer, Validation(cfg, tokens), CPU, World())
+    warm_up = partial(train_gpt.warm_up, model, optimizer, Validation(cfg, tokens), World())
     warm_up()
     grads = [p.grad for p in model.parameters()]
     addresses = [grad.data_ptr() for grad in grads]

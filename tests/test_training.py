@@ -56,14 +56,14 @@ def test_stages_of_the_medium_track_start_at_twelfths(scheduled):
 
 # track, step, batch, (short, long) window, learning-rate multiplier, momentum, weights of the targets
 PLAN = [
-    ("sprint", 0, 131_072, (128, 384), 1.0, 0.85, (1, 0.5, 0.25)),
-    ("sprint", 96, 131_072, (128, 384), 1.0, 0.85 + 0.1 * 96 / 300, (1, 0.5, 0.25 / 97)),
-    ("sprint", 97, 262_144, (384, 896), 1.52, 0.85 + 0.1 * 97 / 300, (1, 0.5)),
-    ("sprint", 193, 262_144, (384, 896), 0.3 + 1.22 * 97 / 174, 0.85 + 0.1 * 193 / 300, (1, 0.5 / 97)),
-    ("sprint", 194, 393_216, (640, 1408), 0.3 + 1.43 * 96 / 174, 0.85 + 0.1 * 194 / 300, (1,)),
-    ("sprint", 289, 393_216, (640, 1408), 0.3 + 1.43 / 174, 0.872, (1,)),
-    ("sprint", 290, 393_216, (768, 1664), 0.3, 0.87, (1,)),
-    ("sprint", 299, 393_216, (768, 1664), 0.3, 0.852, (1,)),
+    ("race300", 0, 131_072, (128, 384), 1.0, 0.85, (1, 0.5, 0.25)),
+    ("race300", 96, 131_072, (128, 384), 1.0, 0.85 + 0.1 * 96 / 300, (1, 0.5, 0.25 / 97)),
+    ("race300", 97, 262_144, (384, 896), 1.52, 0.85 + 0.1 * 97 / 300, (1, 0.5)),
+    ("race300", 193, 262_144, (384, 896), 0.3 + 1.22 * 97 / 174, 0.85 + 0.1 * 193 / 300, (1, 0.5 / 97)),
+    ("race300", 194, 393_216, (640, 1408), 0.3 + 1.43 * 96 / 174, 0.85 + 0.1 * 194 / 300, (1,)),
+    ("race300", 289, 393_216, (640, 1408), 0.3 + 1.43 / 174, 0.872, (1,)),
+    ("race300", 290, 393_216, (768, 1664), 0.3, 0.87, (1,)),
+    ("race300", 299, 393_216, (768, 1664), 0.3, 0.852, (1,)),
     ("short", 0, 131_072, (128, 384), 1.0, 0.85, (1, 0.5, 0.25)),
     ("short", 150, 131_072, (128, 384), 1.0, 0.9, (1, 0.5, 0.25 * (1 - 150 / 690))),
     ("short", 689, 131_072, (128, 384), 1.0, 0.95, (1, 0.5, 0.25 / 690)),
@@ -85,14 +85,14 @@ def test_plan_of_a_step(track, step, batch, windows, lr, momentum, weights):
     assert plan.weights == pytest.approx(weights)
 
 
-def test_the_sprint_is_the_short_track_in_fewer_steps():
-    sprint, short = vars(TRACKS["sprint"]), vars(TRACKS["short"])
-    assert {name for name, value in sprint.items() if value != short[name]} == {
-        "track", "scheduled_steps", "extension_steps", "epochs", "val_tokens", "val_every"}  # fmt: skip
+def test_race300_is_the_short_track_in_fewer_steps():
+    race300, short = vars(TRACKS["race300"]), vars(TRACKS["short"])
+    assert {name for name, value in race300.items() if value != short[name]} == {
+        "track", "scheduled_steps", "extension_steps", "val_tokens", "val_every"}  # fmt: skip
 
 
 def test_plan_is_a_pure_function():
-    cfg = TRACKS["sprint"]
+    cfg = TRACKS["race300"]
     forwards = [plan_step(cfg, step) for step in range(cfg.total_steps)]
     backwards = [plan_step(replace(cfg), step) for step in reversed(range(cfg.total_steps))]
     assert forwards == backwards[::-1]
