@@ -343,11 +343,8 @@ def parse_flags(argv) -> dict:
     return given
 
 
-def parse_config(argv, ranks: int = 1) -> Config:
-    """The chosen track with the given flags. Raises UserError.
-
-    With --resume the checkpoint's own configuration, of which only RUN_FLAGS and data can be overridden.
-    """
+def parse_config(argv, ranks: int = 1):
+    """The track, or a resumed checkpoint's configuration, with the given flags. Raises UserError."""
     given = parse_flags(argv)
     cfg = replace(TRACKS[given.get("track", "tiny")], **given)
     cfg = check_config(replace(cfg, micro_batches=max(cfg.micro_batches, ranks)))
@@ -364,12 +361,12 @@ def parse_config(argv, ranks: int = 1) -> Config:
     return resumed
 
 
-def with_run_flags(saved, cfg) -> Config:
+def with_run_flags(saved, cfg):
     """saved, but RUN_FLAGS are those of cfg."""
     return replace(saved, **{name: getattr(cfg, name) for name in RUN_FLAGS})
 
 
-def check_config(cfg) -> Config:
+def check_config(cfg):
     """Fill in the vocabulary's size. Raises UserError where fields don't fit together."""
     if not cfg.vocab_size:
         table = load_token_table(cfg, "token_bytes.npy")
@@ -388,7 +385,7 @@ def check_config(cfg) -> Config:
     return cfg
 
 
-def config_from_json(values: dict) -> Config:
+def config_from_json(values: dict):
     """The Config whose vars() were written as JSON. Raises KeyError or TypeError on anything else."""
 
     def tuples(value):
@@ -414,8 +411,8 @@ class World(NamedTuple):
     @classmethod
     def from_environment(cls):
         """This process as torchrun numbers it; alone without torchrun."""
-        rank, size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return cls(int(rank), int(size), int(local_rank)) if size else cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if "WORLD_SIZE" in os.environ else ()
+        return cls(*(int(os.environ[name]) for name in names))
 
     def meet(self, hardware, minutes: int):
         """Begin the exchange with the others; one that waits longer than this ends."""
@@ -470,7 +467,7 @@ class Hardware(NamedTuple):
             torch.cuda.synchronize(self.device)
 
 
-def choose_hardware(cfg, world) -> Hardware:
+def choose_hardware(cfg, world):
     """The fastest that this machine has and the flags allow. Raises UserError if a rank has no GPU."""
     if not torch.cuda.is_available():
         return Hardware(torch.device("cpu"), torch.float32, False, "reference", "reference", False, False)
@@ -2016,21 +2013,21 @@ class Optimizer:
 # Data
 
 
-def data_folder(cfg) -> Path:
+def data_folder(cfg):
     """cfg.data as given, or else beside this file or further up, if it is there."""
     given = Path(cfg.data).expanduser()
     places = (parent / given for parent in (Path(), *Path(__file__).resolve().parents))
     return next(filter(Path.is_dir, places), given)
 
 
-def load_token_table(cfg, name: str) -> np.ndarray | None:
+def load_token_table(cfg, name: str):
     """A table with an entry for each token that lies beside the shards, or None if there is none."""
     path = data_folder(cfg) / name
     return np.load(path) if path.exists() else None
 
 
-def find_shards(cfg, split: str) -> list[Path]:
-    """Shards of a split, in order. Raises UserError if there are none."""
+def find_shards(cfg, split: str):
+    """Paths of a split's shards, in order. Raises UserError if there are none."""
     folder = data_folder(cfg)
     shards = sorted(folder.glob(f"[!.]*_{split}_*.bin"))
     maker = "sample.py" if folder.name == "sample" else "fineweb.py"
@@ -2038,11 +2035,8 @@ def find_shards(cfg, split: str) -> list[Path]:
     return shards
 
 
-def open_shard(path, cfg) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a checked shard, (count,) uint16 in a memory map, and where its documents start.
-
-    Raises UserError that names the file.
-    """
+def open_shard(path, cfg):
+    """A checked shard's tokens, uint16 in a memory map, and its documents' starts. Raises UserError."""
     header = np.fromfile(path, "<i4", 256)
     known = len(header) == 256 and header[:2].tolist() == [20240520, 1]
     require(known and path.stat().st_size == 1024 + 2 * int(header[2]) > 1024,
@@ -2059,7 +2053,7 @@ def open_shard(path, cfg) -> tuple[np.ndarray, np.ndarray]:
 class Shards:
     """Training shards as one array of tokens, each opened and checked when first used."""
 
-    def __init__(self, paths: list[Path], cfg):
+    def __init__(self, paths, cfg):
         self.paths, self.cfg, self.opened = paths, cfg, {}
         counts = [(path.stat().st_size - 1024) // 2 for path in paths]  # 1,024 bytes of header, 2 a token
         self.edges = [0, *itertools.accumulate(counts)]  # shard i: edges[i] to edges[i + 1]
@@ -2071,7 +2065,7 @@ class Shards:
             digest.update(f"{self.paths[i].name} {len(tokens)} ".encode() + starts.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, i: int):
         """Tokens of shard i and where its documents start."""
         if i not in self.opened:
             self.opened[i] = open_shard(self.paths[i], self.cfg)
@@ -2092,22 +2086,18 @@ class Shards:
         return np.concatenate([self[i][0][max(lo - self.edges[i], 0) : hi - self.edges[i]] for i in some])
 
 
-class Position(NamedTuple):
-    """The next unread token."""
-
-    epoch: int = 0
-    offset: int = 0
-
-
 class DocumentStream:
-    """Pieces of documents in file order; a document that runs over a shard's end is read on in the next."""
+    """Pieces of documents in file order; a document that runs over a shard's end is read on in the next.
 
-    def __init__(self, shards, cfg, position=Position()):
+    position: epoch and offset of the next unread token.
+    """
+
+    def __init__(self, shards, cfg, position: tuple = (0, 0)):
         self.shards, self.cfg, self.position, self.end = shards, cfg, position, shards.edges[-1]
-        require(position.offset <= self.end, f"training goes on at token {position.offset:,} of "
-                f"{self.end:,}: are the shards those that it began with?")
+        require(position[1] <= self.end, f"training goes on at token {position[1]:,} of {self.end:,}: "
+                "are the shards those that it began with?")
 
-    def advance(self, limit: int) -> tuple[int, int]:
+    def advance(self, limit: int):
         """First and end of the next piece, at most `limit` tokens. Raises UserError after the last epoch."""
         epoch, lo = self.position
         if lo == self.end:
@@ -2117,11 +2107,11 @@ class DocumentStream:
                 "shards, raise --epochs or lower --scheduled_steps")
         end = self.shards.next_start(lo + 1)
         hi = min(lo + limit, end)
-        self.position = Position(epoch, end if self.cfg.document_rest == "skip" else hi)
+        self.position = epoch, end if self.cfg.document_rest == "skip" else hi
         return lo, hi
 
-    def spans(self, tokens: int, max_doc: int) -> list[tuple]:
-        """The pieces of a micro-batch: exactly tokens + 1 tokens."""
+    def spans(self, tokens: int, max_doc: int):
+        """First and end of each piece of a micro-batch: exactly tokens + 1 tokens."""
         spans, room = [], tokens + 1
         while room:
             lo, hi = self.advance(min(max_doc, room))
@@ -2136,20 +2126,20 @@ class MicroBatch(NamedTuple):
     columns: Tensor | None = None  # (S,) int64: see choose_columns
 
 
-def pack(stream, tokens: int, max_doc: int) -> tuple[np.ndarray, np.ndarray]:
+def pack(stream, tokens: int, max_doc: int):
     """Exactly tokens + 1 tokens of documents, whole or cut, and where they start among the first `tokens`."""
     pieces = [stream.shards.read(lo, hi) for lo, hi in stream.spans(tokens, max_doc)]
     starts = np.cumsum([0, *map(len, pieces)])
     return np.concatenate(pieces), starts[starts < tokens]
 
 
-def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None) -> Documents:
+def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None):
     """longest: a bound on the lengths, where it is known; a constant one lets CUDA graphs be replayed."""
     cu_seqlens = np.append(starts, tokens).astype(np.int32)
     return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
 
 
-def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device) -> Tensor | None:
+def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device):
     """Distinct tokens among which the loss of micro-batch `turn` chooses (record 92, PR 360): (S,) int64.
 
     All targets, then others from a window that walks through the padded vocabulary from turn to turn. None
@@ -2174,7 +2164,7 @@ class Loader:
     at every world size.
     """
 
-    def __init__(self, cfg, world, shards, device, first: int = 0, position=Position()):
+    def __init__(self, cfg, world, shards, device, first: int = 0, position: tuple = (0, 0)):
         self.cfg, self.world, self.device = cfg, world, device
         self.stream = DocumentStream(shards, cfg, position)
         self.steps = range(first, cfg.total_steps)
@@ -2188,7 +2178,7 @@ class Loader:
         except BaseException as error:  # handed to the consumer, which raises it
             self.queue.put(error)
 
-    def batch(self, step: int) -> tuple[list[MicroBatch], Position]:
+    def batch(self, step: int):
         stage, own = plan_step(self.cfg, step).stage, []
         T = self.cfg.micro_tokens(stage)
         for i in range(self.cfg.micro_batches):
@@ -2209,10 +2199,7 @@ class Loader:
 
 
 def check_supply(cfg, world, shards):
-    """Open and check the shards that the schedule needs. Raises UserError if it needs more documents.
-
-    Packs them as the loader does, but reads no tokens: some 1.5 s for the short track, 5 s for medium.
-    """
+    """Open and check the shards that the schedule needs (short: 1.5 s). Raises UserError if it needs more."""
     require(cfg.micro_batches % world.size == 0,
             f"{world.size} processes don't divide --micro_batches={cfg.micro_batches}: start a divisor of it")
     stream = DocumentStream(shards, cfg)
@@ -2243,7 +2230,7 @@ class StepPlan(NamedTuple):
         return self.stage_index, len(self.weights)
 
 
-def plan_step(cfg, step: int) -> StepPlan:
+def plan_step(cfg, step: int):
     """The schedule at `step`, 0 .. total_steps - 1; at total_steps the last stage's end, with val_windows."""
     last = step == cfg.total_steps
     starts = [math.ceil(stage.start * cfg.scheduled_steps - 1e-9) for stage in cfg.stages] + [cfg.total_steps]
@@ -2485,7 +2472,7 @@ class Progress(NamedTuple):
     """How far a run is."""
 
     step: int = 0                # steps done
-    position: Position = Position()
+    position: tuple = (0, 0)     # epoch and offset of the next unread token
     train_seconds: float = 0.0
 
 
@@ -2504,11 +2491,8 @@ def write_checkpoint(path, tensors: dict, meta: dict):
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, tensors: bool = False) -> tuple[dict, dict]:
-    """Tensors, if wanted, on the CPU, and metadata: "config" and, but for an export, "progress".
-
-    Raises UserError if it isn't a checkpoint of this script.
-    """
+def read_checkpoint(path, tensors: bool = False):
+    """Tensors, if wanted, and metadata: "config" and, but for an export, "progress". Raises UserError."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -2518,7 +2502,7 @@ def read_checkpoint(path, tensors: bool = False) -> tuple[dict, dict]:
         meta["config"] = config_from_json(meta["config"])
         if "progress" in meta:
             step, position, seconds = meta["progress"]
-            meta["progress"] = Progress(step, Position(*position), seconds)
+            meta["progress"] = Progress(step, tuple(position), seconds)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:120]}"
         raise UserError(f"{path}: not a checkpoint of this script: {reason}") from None
@@ -2535,9 +2519,9 @@ def load_weights(model, tensors: dict, path):
 
 
 def save_checkpoint(folder, model, optimizer, world, progress) -> str:
-    """Write all that a run needs to go on. Collective: rank 0 writes, and removes all but the folder's last.
+    """Collective: rank 0 writes all that a run needs to go on, and removes all but the folder's last.
 
-    Returns "", or on every rank why nothing was written: what isn't finite isn't saved.
+    Returns "" or why nothing was written, on every rank: what isn't finite isn't saved.
     """
     state, failed = optimizer.state_dict(progress.step), ""
     if world.rank == 0:
@@ -2547,19 +2531,14 @@ def save_checkpoint(folder, model, optimizer, world, progress) -> str:
             bad = [name for name, x in tensors.items() if not x.isfinite().all()]
             require(not bad, f"not finite: {', '.join(bad)}")
             write_checkpoint(path, tensors, {"config": vars(model.cfg), "progress": progress})
-            for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+            for old in sorted(folder.glob("checkpoint_*.safetensors"))[:-KEEP_CHECKPOINTS]:
                 old.unlink()
         except Exception as error:  # a full disk is an error of safetensors' own
             failed = f"checkpoint of step {progress.step} not written: {error}"
     return world.gather_objects(failed)[0]
 
 
-def checkpoints(folder) -> list[Path]:
-    """Those of one run, by step."""
-    return sorted(folder.glob("checkpoint_*.safetensors"))
-
-
-def log_root(cfg) -> Path:
+def log_root(cfg):
     return Path(cfg.log_folder or Path(__file__).resolve().with_name("logs")).expanduser()
 
 
@@ -2581,9 +2560,7 @@ def find_unfinished(cfg) -> str:
 
 
 class Clock:
-    """Training time in seconds: it runs in training steps and their data loading, not in set-up, compilation,
-    warm-up, validation, checkpoints or the recording of CUDA graphs.
-    """
+    """Training time in seconds: runs in steps and their data loading; `log_header` says when it doesn't."""
 
     def __init__(self, hardware, seconds: float):
         self.hardware, self.seconds, self.since = hardware, seconds, None
@@ -2653,10 +2630,7 @@ def step_metrics(job, tokens: int, seconds: float) -> dict:
 
 
 class StepLog:
-    """Lines of training steps; ends the run at a loss that isn't finite.
-
-    On a GPU one step late: a report is read while the next step runs, so nothing stalls.
-    """
+    """Lines of training steps, on a GPU one step late: a report is read while the next step runs."""
 
     def __init__(self, log, clock, job):
         self.log, self.clock, self.job = log, clock, job
@@ -2705,23 +2679,21 @@ def write_plot(folder) -> str:
     try:
         from matplotlib.figure import Figure
 
-        axes = (figure := Figure(figsize=(7, 4), layout="tight")).subplots()
-        for key, style in (("train_loss", "-"), ("val_loss", "o-")):
+        figure = Figure()
+        axes = figure.subplots()
+        for key in ("train_loss", "val_loss"):
             points = [(row["step"], row[key]) for row in rows if key in row and row["step"]]
-            axes.plot(*zip(*points), style, label=key, lw=1, ms=3)
+            axes.plot(*zip(*points), label=key)
         axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
-        figure.savefig(folder / "loss.png", dpi=120)
+        figure.savefig(folder / "loss.png")
     except (ImportError, OSError) as error:
         return f"not drawn: {error}"
     return str(folder / "loss.png")
 
 
 def warm_up(model, optimizer, val, world):
-    """Run each kind of step and a validation chunk on synthetic tokens: compiles all that training will use.
-
-    Changes weights and optimizer state: initialise and reset them afterwards.
-    """
+    """Run, and so compile, each kind of step and a validation chunk. Changes weights and optimizer state."""
     cfg, device, generator = model.cfg, model.embed.device, np.random.default_rng(0)
     plans = map(partial(plan_step, cfg), range(cfg.total_steps))
     kinds = {plan.kind: plan for plan in plans}
@@ -2755,7 +2727,7 @@ def validate(job, rotary, step: int, seconds: float, log):
 
 
 def check_ranks_agree(facts: dict, world):
-    """Raise UserError unless all ranks have the same facts, by name."""
+    """Raise UserError unless all ranks have the same facts (name -> text)."""
     found = world.gather_objects(facts)
     for name, first in found[0].items():
         others = [rank for rank, other in enumerate(found) if other[name] != first]
@@ -2799,7 +2771,7 @@ def log_header(log, job):
                  f"{progress.train_seconds:.1f} s: later steps of the earlier run don't count")
 
 
-def set_up(cfg, hardware, world) -> Job:
+def set_up(cfg, hardware, world):
     """Check the data, read the checkpoint of a resumed run, build and compile. Raises UserError."""
     shards = Shards(find_shards(cfg, "train"), cfg)
     check_supply(cfg, world, shards)
@@ -2810,8 +2782,8 @@ def set_up(cfg, hardware, world) -> Job:
         require("progress" in meta, f"{cfg.resume}: an export, which can't be trained on: give a checkpoint")
         progress = meta["progress"]
         require(progress.step < cfg.total_steps, f"{cfg.resume}: is at step {progress.step}: nothing left")
-    flags = vars(cfg) | dict.fromkeys(("data", "log_folder", "resume"))  # paths may differ between hosts
-    facts = {"flags": flags, "train_gpt.py": source().split()[1], "checkpoint": progress,
+    flags = str(replace(cfg, data="", log_folder="", resume=""))  # paths may differ between hosts
+    facts = {"flags": flags, "train_gpt.py": source().split()[1], "checkpoint": str(progress),
              "training data": shards.sha256(), "validation data": val.sha256}
     check_ranks_agree(facts, world)
     model = new_model(cfg, hardware)
@@ -2827,10 +2799,7 @@ def set_up(cfg, hardware, world) -> Job:
 
 
 def train(cfg, job) -> bool:
-    """One run: steps on the clock, with validations and checkpoints off it. Raises UserError.
-
-    Returns whether a signal ended it.
-    """
+    """One run, with validations and checkpoints off the clock. Returns whether a signal ended it."""
     model, optimizer, device = job.model, job.optimizer, job.hardware.device
     start, position, seconds = job.progress
     model.cfg = cfg

@@ -138,6 +138,11 @@ def checkpoint_of(logs, step):
     return path
 
 
+def checkpoints(folder):
+    """Those of one run, by step."""
+    return sorted(folder.glob("checkpoint_*.safetensors"))
+
+
 def final_windows(cfg):
     """Of the validation after training."""
     return train_gpt.plan_step(cfg, cfg.total_steps).windows

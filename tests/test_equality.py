@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from small import (
-    BOS, SMALL, checkpoint_of, random_tokens, train_gpt, write_split, write_tables,
+    BOS, SMALL, checkpoint_of, checkpoints, random_tokens, train_gpt, write_split, write_tables,
 )  # fmt: skip
 from train_gpt import (
-    GPT, Optimizer, Position, Progress, Stage, Validation, World, optimizer_table, read_checkpoint,
+    GPT, Optimizer, Progress, Stage, Validation, World, optimizer_table, read_checkpoint,
 )  # fmt: skip
 from training import (
     STEP_SAVERS, Runs, assert_equal, assert_same_checkpoint, fork_ranks, metrics_of, randomise,
@@ -279,7 +279,7 @@ def test_several_runs_in_a_process_are_single_ones_of_their_seeds_bit_by_bit(run
 
 
 def checkpoint_in(folder):
-    (path,) = train_gpt.checkpoints(folder)
+    (path,) = checkpoints(folder)
     return path
 
 
@@ -305,9 +305,9 @@ def write_run(logs, name, steps, **changes):
     optimizer = Optimizer(model, optimizer_table(cfg), World())
     optimizer.reset()
     for step in steps:
-        progress = Progress(step, Position(), 1.0)
+        progress = Progress(step, (0, 0), 1.0)
         assert not train_gpt.save_checkpoint(folder, model, optimizer, World(), progress)
-    return train_gpt.checkpoints(folder)
+    return checkpoints(folder)
 
 
 def truncate(path):

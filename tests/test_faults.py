@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from small import SMALL, assert_refused, random_tokens, train_gpt, write_corpus, write_split
+from small import SMALL, assert_refused, checkpoints, random_tokens, train_gpt, write_corpus, write_split
 from train_gpt import UserError, read_checkpoint
 from training import Runs, assert_same_checkpoint, fork_ranks, metrics_of, run_main
 
@@ -113,7 +113,7 @@ def test_what_is_not_finite_ends_the_run_and_reaches_no_checkpoint(
     result = cli(f"--data={runs.data}", f"--log_folder={tmp_path / 'logs'}", "--save_every=1")
     assert_refused(result, words)
     (folder,) = (tmp_path / "logs").iterdir()
-    saved = train_gpt.checkpoints(folder)
+    saved = checkpoints(folder)
     assert [int(path.stem[-6:]) for path in saved] == list(range(1, at))
     assert all(map(finite, saved)) and not [*folder.glob("*.tmp")]
 

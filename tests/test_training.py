@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from small import BOS, CPU, SMALL, final_windows, random_tokens, train_gpt, write_corpus
 from train_gpt import (
-    TRACKS, GPT, Loader, Optimizer, Position, Progress, UserError, Validation, World, build_rotary, cap,
+    TRACKS, GPT, Loader, Optimizer, Progress, UserError, Validation, World, build_rotary, cap,
     optimizer_table, plan_step, read_checkpoint,
 )  # fmt: skip
 from training import STEP_SAVERS, Runs, assert_equal, fork_ranks, metrics_of, randomise, run_main, weights_of
@@ -533,7 +533,7 @@ def small_checkpoint(folder, cfg=SMALL, seed=0):
     folder.mkdir(exist_ok=True)
     model = randomise(GPT(cfg), seed)
     optimizer = Optimizer(model, optimizer_table(cfg), World())
-    failed = train_gpt.save_checkpoint(folder, model, optimizer, World(), Progress(2, Position(), 1.0))
+    failed = train_gpt.save_checkpoint(folder, model, optimizer, World(), Progress(2, (0, 0), 1.0))
     return folder / "checkpoint_000002.safetensors", failed
 
 

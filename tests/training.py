@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from small import CPU, SMALL, free_port, train_gpt
+from small import CPU, SMALL, checkpoints, free_port, train_gpt
 from train_gpt import Validation
 
 TESTS = Path(__file__).resolve().parent
@@ -103,7 +103,7 @@ class Runs:
         return types.SimpleNamespace(
             losses=self.losses, validations=self.validations, job=self.job, model=self.job.model,
             folders=folders, folder=folders[-1], log=(folders[-1] / "log.txt").read_text(),
-            saved=train_gpt.checkpoints(folders[-1]),
+            saved=checkpoints(folders[-1]),
         )  # fmt: skip
 
 
