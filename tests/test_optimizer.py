@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from small import BOS, CPU, SMALL, layers_without, random_tokens, train_gpt
+from small import BOS, SMALL, layers_without, random_tokens, train_gpt
 from train_gpt import (
     POLAR_EXPRESS, TRACKS, Adam, GPT, NorMuon, Optimizer, Validation, World, adam_update, gradient,
     nesterov, normuon_update, optimizer_table, polar_express,
