@@ -298,7 +298,7 @@ def first_windows(plan):
 GROWING = t.Stage(0.0, 64, 32, 4, 8, 1.0, ((1, 1), (1, 1))), t.Stage(0.5, 128, 48, 8, 16, 1.5)
 
 
-@mechanism("stages", Loader__batch={"stage": GROWING[0]}, backward_micro_batch={"plan": first_windows},
+@mechanism("stages", Loader__batch={"step": 0}, backward_micro_batch={"plan": first_windows},
            plan_step={"step": 0})  # fmt: skip
 def test_batch_documents_windows_rate_and_targets_change_at_one_step():
     seen, windows = [], set()
