@@ -306,7 +306,7 @@ def test_medians_are_of_pairs_within_a_stage_without_validations_and_profiled_st
     medians = scaling.stage_medians(times, cfg, skip={5})
     assert [s["seconds"] for s in medians] == pytest.approx([1, 2, 3, 4, 5])
     assert [s["steps"] for s in medians] == [97, 97, 76, 20, 10]
-    assert [s["pairs"] for s in medians] == [74, 75, 75, 9]
+    assert [s["pairs"] for s in medians] == [47, 47, 36, 9, 4]
 
 
 def test_scaling_runs_what_is_missing_traces_it_and_compares(run, tmp_path):
