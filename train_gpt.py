@@ -1515,7 +1515,7 @@ class GPT(nn.Module):
         return sign_region(rows_TD, self.bigram_signs, sign_T)
 
     def stream_weights(self) -> list[tuple]:
-        """Of each layer: what Mixing multiplies the stream, a skip connection, x0 and bigrams with."""
+        """Of each layer: what mix_region multiplies the stream, a skip connection, x0 and bigrams with."""
         cfg, layers = self.cfg, len(self.cfg.layers)
         x = unbind(self.resid_lambdas, layers)
         x0 = unbind(self.x0_lambdas, layers)
