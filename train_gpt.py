@@ -411,7 +411,7 @@ class World(NamedTuple):
     @classmethod
     def from_environment(cls):
         """This process as torchrun numbers it; alone without torchrun."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if "WORLD_SIZE" in os.environ else ()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get("WORLD_SIZE") else ()
         return cls(*(int(os.environ[name]) for name in names))
 
     def meet(self, hardware, minutes: int):
@@ -485,7 +485,8 @@ def choose_hardware(cfg, world):
         attention = "fa3"
         torch.nn.attention.activate_flash_attention_impl("FA3")
     sizes = cfg.width, *map(cfg.micro_tokens, cfg.stages)
-    fp8 = cfg.fp8 and capability >= (8, 9) and not any(size % 16 for size in sizes)
+    fits = capability >= (8, 9) and not any(size % 16 for size in sizes)
+    fp8 = cfg.fp8 and kernels != "reference" and fits
     dtype = torch.bfloat16 if modern else torch.float32
     graphs = cfg.graphs and cfg.compile and modern
     return Hardware(device, dtype, cfg.compile, kernels, attention, fp8, graphs)
@@ -1356,14 +1357,6 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, copyin
     return sum(losses), torch.cat(x_grads)
 
 
-def unbind(p: nn.Parameter | None, count: int) -> tuple:
-    """p[0], p[1], .. by one operation, whose backward is one stack; None for each if there is no p.
-
-    p[i] by itself would add a gradient as large as p for each i.
-    """
-    return (None,) * count if p is None else p.unbind()
-
-
 class GPT(nn.Module):
     """Parameters: see parameter_table; float32, and 0 until `initialise`. forward runs in `dtype`."""
 
@@ -1517,12 +1510,11 @@ class GPT(nn.Module):
     def stream_weights(self) -> list[tuple]:
         """Of each layer: what mix_region multiplies the stream, a skip connection, x0 and bigrams with."""
         cfg, layers = self.cfg, len(self.cfg.layers)
-        x = unbind(self.resid_lambdas, layers)
-        x0 = unbind(self.x0_lambdas, layers)
-        bigram = unbind(self.bigram_lambdas, layers)
+        x, x0 = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()  # by one operation, not [i] for each i
+        bigram = self.bigram_lambdas.unbind() if cfg.bigram_rows else [None] * layers
         skip = [None] * layers
         for i, factor in zip(cfg.skips, self.skip_lambdas.sigmoid().unbind() if cfg.skips else ()):
-            skip[i] = factor if x[i] is None else x[i] * factor
+            skip[i] = x[i] * factor
         return list(zip(x, skip, x0, bigram))
 
     def pointer_heads(self, x_TD):
@@ -2692,12 +2684,17 @@ def write_plot(folder) -> str:
     return str(folder / "loss.png")
 
 
+def most_memory_first(plan) -> tuple:
+    """Sort key; 0 columns are all."""
+    return -plan.stage.batch_tokens, plan.stage.columns
+
+
 def warm_up(model, optimizer, val, world):
     """Run, and so compile, each kind of step and a validation chunk. Changes weights and optimizer state."""
     cfg, device, generator = model.cfg, model.embed.device, np.random.default_rng(0)
     plans = map(partial(plan_step, cfg), range(cfg.total_steps))
     kinds = {plan.kind: plan for plan in plans}
-    for plan in sorted(kinds.values(), key=lambda plan: -plan.stage.batch_tokens):  # most memory first
+    for plan in sorted(kinds.values(), key=most_memory_first):
         T, length = cfg.micro_tokens(plan.stage), min(512, plan.stage.max_doc)
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
         tokens[::length] = cfg.bos
@@ -2762,7 +2759,8 @@ def log_header(log, job):
         f"validation: tokens:{job.val.count} bytes:{job.val.bytes or 'unknown'} sha256:{job.val.sha256}\n"
         f"model: {sum(p.numel() for p in job.model.parameters()):,} parameters, {len(cfg.layers)} x "
         f"{cfg.width}, vocabulary {cfg.padded_vocab}\n"
-        "timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses\n"
+        "timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses; "
+        "averaging at the end\n"
         "untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
         "checkpoints"
     )

@@ -38,10 +38,10 @@ ALONE = """
 import json, os, sys, threading, time
 sys.modules["triton"] = None
 files, environment, threads = os.listdir(), dict(os.environ), threading.active_count()
+import torch
 begin = time.process_time()  # whatever else runs on this machine
 import train_gpt
 seconds = time.process_time() - begin
-import torch
 assert dict(os.environ) == environment and threading.active_count() == threads and os.listdir() == files
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 late = [name for name in ("safetensors", "tiktoken", "matplotlib") if name in sys.modules]
@@ -76,7 +76,7 @@ def test_import_prints_nothing_is_quick_and_needs_no_triton(alone):
     out, error, *_ = alone
     assert error == "" and out.count("\n") == 1
     found = json.loads(out)
-    assert found["seconds"] < 5 and found["late"] == [] and found["triton"] is None
+    assert found["seconds"] < 1.5 and found["late"] == [] and found["triton"] is None
 
 
 def test_run_leaves_its_files_and_nothing_else(alone):
@@ -407,7 +407,7 @@ CHOSEN = [  # compute capability, flags, attention, kernels, fp8, graphs
     ((8, 9), {}, "fa2", "small", True, True),
     ((9, 0), {}, "fa3", "large", True, True),
     ((9, 0), {"fa3": False}, "fa2", "large", True, True),
-    ((9, 0), {"kernels": False}, "fa3", "reference", True, True),
+    ((9, 0), {"kernels": False}, "fa3", "reference", False, True),
     ((9, 0), {"fp8": False, "graphs": False}, "fa3", "large", False, False),
     ((9, 0), {"compile": False}, "fa3", "large", True, False),
     ((9, 0), {"width": 40}, "fa3", "large", False, True),
