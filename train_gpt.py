@@ -1401,7 +1401,7 @@ class GPT(nn.Module):
         if not self.compute_weights:
             self.refresh()
         edges_T = tokens_T == cfg.bos if docs.first_T is None else docs.first_T
-        edges_T[:1].fill_(True)
+        edges_T[:1].fill_(True)  # "= True" would copy from the host, which no graph can record
         embed_TD = Lookup.apply(tokens_T, self.embed, self.dtype)
         x_TD = embed_region(embed_TD, self.smear_gate, self.smear_lambda, edges_T)
         x0_TD = x_TD
@@ -1568,6 +1568,7 @@ def build_model(cfg, hardware) -> GPT:
 
 
 def frobenius(x_NRC):
+    """Norm of each matrix, (N, 1, 1)."""
     return x_NRC.norm(dim=(-2, -1), keepdim=True)
 
 
@@ -1959,11 +1960,10 @@ class Optimizer:
         averaged = [part for part in self.parts if part.row.averaged]
         for part in averaged:
             p = part.parameter.data
-            dims = (-2, -1)
-            norm = p.norm(dim=dims, keepdim=True)
+            norm = frobenius(p)
             part.as_units(p)[part.lo : part.hi].lerp_(part.moments["average"], AVERAGE_BLEND)
             part.gather()()
-            p.mul_(norm / p.norm(dim=dims, keepdim=True).clamp_min(1e-12))
+            p.mul_(norm / frobenius(p).clamp_min(1e-12))
 
     @torch.no_grad()
     def reset(self):
