@@ -1957,11 +1957,11 @@ class Optimizer:
     @torch.no_grad()
     def finish(self):
         """After the last step: weights half way to their average, with their norms kept (record 92)."""
-        averaged = [part for part in self.parts if part.row.averaged]
-        for part in averaged:
+        for part in (part for part in self.parts if part.row.averaged):
             p = part.parameter.data
             norm = frobenius(p)
-            part.as_units(p)[part.lo : part.hi].lerp_(part.moments["average"], AVERAGE_BLEND)
+            own = part.as_units(p)[part.lo : part.hi]
+            own.mul_(1 - AVERAGE_BLEND).add_(part.moments["average"], alpha=AVERAGE_BLEND)
             part.gather()()
             p.mul_(norm / frobenius(p).clamp_min(1e-12))
 
@@ -2138,11 +2138,13 @@ def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device):
     if the stage wants all tokens or there are too many targets.
     """
     V = cfg.padded_vocab
+    if not 0 < stage.columns < V:
+        return None
     is_target_V = np.bincount(targets, minlength=V) > 0
     if cfg.pointer:
         is_target_V[cfg.vocab_size] = True
     needed = np.flatnonzero(is_target_V)[::-1]  # the pointer's slot comes first
-    if not len(needed) <= stage.columns < V:
+    if len(needed) > stage.columns:
         return None
     window = np.roll(np.arange(V), -turn * COLUMN_STEP % V)
     others = window[~is_target_V[window]]

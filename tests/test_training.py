@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import operator
 import pickle
 import types
 from dataclasses import replace
@@ -198,6 +199,18 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def runs(monkeypatch, corpus, tmp_path):
     return Runs(monkeypatch, corpus, tmp_path)
+
+
+def test_the_last_weights_are_averaged_into_the_final_ones(runs):
+    plain, averaged = runs(), runs("--average=0.9")
+    assert averaged.losses == plain.losses and averaged.validations[:-1] == plain.validations[:-1]
+    assert averaged.validations[-1] != plain.validations[-1]
+
+
+def test_a_slow_momentum_is_mixed_in_from_its_step_on(runs):
+    plain, mixed = runs(), runs("--slow_momentum=0.5")  # of 6 steps
+    assert mixed.losses[:4] == plain.losses[:4]  # the update of step 3 is the first that it changes
+    assert all(map(operator.ne, mixed.losses[4:], plain.losses[4:])) and len(mixed.losses) == 6
 
 
 def test_windows_of_validation_are_those_of_the_step_and_at_the_end_the_final_ones(runs, monkeypatch):
