@@ -2173,9 +2173,8 @@ def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device):
 
 
 class Loader:
-    """Prefetched batches from step `first` on.
+    """Batches from step `first` on, read ahead: (this rank's micro-batches, position after, `read` after).
 
-    Iterating gives micro-batches of this rank, and position and sha256 (see read_step) after them.
     Micro-batches are dealt in turn to the ranks, each of which walks the whole stream: the same micro-batches
     at every world size.
     """
@@ -2772,11 +2771,12 @@ def validate(job, rotary, step: int, seconds: float, log):
     """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
     cfg, lambdas = job.model.cfg, job.model.lambdas()
     result = job.val.run(job.model, plan_step(cfg, step).windows, rotary, job.world)
-    require(math.isfinite(result["val_loss"]), f"step {step}: the validation loss is {result['val_loss']}, "
-            "which is no result: lower the learning rates")
+    loss = result["val_loss"]
+    require(math.isfinite(loss), f"step {step}: the validation loss is {loss}: lower the learning rates, "
+            "or go on from the last checkpoint with --resume=auto")
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
     single = "".join(f" {name}:{values[0]:+.4f}" for name, values in lambdas.items() if len(values) == 1)
-    log.line(f"step:{step}/{cfg.total_steps} val_loss:{result['val_loss']:.4f}{bpb} "
+    log.line(f"step:{step}/{cfg.total_steps} val_loss:{loss:.4f}{bpb} "
              f"train_time:{seconds * 1e3:.0f}ms step_avg:{seconds * 1e3 / max(step, 1):.2f}ms{single}")
     log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
 
