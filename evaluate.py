@@ -49,6 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def import_as_train_gpt(path: str):
+    path = os.path.expanduser(path)
     if not path.endswith(".py") or not os.path.isfile(path):
         refuse(f"--script={path}: no such Python file; give the train_gpt.py that made the checkpoint")
     spec = importlib.util.spec_from_file_location("train_gpt", path)
@@ -172,8 +173,12 @@ def check_options(options: Options, weights: tuple):
         check_names("sgd_weights", options.sgd_weights, weights)
     if options.stride > options.context:
         raise UserError(f"--stride={options.stride}: at most --context={options.context}")
-    if options.export and not options.export.endswith(".safetensors"):
+    export = Path(options.export).expanduser()
+    if options.export and export.suffix != ".safetensors":
         raise UserError(f"--export={options.export}: must end in .safetensors; the config goes to .json")
+    for path in (export, export.with_suffix(".json")) if options.export else ():
+        if path.exists():
+            raise UserError(f"--export={options.export}: {path} exists already: name another file")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -622,6 +627,8 @@ def evaluate(path: Path, model: AdaptedGPT, options: Options, hardware: Hardware
     for method in options.methods.split(","):
         row, nats[method] = measure(method, model, val, options, hardware, world)
         rows[method] = row
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"{method}: the loss is {row['loss']}, which is no result: lower its rate")
         log.line(f"{method}: loss {row['loss']:.4f}, {row['seconds']:.1f} s")
         log.metric(method=method, **row)
     log.line(result_table(rows))
@@ -665,18 +672,14 @@ def load(checkpoint: str, given: dict, world: World) -> tuple[Path, AdaptedGPT, 
         own = path.parent / "train_gpt.py"
         script = own if own.is_file() else "FILE"
         raise UserError(f"{error}; if another trainer made it, give that as --script={script}") from None
-    weights = dict(model.named_parameters())
-    check_options(options, tuple(weights))
-    bad = [name for name, p in weights.items() if not p.isfinite().all()]
-    if bad:
-        raise UserError(f"{path}: not finite: {', '.join(bad)}; take an earlier checkpoint")
+    check_options(options, tuple(name for name, _ in model.named_parameters()))
     return path, model, options, hardware
 
 
 def find_tokenizer(options: Options, cfg: Config) -> Tokenizer:
     """Raises UserError if there is none, or another than the model's."""
     try:
-        tokenizer = load_tokenizer(options.tokenizer or data_folder(cfg))
+        tokenizer = load_tokenizer(os.path.expanduser(options.tokenizer or data_folder(cfg)))
     except ValueError as error:
         raise UserError(f"--sample: {error}; or give --tokenizer=") from None
     if tokenizer.vocab_size != cfg.vocab_size:
@@ -733,7 +736,8 @@ def export_model(path: Path, model: GPT):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_checkpoint(path, weights, {"config": config})
-        path.with_suffix(".json").write_text(json.dumps(config, indent=1))
+        with open(path.with_suffix(".json"), "x") as file:
+            file.write(json.dumps(config, indent=1))
     except (OSError, SafetensorError) as error:
         raise UserError(f"can't write {path}: {error}") from None
 
@@ -745,20 +749,26 @@ def run(argv: list[str]):
     world.meet(hardware, minutes=60)
     if world.size > 1 and hardware.device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
+    failed = ""
     if options.export and world.rank == 0:
-        export_model(Path(options.export), model)
-        print(f"export: {options.export}")
+        try:
+            export_model(Path(options.export).expanduser(), model)
+            print(f"export: {options.export}")
+        except UserError as error:  # the rest is done first
+            failed = str(error)
     if options.methods:
         evaluate(path, model, options, hardware, world)
     if options.sample is not None and world.rank == 0:
         print(sample_text(model, find_tokenizer(options, model.cfg), options))
     world.leave()
+    if failed:
+        raise UserError(failed)
 
 
 def main():
     try:
         run(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:  # as of a full disk
         refuse(str(error))
     except torch.OutOfMemoryError as error:
         refuse(f"{str(error).split('. ')[0]}: lower --batch=, --slots= or --lora_rank=")

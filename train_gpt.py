@@ -410,9 +410,15 @@ class World(NamedTuple):
 
     @classmethod
     def from_environment(cls):
-        """This process as torchrun numbers it; alone without torchrun."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get("WORLD_SIZE") else ()
-        return cls(*(int(os.environ[name]) for name in names))
+        """This process as torchrun numbers it; alone without torchrun. Raises UserError on half of that."""
+        found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        if not any(found):
+            return cls()
+        meant = all(map(str.isdecimal, found)) and int(found[0]) < int(found[1])
+        meant &= found[1] == "1" or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        require(meant, f"RANK, WORLD_SIZE, LOCAL_RANK are {found}: they count together, with MASTER_ADDR and "
+                "MASTER_PORT: start with torchrun, which sets all, or unset them")
+        return cls(*map(int, found))
 
     def meet(self, hardware, minutes: int):
         """Begin the exchange with the others; one that waits longer than this ends."""
@@ -469,6 +475,7 @@ class Hardware(NamedTuple):
 
 def choose_hardware(cfg, world):
     """The fastest that this machine has and the flags allow. Raises UserError if a rank has no GPU."""
+    torch.ones(1, requires_grad=True).backward(torch.ones(1))  # the first imports sympy: no clock runs yet
     if not torch.cuda.is_available():
         return Hardware(torch.device("cpu"), torch.float32, False, "reference", "reference", False, False)
     found = torch.cuda.device_count()
@@ -2047,7 +2054,8 @@ class Shards:
 
     def __init__(self, paths, cfg):
         self.paths, self.cfg, self.opened = paths, cfg, {}
-        counts = [(path.stat().st_size - 1024) // 2 for path in paths]  # 1,024 bytes of header, 2 a token
+        # 1,024 bytes of header, 2 a token; at least 1, so that an empty file is opened, and refused, as well.
+        counts = [max(1, (path.stat().st_size - 1024) // 2) for path in paths]
         self.edges = [0, *itertools.accumulate(counts)]  # shard i: edges[i] to edges[i + 1]
 
     def sha256(self) -> str:
@@ -2125,6 +2133,19 @@ def pack(stream, tokens: int, max_doc: int):
     return np.concatenate(pieces), starts[starts < tokens]
 
 
+def read_step(stream, step: int, read: str):
+    """What `pack` gives for each micro-batch of a step, and the sha256 of `read` and these tokens.
+
+    read: what that was for the step before, "" for none: so it stands for all tokens and their batches.
+    """
+    cfg, stage = stream.cfg, plan_step(stream.cfg, step).stage
+    packed = [pack(stream, cfg.micro_tokens(stage), stage.max_doc) for _ in range(cfg.micro_batches)]
+    digest = hashlib.sha256(read.encode())
+    for tokens, _ in packed:
+        digest.update(tokens)
+    return packed, digest.hexdigest()
+
+
 def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None):
     """longest: a bound on the lengths, where it is known; a constant one lets CUDA graphs be replayed."""
     cu_seqlens = np.append(starts, tokens).astype(np.int32)
@@ -2152,14 +2173,14 @@ def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device):
 
 
 class Loader:
-    """Prefetched batches from step `first` on. Iterating gives (micro-batches of this rank, position after).
+    """Batches from step `first` on, read ahead: (this rank's micro-batches, position after, `read` after).
 
     Micro-batches are dealt in turn to the ranks, each of which walks the whole stream: the same micro-batches
     at every world size.
     """
 
-    def __init__(self, cfg, world, shards, device, first: int = 0, position: tuple = (0, 0)):
-        self.cfg, self.world, self.device = cfg, world, device
+    def __init__(self, cfg, world, shards, device, first: int = 0, position: tuple = (0, 0), read: str = ""):
+        self.cfg, self.world, self.device, self.read = cfg, world, device, read
         self.stream = DocumentStream(shards, cfg, position)
         self.steps = range(first, cfg.total_steps)
         self.queue = queue.Queue(maxsize=2)
@@ -2174,15 +2195,14 @@ class Loader:
 
     def batch(self, step: int):
         stage, own = plan_step(self.cfg, step).stage, []
-        T = self.cfg.micro_tokens(stage)
-        for i in range(self.cfg.micro_batches):
-            tokens, starts = pack(self.stream, T, stage.max_doc)
+        packed, self.read = read_step(self.stream, step, self.read)
+        for i, (tokens, starts) in enumerate(packed):
             if i % self.world.size == self.world.rank:
-                docs = to_documents(starts, T, stage.max_doc)
+                docs = to_documents(starts, len(tokens) - 1, stage.max_doc)
                 turn = step * self.cfg.micro_batches + i
                 columns = choose_columns(self.cfg, stage, tokens[1:], turn, self.device)
                 own.append(MicroBatch(pinned(tokens.astype(np.int64), self.device), docs, columns))
-        return own, self.stream.position
+        return own, self.stream.position, self.read
 
     def __iter__(self):
         for _ in self.steps:
@@ -2201,6 +2221,15 @@ def check_supply(cfg, world, shards):
         stage = plan_step(cfg, step).stage
         for _ in range(cfg.micro_batches):
             stream.spans(cfg.micro_tokens(stage), stage.max_doc)
+
+
+def check_continuation(cfg, shards, progress):
+    """Read again what a resumed run has read. Raises UserError if that is something else now."""
+    stream, read = DocumentStream(shards, cfg), ""
+    for step in range(progress.step):
+        _, read = read_step(stream, step, read)
+    require(progress.read in ("", read), f"{cfg.resume}: its run has read other training tokens than those "
+            f"first in {shards.paths[0].parent}: give their folder as --data=, or leave --resume out")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2468,38 +2497,62 @@ class Progress(NamedTuple):
     step: int = 0                # steps done
     position: tuple = (0, 0)     # epoch and offset of the next unread token
     train_seconds: float = 0.0
+    read: str = ""               # sha256 of the training tokens so far, see read_step; "": unknown
+    val_sha256: str = ""         # of the validation tokens
 
 
 def write_checkpoint(path, tensors: dict, meta: dict):
     """Atomic: the final name appears only when everything is on disk. meta: JSON values by name."""
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    check_finite(tensors, path)
+    folder = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")  # safetensors has drafts, too
+    temporary = folder / path.name
+    folder.mkdir()
     try:
         text = {name: json.dumps(value) for name, value in meta.items()}
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary, text)
+        temporary.chmod(folder.stat().st_mode & 0o666)  # as the umask says
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(root):
+    """Delete what processes of this machine that were killed left of checkpoints in the runs of a folder."""
+    for folder in root.glob(f"*/checkpoint_*.{platform.node()}.*.tmp"):
+        try:
+            os.kill(int(folder.suffixes[-2][1:]), 0)
+        except OSError as error:
+            if isinstance(error, ProcessLookupError):  # else it lives, and is another user's
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_finite(tensors: dict, path):
+    """Raise UserError if a number of these isn't finite: neither saved nor taken from a file."""
+    bad = [name for name, x in tensors.items() if not x.isfinite().all()]
+    require(not bad, f"{path}: not finite: {', '.join(bad)}; take an earlier checkpoint")
 
 
 def read_checkpoint(path, tensors: bool = False):
     """Tensors, if wanted, and metadata: "config" and, but for an export, "progress". Raises UserError."""
     from safetensors import SafetensorError, safe_open
 
+    path = Path(path).expanduser()
     try:
         with safe_open(path, "pt") as file:
             meta = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
             found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
         meta["config"] = config_from_json(meta["config"])
         if "progress" in meta:
-            step, position, seconds = meta["progress"]
-            meta["progress"] = Progress(step, tuple(position), seconds)
+            step, position, *rest = meta["progress"]
+            meta["progress"] = Progress(step, tuple(position), *rest)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:120]}"
         raise UserError(f"{path}: not a checkpoint of this script: {reason}") from None
+    check_finite(found, path)
     return found, meta
 
 
@@ -2522,8 +2575,6 @@ def save_checkpoint(folder, model, optimizer, world, progress) -> str:
         tensors = {f"model.{name}": p for name, p in model.named_parameters()} | state
         path = folder / f"checkpoint_{progress.step:06d}.safetensors"
         try:
-            bad = [name for name, x in tensors.items() if not x.isfinite().all()]
-            require(not bad, f"not finite: {', '.join(bad)}")
             write_checkpoint(path, tensors, {"config": vars(model.cfg), "progress": progress})
             for old in sorted(folder.glob("checkpoint_*.safetensors"))[:-KEEP_CHECKPOINTS]:
                 old.unlink()
@@ -2585,6 +2636,7 @@ class Log:
                 folder = folder.with_name(f"{folder.name}-1")
             folder.mkdir(parents=True)
             shutil.copy(__file__, folder / "train_gpt.py")
+            remove_leftovers(log_root(cfg))
             self.text = open(folder / "log.txt", "w", buffering=1)
             self.metrics = open(folder / "metrics.jsonl", "w", buffering=1)
         except OSError as error:
@@ -2718,15 +2770,18 @@ def validate(job, rotary, step: int, seconds: float, log):
     """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
     cfg, lambdas = job.model.cfg, job.model.lambdas()
     result = job.val.run(job.model, plan_step(cfg, step).windows, rotary, job.world)
+    loss = result["val_loss"]
+    require(math.isfinite(loss), f"step {step}: the validation loss is {loss}: lower the learning rates, "
+            "or go on from the last checkpoint with --resume=auto")
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
     single = "".join(f" {name}:{values[0]:+.4f}" for name, values in lambdas.items() if len(values) == 1)
-    log.line(f"step:{step}/{cfg.total_steps} val_loss:{result['val_loss']:.4f}{bpb} "
+    log.line(f"step:{step}/{cfg.total_steps} val_loss:{loss:.4f}{bpb} "
              f"train_time:{seconds * 1e3:.0f}ms step_avg:{seconds * 1e3 / max(step, 1):.2f}ms{single}")
     log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
 
 
 def check_ranks_agree(facts: dict, world):
-    """Raise UserError unless all ranks have the same facts (name -> text)."""
+    """Raise UserError unless all ranks have the same facts, by name."""
     found = world.gather_objects(facts)
     for name, first in found[0].items():
         others = [rank for rank, other in enumerate(found) if other[name] != first]
@@ -2769,6 +2824,8 @@ def log_header(log, job):
     if progress.step:
         log.line(f"resumed: {cfg.resume} at step {progress.step}; the clock goes on from "
                  f"{progress.train_seconds:.1f} s: later steps of the earlier run don't count")
+        if progress.val_sha256 != job.val.sha256:
+            log.line("warning: validation losses are not of the earlier run's tokens, or those are unknown")
 
 
 def set_up(cfg, hardware, world):
@@ -2782,10 +2839,11 @@ def set_up(cfg, hardware, world):
         require("progress" in meta, f"{cfg.resume}: an export, which can't be trained on: give a checkpoint")
         progress = meta["progress"]
         require(progress.step < cfg.total_steps, f"{cfg.resume}: is at step {progress.step}: nothing left")
-    flags = str(replace(cfg, data="", log_folder="", resume=""))  # paths may differ between hosts
-    facts = {"flags": flags, "train_gpt.py": source().split()[1], "checkpoint": str(progress),
-             "training data": shards.sha256(), "validation data": val.sha256}
-    check_ranks_agree(facts, world)
+        check_continuation(cfg, shards, progress)
+    flags = vars(replace(cfg, data="", log_folder="", resume=""))  # paths may differ between hosts
+    facts = {"train_gpt.py": source().split()[1], "checkpoint": progress, "training data": shards.sha256(),
+             "validation data": val.sha256}
+    check_ranks_agree(flags | facts, world)
     model = new_model(cfg, hardware)
     if cfg.prefix_weight:
         prefixes = load_token_table(cfg, "prefixes.npy")
@@ -2801,7 +2859,7 @@ def set_up(cfg, hardware, world):
 def train(cfg, job) -> bool:
     """One run, with validations and checkpoints off the clock. Returns whether a signal ended it."""
     model, optimizer, device = job.model, job.optimizer, job.hardware.device
-    start, position, seconds = job.progress
+    start, position, seconds, read, _ = job.progress
     model.cfg = cfg
     if job.tensors:
         load_weights(model, job.tensors, cfg.resume)
@@ -2812,7 +2870,7 @@ def train(cfg, job) -> bool:
     log = Log(cfg, job.world)
     log_header(log, job)
     clock = Clock(job.hardware, seconds)
-    loader = iter(Loader(cfg, job.world, job.shards, device, start, position))
+    loader = iter(Loader(cfg, job.world, job.shards, device, start, position, read))
     steps = StepLog(log, clock, job)
     stage, unsaved = None, ""
     for step in range(start, cfg.total_steps + 1):
@@ -2828,11 +2886,12 @@ def train(cfg, job) -> bool:
             if last:
                 optimizer.finish()
             clock.pause()
+            check_ranks_agree({"training tokens": read}, job.world)
             if model.graphs:
                 model.graphs.release()  # what follows needs the memory
             saving = saving or (cfg.save_every >= 0 and (last or steps.stop))
             if saving and step > start:  # before a validation that might fail
-                done = Progress(step, position, clock.seconds)
+                done = Progress(step, position, clock.seconds, read, job.val.sha256)
                 unsaved = save_checkpoint(log.folder, model, optimizer, job.world, done)
                 log.line(unsaved or f"checkpoint of step {step} written")
             if steps.stop and not last:
@@ -2846,9 +2905,10 @@ def train(cfg, job) -> bool:
                 log.line(f"first step {time.time() - STARTED:.1f} s after the start of this process")
             clock.resume()
         if not last:
-            batches, position = next(loader)  # waits only if the loader isn't ahead
+            batches, position, read = next(loader)  # waits only if the loader isn't ahead
             report = train_step(model, optimizer, batches, plan, rotary, step, job.asked.is_set())
             steps.add(step + 1, report, plan)
+    log.line(f"training tokens: sha256:{read}")
     log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")  # 0 without a GPU
     if log.active:
         log.line(f"plot: {write_plot(log.folder)}\nlog: {log.folder / 'log.txt'}")
@@ -2873,7 +2933,7 @@ def run(argv):
 def main():
     try:
         run(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:  # as of a full disk
         print("train_gpt.py:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever was quoted
         sys.exit(2)
     except torch.OutOfMemoryError as error:

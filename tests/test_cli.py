@@ -46,11 +46,15 @@ assert dict(os.environ) == environment and threading.active_count() == threads a
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 late = [name for name in ("safetensors", "tiktoken", "matplotlib") if name in sys.modules]
 torch.cuda.is_available = lambda: False
+resume, step, before, after = train_gpt.Clock.resume, train_gpt.train_step, [], []
+train_gpt.Clock.resume = lambda clock: (before.append(set(sys.modules)), resume(clock))
+train_gpt.train_step = lambda *args: (step(*args), after.append(set(sys.modules)))[0]
 sys.stdout.flush()
 sys.stdout = output = open("console", "w")
 train_gpt.main()
 output.flush()
-print(json.dumps({"seconds": seconds, "late": late, "triton": train_gpt.triton}), file=sys.__stdout__)
+print(json.dumps({"seconds": seconds, "late": late, "triton": train_gpt.triton,
+                  "timed": sorted(after[0] - before[0])}), file=sys.__stdout__)
 """
 NARROW = "--width=32", "--heads=2", "--scheduled_steps=6", "--val_every=3", "--mtp_heads=1", "--save_every=4"
 
@@ -79,6 +83,11 @@ def test_import_prints_nothing_is_quick_and_needs_no_triton(alone):
     assert found["seconds"] < 1.5 and found["late"] == [] and found["triton"] is None
 
 
+def test_nothing_is_imported_on_the_clock(alone):
+    """torch's first backward pass imports sympy, which took most of a short run's time."""
+    assert json.loads(alone[0])["timed"] == []
+
+
 def test_run_leaves_its_files_and_nothing_else(alone):
     *_, folder, log = alone
     assert sorted(os.listdir(folder)) == ["console", "logs", "train_gpt.py"]
@@ -104,8 +113,8 @@ def matches(pattern, text):
 
 HEADER_AND_END = (
     "source sha256:", "config {", "python:", "device: cpu (CPU)", "hardware: float32, compile False",
-    "data: data ", "validation: tokens:", "model: ", "timed: ", "untimed: ", "first step ", "peak memory: ",
-    "log: ", "plot: ",
+    "data: data ", "validation: tokens:", "model: ", "timed: ", "untimed: ", "first step ",
+    "training tokens: sha256:", "peak memory: ", "log: ", "plot: ",
 )  # fmt: skip
 
 
@@ -387,6 +396,58 @@ def test_plot_that_cannot_be_drawn_is_said_in_the_log(cli, small, data, tmp_path
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, error = cli(f"--data={data}", f"--log_folder={tmp_path}")
     assert (code, error) == (0, "") and re.search("^plot: not drawn: .*matplotlib", out, re.M)
+
+
+def test_what_does_not_fit_on_the_disk_is_said_in_a_line(cli, small, data, tmp_path, monkeypatch):
+    """A plot that doesn't is none of the run's failures; a log that doesn't ends it."""
+    from matplotlib.figure import Figure
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    code, out, error = cli(f"--data={data}", f"--log_folder={tmp_path}")
+    assert (code, error) == (0, "") and re.search("^plot: not drawn: .*No space left.*\nlog: ", out, re.M)
+    monkeypatch.setattr(train_gpt.Log, "metric", full)
+    assert_refused(cli(f"--data={data}", f"--log_folder={tmp_path}"), "No space left")
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(cli, small, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "write_plot", lambda folder: "not drawn: a test")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "data").symlink_to(data)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    flags = "--log_folder=~/logs", "--save_every=4"
+    assert cli("--data=~/data", *flags)[::2] == (0, "")
+    (path,) = (tmp_path / "home" / "logs").glob("*/checkpoint_000004*")
+    assert cli(f"--resume=~/logs/{path.parent.name}/{path.name}", *flags)[::2] == (0, "")
+    assert os.listdir(tmp_path) == ["home"] and len(os.listdir(tmp_path / "home" / "logs")) == 2
+
+
+ENVIRONMENTS = {  # RANK, WORLD_SIZE, LOCAL_RANK, and whether MASTER_ADDR and MASTER_PORT are there
+    (None, None, None, False): World(), ("", "", "", False): World(), (None, "", None, True): World(),
+    ("0", "1", "0", False): World(), ("1", "4", "0", True): World(1, 4, 0),
+    ("1", None, None, False): None, ("", "2", None, True): None, ("0", "", "0", True): None,
+    ("0", "2", None, True): None, (None, None, "0", False): None, ("2", "2", "0", True): None,
+    ("one", "2", "1", True): None, ("-1", "2", "0", True): None, ("0", "2", "0", False): None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("found", ENVIRONMENTS, ids=str)
+def test_variables_of_a_launcher_count_only_together(cli, monkeypatch, found):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), found):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    if found[3]:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "29500")
+    if ENVIRONMENTS[found] is not None:
+        assert World.from_environment() == ENVIRONMENTS[found]
+    else:
+        assert_refused(cli(), "RANK", "WORLD_SIZE", "LOCAL_RANK", "torchrun", "unset")
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(cli, small, data, tmp_path, monkeypatch):

@@ -1221,6 +1221,7 @@ MISTAKES = {
     "export to another kind of file": (["{run}", "--export={tmp}/a.json"], "a.json", ".safetensors"),
     "export into a file": (["{run}", "--export={ranks}/a.safetensors"], "ranks.tiktoken/a.safetensors"),
     "export onto a folder": (["{run}", "--export={folder}"], "folder.safetensors"),
+    "export onto its checkpoint": (["{run}", "--export={run}"], "{run} exists already"),
 }  # fmt: skip
 
 
@@ -1240,9 +1241,50 @@ def test_weights_that_are_not_finite_are_refused(trained, cli, tmp_path, action)
     tensors, meta = t.read_checkpoint(str(trained[0]), tensors=True)
     tensors["model.mlp_bank"][1, 0, 2, 3] = math.inf
     path = tmp_path / "bad.safetensors"
-    t.write_checkpoint(path, tensors, meta | {"config": vars(meta["config"])})
+    with mock.patch.object(t, "check_finite", lambda tensors, path: None):
+        t.write_checkpoint(path, tensors, meta | {"config": vars(meta["config"])})
     assert_refused(cli(path, action.format(tmp=tmp_path)), str(path), "mlp_bank")
     assert os.listdir(tmp_path) == ["bad.safetensors"]
+
+
+def test_an_export_overwrites_no_file_beside_it(trained, cli, tmp_path):
+    (tmp_path / "package.json").write_text("{}")
+    result = cli(trained[0], f"--export={tmp_path / 'package.safetensors'}", METHOD)
+    assert_refused(result, "package.json exists already")
+    assert (tmp_path / "package.json").read_text() == "{}" and os.listdir(tmp_path) == ["package.json"]
+
+
+def test_the_rest_is_done_where_an_export_cannot_be_written(trained, cli, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ev, "write_checkpoint", full)
+    flags = "--sample=ab", "--sample_tokens=3", "--tokenizer=bytes"
+    result = cli(trained[0], f"--export={tmp_path / 'model.safetensors'}", *flags)
+    assert_refused(result, "can't write", "model.safetensors", "No space left")
+    assert result[1].startswith("ab") and os.listdir(tmp_path) == []
+
+
+def test_a_tilde_in_an_exports_name_is_the_home_folder(trained, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert cli(trained[0], "--export=~/out/model.safetensors")[::2] == (0, "")
+    assert sorted(os.listdir(tmp_path / "out")) == ["model.json", "model.safetensors"]
+    assert_refused(cli(trained[0], "--export=~/out/model.safetensors"), "exists already")
+
+
+@pytest.mark.parametrize("method", ["packed", "stride"])
+def test_a_loss_that_is_not_finite_is_no_result(trained, cli, tmp_path, monkeypatch, method):
+    measure = ev.measure
+
+    def diverge(*args):
+        row, nats = measure(*args)
+        return row | {"loss": math.nan}, nats
+
+    monkeypatch.setattr(ev, "measure", diverge)
+    result = cli(trained[0], f"--methods={method}", f"--log_folder={tmp_path}", *QUICK)
+    assert_refused(result, f"{method}: the loss is nan")
+    assert rows_of(only_folder(tmp_path)) == []
 
 
 def test_help_names_every_flag_once(cli):

@@ -1,9 +1,16 @@
 """Tests of what goes wrong on the way: numbers that aren't finite, full disks, kills, ranks that differ."""
 
+import hashlib
+import math
 import os
+import platform
+import re
+import shutil
 import signal
+import subprocess
 import types
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,14 +63,15 @@ def finite(path):
 # What isn't finite, in which step, and what the run ends with. Banks change at once, other parameters in
 # steps 2, 4 and 6; a gradient that waits is saved with the rest. The last row of a table is padding, which is
 # never looked up: no loss shows it.
-LOSS, SAVE = "the training loss is nan", "checkpoint of step 6 not written: not finite"
+LOSS, SAVE = "the training loss is nan", "checkpoint of step 6 not written: "
 STRUCK = {
     "the loss": ("loss", 4, LOSS),
-    "a bank's gradient": ("mlp_bank", 3, LOSS),
+    "a bank's gradient": ("mlp_bank", 2, LOSS),
+    "a bank's gradient before a validation": ("mlp_bank", 3, "step 3: the validation loss is nan"),
     "a gradient that waits": ("attn_lambdas", 3, LOSS),
     "a table's gradient": ("head", 4, LOSS),
     "a gradient that no loss shows": ("embed", 4, SAVE),
-    "a gradient of the last step": ("attn_bank", 6, SAVE),
+    "a gradient of the last step": ("attn_bank", 6, "step 6: the validation loss is nan"),
     "the last loss": ("loss", 6, LOSS),
 }
 
@@ -111,8 +119,9 @@ def test_what_is_not_finite_ends_the_run_and_reaches_no_checkpoint(
     if device == "GPU":
         late()
     result = cli(f"--data={runs.data}", f"--log_folder={tmp_path / 'logs'}", "--save_every=1")
-    assert_refused(result, words)
+    assert_refused(result, words, *(["not finite: "] if words == SAVE else []))
     (folder,) = (tmp_path / "logs").iterdir()
+    assert all(math.isfinite(loss) for _, loss in metrics_of(folder, "val_loss"))
     saved = checkpoints(folder)
     assert [int(path.stem[-6:]) for path in saved] == list(range(1, at))
     assert all(map(finite, saved)) and not [*folder.glob("*.tmp")]
@@ -146,7 +155,7 @@ def test_a_signal_that_is_seen_late_is_answered_with_a_save_too(runs, late, stop
 def test_diverged_training_is_one_line_that_says_what_to_do(cli, runs, tmp_path):
     flags = "--adam_lr=1e11", "--muon_lr=1e11"
     result = cli(f"--data={runs.data}", f"--log_folder={tmp_path / 'logs'}", *flags)
-    assert_refused(result, "training loss is", "step", "learning rates", "--resume=auto")
+    assert_refused(result, "loss is", "step", "learning rates", "--resume=auto")
     assert not list(tmp_path.glob("logs/*/*.safetensors"))
 
 
@@ -229,11 +238,157 @@ def test_kill_during_a_save_loses_nothing_that_was_saved_before(runs, tmp_path, 
     undisturbed = runs("--save_every=2")
     resumed = runs("--resume=auto", "--save_every=2", logs=tmp_path / "killed" / "logs")
     assert f"resumed: {path} at step 2" in resumed.log
+    assert not [*tmp_path.glob("killed/logs/*/*.tmp")] and [*path.parent.iterdir()].count(path) == 1
     assert resumed.losses == undisturbed.losses[2:]
     assert_same_checkpoint(resumed.saved[-1], undisturbed.saved[-1])
 
 
+def test_drafts_of_checkpoints_are_removed_only_if_their_writers_are_dead(tmp_path, monkeypatch):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    elsewhere, node = "another-host", platform.node()
+    names = {(elsewhere, ended.pid): True, (node, os.getpid()): True, (node, ended.pid): False,
+             (node, 1): True}  # fmt: skip
+    for host, number in names:
+        folder = tmp_path / "run" / f"checkpoint_000002.safetensors.{host}.{number}.tmp"
+        folder.mkdir(parents=True)
+        (folder / "draft").write_bytes(b"half")
+    train_gpt.remove_leftovers(tmp_path)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {f"checkpoint_000002.safetensors.{host}.{number}.tmp"
+                    for (host, number), stays in names.items() if stays}  # fmt: skip
+
+
+# ------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"x" * 1024], ids=len)
+@pytest.mark.parametrize("name, reached", [("x_train_0.bin", True), ("x_train_0005.bin", True),
+                                           ("x_train_002.bin", False)])  # fmt: skip
+def test_a_file_without_tokens_among_the_shards_is_refused_by_name_if_it_is_reached(
+    cli, runs, tmp_path, name, reached, content
+):
+    """Before the first of the others, between them, or behind them, where the schedule doesn't come."""
+    folder = copy_of(runs.data, tmp_path / "data")
+    (folder / name).write_bytes(content)
+    steps = "--scheduled_steps=12"  # 4,864 tokens, whose cut documents' rests are skipped: both shards
+    result = cli(f"--data={folder}", f"--log_folder={tmp_path / 'logs'}", steps)
+    if reached:
+        assert_refused(result, name, "not a complete token shard")
+        assert not (tmp_path / "logs").exists()
+    else:
+        assert result[0] == 0, result
+
+
+def copy_of(data, folder):
+    return Path(shutil.copytree(data, folder))
+
+
+def change_token(path, at):
+    """Another letter for the first one from token `at` on: no document starts elsewhere. Returns where."""
+    shard = np.memmap(path, "<u2", "r+", offset=1024)
+    at += int(np.argmax(shard[at:] != 256))
+    shard[at] = 97 + (shard[at] == 97)
+    shard.flush()
+
+
+def hash_of(log):
+    (found,) = re.findall("^training tokens: sha256:([0-9a-f]{64})$", log, re.M)
+    return found
+
+
+def test_log_and_checkpoint_name_the_tokens_that_were_read(runs, tmp_path):
+    """Chained over the steps, as they are read: T + 1 tokens of each micro-batch."""
+    first = runs("--save_every=6")
+    cfg, expected, shards = first.model.cfg, "", first.job.shards
+    stream = train_gpt.DocumentStream(shards, cfg)
+    for step in range(6):
+        stage = train_gpt.plan_step(cfg, step).stage
+        text = expected.encode()
+        for _ in range(4):
+            text += train_gpt.pack(stream, stage.batch_tokens // 4, stage.max_doc)[0].astype("<u2").tobytes()
+        expected = hashlib.sha256(text).hexdigest()
+    assert hash_of(first.log) == expected
+    assert read_checkpoint(str(first.saved[-1]))[1]["progress"].read == expected
+    runs.data = copy_of(runs.data, tmp_path / "data")
+    change_token(runs.data / "x_train_000.bin", 500)
+    other = runs("--save_every=-1")
+    header = [re.search("^data: .* (shards:.*)$", log, re.M)[1] for log in (first.log, other.log)]
+    assert header[0] == header[1] and hash_of(other.log) != expected
+
+
+def another_token(path):
+    change_token(path / "x_train_000.bin", 20)
+
+
+def put_in_front(path):
+    shutil.copy(path / "x_train_001.bin", path / "x_train_0.bin")
+
+
+def other_order(path):
+    names = [path / f"x_train_00{i}.bin" for i in range(2)]
+    contents = [name.read_bytes() for name in names]
+    for name, content in zip(names, reversed(contents)):
+        name.write_bytes(content)
+
+
+def without_the_first(path):
+    (path / "x_train_001.bin").replace(path / "x_train_000.bin")
+
+
+@pytest.mark.parametrize("change", [another_token, put_in_front, other_order, without_the_first])
+def test_a_run_is_not_resumed_on_other_tokens_than_it_has_read(runs, tmp_path, change):
+    begun = runs("--save_every=3")
+    folder = copy_of(runs.data, tmp_path / "data")
+    change(folder)
+    with pytest.raises(UserError, match=f"{begun.saved[0].name}: .*other training tokens.*--data="):
+        runs(f"--resume={begun.saved[0]}", f"--data={folder}", logs=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_run_is_not_resumed_with_other_batches_of_the_same_tokens(runs, tmp_path, monkeypatch):
+    """As if another version of the script cut them."""
+    begun, write = runs("--save_every=3"), train_gpt.config_from_json
+    monkeypatch.setattr(train_gpt, "config_from_json", lambda values: write(values | {"micro_batches": 2}))
+    with pytest.raises(UserError, match="other training tokens"):
+        runs(f"--resume={begun.saved[0]}", logs=tmp_path / "refused")
+
+
+def test_a_run_goes_on_with_more_data_behind_and_says_that_the_validation_is_another(runs, tmp_path):
+    begun = runs("--save_every=3")
+    folder = copy_of(runs.data, tmp_path / "elsewhere")
+    shutil.copy(folder / "x_train_000.bin", folder / "x_train_002.bin")
+    resumed = runs(f"--resume={begun.saved[0]}", f"--data={folder}")
+    assert resumed.losses == begun.losses[3:] and "warning: " not in resumed.log
+    assert hash_of(resumed.log) == hash_of(begun.log)
+    change_token(folder / "x_val_000.bin", 20)
+    resumed = runs(f"--resume={begun.saved[0]}", f"--data={folder}")
+    assert resumed.losses == begun.losses[3:] and "\nwarning: validation losses are not" in resumed.log
+
+
 # ------------------------------------------------------------------- ranks
+
+
+def read_as_rank(rank, folder, data, *others):
+    """Rank 1 has other data, whose documents start where the others' do."""
+    train_gpt.TRACKS["tiny"] = SMALL
+    run_main(f"--data={[data, *others][rank % len([data, *others])]}", f"--log_folder={folder / 'logs'}")
+
+
+def test_ranks_that_read_other_tokens_are_told_at_the_next_validation(data, tmp_path):
+    other = copy_of(data, tmp_path / "other")
+    change_token(other / "x_train_000.bin", 20)
+    codes, errors = fork_ranks(2, tmp_path / "differ", read_as_rank, data, other)
+    for code, error in zip(codes, errors):
+        assert_refused((code, "", error), "training tokens: ranks [1] have another than rank 0")
+    (log,) = tmp_path.glob("differ/logs/*/log.txt")
+    assert "step:3/6 train_loss" in log.read_text() and "step:3/6 val_loss" not in log.read_text()
+
+
+def test_hash_of_the_tokens_is_the_same_on_any_number_of_ranks(runs, data, tmp_path):
+    assert fork_ranks(2, tmp_path / "two", read_as_rank, data)[0] == [0, 0]
+    (log,) = tmp_path.glob("two/logs/*/log.txt")
+    assert hash_of(log.read_text()) == hash_of(runs("--save_every=-1").log)
 
 
 def train_as_rank(rank, folder, data, fault):
@@ -251,7 +406,7 @@ def no_room(path, tensors, meta):
 
 
 @pytest.mark.parametrize("fault, words", [
-    ("gradient", ["the training loss is nan"] * 2), ("disk", ["No space left"] * 2)
+    ("gradient", ["the validation loss is nan"] * 2), ("disk", ["No space left"] * 2)
 ])  # fmt: skip
 def test_fault_of_one_rank_ends_all_with_a_line(data, tmp_path, fault, words):
     codes, errors = fork_ranks(2, tmp_path / fault, train_as_rank, data, fault)
@@ -317,13 +472,14 @@ def test_ranks_that_differ_are_refused_before_the_first_step(data, runs, tmp_pat
         (tmp_path / name / "token_bytes.npy").write_bytes((data / "token_bytes.npy").read_bytes())
     begun = runs("--save_every=3").saved
     others = {
-        "seed": ("seed=1",), "flags": ("muon_lr=0.02",), "train_gpt.py": (),
+        "seed": ("seed=1",), "val_tokens": ("val_tokens=200",), "muon_lr": ("muon_lr=0.02",),
+        "train_gpt.py": (),
         "training data": (f"data={tmp_path / 'train'}",), "validation data": (f"data={tmp_path / 'val'}",),
         "checkpoint": (f"resume={begun[0]}",),
     }  # fmt: skip
     codes, errors = fork_ranks(4, tmp_path / "differ", refuse_as_rank, data, others)
     assert codes == [0] * 4, errors
-    expected = ["flags" if name == "seed" else name for name in others]
+    expected = list(others)
     for rank in range(4):
         lines = (tmp_path / "differ" / f"out{rank}").read_text().splitlines()
         assert [line.partition(":")[0] for line in lines] == expected

@@ -317,7 +317,7 @@ def test_batch_documents_windows_rate_and_targets_change_at_one_step():
         model = t.build_model(cfg, CPU)
         model.attention, optimizer = attention, t.Optimizer(model, t.optimizer_table(cfg), t.World())
         loader = t.Loader(cfg, t.World(), t.Shards(t.find_shards(cfg, "train"), cfg), CPU.device)
-        for step, (batches, _) in enumerate(loader):
+        for step, (batches, *_) in enumerate(loader):
             plan = t.plan_step(cfg, step)
             t.train_step(model, optimizer, batches, plan, build_rotary(cfg, 64, plan.stage_index), step)
             sizes = [(len(batch.tokens) - 1, batch.docs.longest) for batch in batches]

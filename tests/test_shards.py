@@ -59,7 +59,7 @@ def micro_batches(cfg, shards, world=World()):
     """[(tokens, starts of the pieces)] that a rank gets, and whether the data lasted for the schedule."""
     out, complete = [], True
     try:
-        for own, _ in Loader(cfg, world, shards, torch.device("cpu")):
+        for own, *_ in Loader(cfg, world, shards, torch.device("cpu")):
             out += [plain(batch) for batch in own]
     except UserError as error:
         assert "training tokens" in str(error)
@@ -187,13 +187,13 @@ def test_restart_from_a_saved_position_gives_the_same_continuation_at_every_step
     cfg = data_config(document_rest=rest, epochs=3)
     shards = shards_of(tmp_path, cfg, np.split(random_tokens(np.random.default_rng(3), 1500), [401, 777]))
     device = torch.device("cpu")
-    whole = [(batches, position) for batches, position in Loader(cfg, World(), shards, device)]
+    whole = list(Loader(cfg, World(), shards, device))
     assert len(whole) == 20 and whole[-1][1][0] >= 1
     for step in range(1, 20):
-        position = tuple(json.loads(json.dumps(whole[step - 1][1])))
-        rest_of_run = list(Loader(cfg, World(), shards, device, step, position))
-        assert [p for _, p in rest_of_run] == [p for _, p in whole[step:]]
-        for (found, _), (expected, _) in zip(rest_of_run, whole[step:]):
+        position, read = json.loads(json.dumps(whole[step - 1][1:]))
+        rest_of_run = list(Loader(cfg, World(), shards, device, step, tuple(position), read))
+        assert [rest for _, *rest in rest_of_run] == [rest for _, *rest in whole[step:]]
+        for (found, *_), (expected, *_) in zip(rest_of_run, whole[step:]):
             assert list(map(plain, found)) == list(map(plain, expected))
 
 
@@ -203,7 +203,7 @@ def test_columns_hold_all_targets_and_walk_through_the_vocabulary_the_same_at_ev
     cfg, device = data_config(stages=stages, epochs=3), torch.device("cpu")
     shards = shards_of(tmp_path, cfg, [random_tokens(np.random.default_rng(3), 1500)])
     loader = Loader(cfg, World(), shards, device)
-    batches, positions = zip(*loader)
+    batches, positions, _ = zip(*loader)
     whole = [batch for own in batches for batch in own]
     for turn, batch in enumerate(whole):
         columns, targets = batch.columns.tolist(), set(batch.tokens[1:].tolist())
@@ -214,7 +214,7 @@ def test_columns_hold_all_targets_and_walk_through_the_vocabulary_the_same_at_ev
     rests = [(Loader(cfg, World(rank, 2), shards, device), whole[rank::2]) for rank in range(2)]
     rests += [(Loader(cfg, World(), shards, device, 7, positions[6]), whole[14:])]
     for loader, expected in rests:
-        found = [batch for own, _ in loader for batch in own]
+        found = [batch for own, *_ in loader for batch in own]
         for batch, other in zip(found, expected, strict=True):
             assert torch.equal(batch.tokens, other.tokens) and torch.equal(batch.columns, other.columns)
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import operator
+import os
 import pickle
 import types
 from dataclasses import replace
@@ -566,6 +567,16 @@ def test_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
     assert [*tmp_path.iterdir()] == [path]
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_checkpoint_is_for_whom_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        path, _ = small_checkpoint(tmp_path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
     path, _ = small_checkpoint(tmp_path)
     before, seen = path.read_bytes(), []
@@ -639,6 +650,33 @@ def test_file_that_is_no_checkpoint_is_refused_and_never_unpickled(tmp_path, wri
         train_gpt.parse_config([f"--resume={path}"])
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert not triggered.exists()
+
+
+@pytest.mark.parametrize("name", ["model.mlp_bank", "optimizer.head.second", "optimizer.attn_bank.momentum"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_neither_saved_nor_gone_on_from(runs, tmp_path, monkeypatch, name, value):
+    path, _ = small_checkpoint(tmp_path / "run", replace(SMALL, data=str(runs.data)))
+    with safe_open(path, "pt") as file:
+        tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    tensors[name].view(-1)[-1] = value
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"{path.name}: not finite: {name};"):
+        train_gpt.write_checkpoint(path, tensors, meta)
+    assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
+    save_file(tensors, path, meta)
+    with pytest.raises(UserError, match=f"{path}: not finite: {name};"):
+        runs(f"--resume={path}")
+    assert not [*tmp_path.glob("logs*")]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_is_no_result(runs, tmp_path, monkeypatch, loss):
+    monkeypatch.setattr(Validation, "run", lambda *args: {"val_loss": loss, "val_bpb": loss})
+    with pytest.raises(UserError, match=f"step 0: the validation loss is {loss}"):
+        runs()
+    (log,) = tmp_path.glob("logs*/*/log.txt")
+    assert "val_loss" not in log.read_text().partition("untimed")[2]
+    assert (log.parent / "metrics.jsonl").read_text() == ""
 
 
 def test_export_is_refused_as_it_has_no_optimizer_state(runs, tmp_path):
