@@ -2021,9 +2021,9 @@ def load_token_table(cfg, name: str):
 def find_shards(cfg, split: str):
     """Paths of a split's shards, in order. Raises UserError if there are none."""
     folder = data_folder(cfg)
-    shards = sorted(folder.glob(f"[!.]*_{split}_*.bin"))
+    shards = sorted(folder.glob(f"[!.]*_{split}_{'[0-9]' * 6}.bin"))
     maker = "sample.py" if folder.name == "sample" else "fineweb.py"
-    require(shards, f"no {folder}/*_{split}_*.bin: make them with python data/{maker}, or give --data=")
+    require(shards, f"no {folder}/*_{split}_000000.bin: make them with python data/{maker}, or give --data=")
     return shards
 
 

@@ -25,7 +25,7 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_TOKENS = 2**31 - 1  # the header's count is an int32
 MANIFEST = "manifest.json"
-SHARD_NAME = re.compile(r"(?P<name>.+)_(?:train|val)_\d{6}\.bin")
+SHARD_NAME = re.compile(r"(?P<name>[^.].*)_(?P<split>train|val)_[0-9]{6}\.bin")
 STALE_SECONDS = 24 * 3600  # a staging folder this old belongs to a run that was killed
 
 
@@ -218,6 +218,37 @@ def list_shards(folder):
     """Returns {file: data-set name} of the files in `folder` that are named as shards, sorted by name."""
     names = sorted(os.listdir(folder)) if Path(folder).is_dir() else []
     return {file: match["name"] for file in names if (match := SHARD_NAME.fullmatch(file))}
+
+
+def split_of(file):
+    """Returns the split that a shard's file name states, "train" or "val"; the data set's may hold both."""
+    return SHARD_NAME.fullmatch(file)["split"]
+
+
+def read_documents(folder, split, bos):
+    """Yields the tokens of each document of a split, bytes with BOS, joined where shards cut it."""
+    document = b""
+    for file in list_shards(folder):
+        if split_of(file) != split:
+            continue
+        tokens = read_shard(Path(folder) / file)
+        rest, *pieces = np.split(tokens, np.flatnonzero(tokens == bos))
+        document += rest.tobytes()
+        for piece in pieces:
+            yield document
+            document = piece.tobytes()
+    yield document
+
+
+def warn_of_shared_documents(folder, bos):
+    """Prints a line if documents of the validation split are in the training split, too."""
+    train, val = ({hashlib.blake2b(document, digest_size=16).digest()
+                   for document in read_documents(folder, split, bos) if len(document) > 2}  # more than BOS
+                  for split in ("train", "val"))
+    if train & val:
+        print(f"{folder}: {len(train & val):,} of {len(val):,} validation documents are in the training "
+              "data, too: its loss would be too low; data/tokenize_text.py drops copies if it gets all text",
+              flush=True)
 
 
 def refuse_other_data(folder, name):

@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from shards import (MAX_TOKENS, Parser, ShardWriter, list_shards, main_guard, make_manifest, publish,
-                    refuse_other_data, staging)
+                    refuse_other_data, split_of, staging)
 from token_tables import write_tables
 from tokenizer import load_tokenizer
 
@@ -273,7 +273,7 @@ def main():
     manifest = build(args, find_files(args.inputs), load_tokenizer(args.tokenizer))
     print(f"{args.out}: {len(manifest['shards'])} shards, tokenizer {manifest['tokenizer']}")
     for split, count in manifest["documents"].items():
-        tokens = sum(entry["tokens"] for entry in manifest["shards"] if f"_{split}_" in entry["file"])
+        tokens = sum(entry["tokens"] for entry in manifest["shards"] if split_of(entry["file"]) == split)
         print(f"{split:5} {manifest['bytes'][split]:>13,} bytes  {tokens:>13,} tokens  {count:>9,} documents")
 
 

@@ -41,7 +41,7 @@ def error_of(script, *args, **keywords):
 def documents_of(folder, split):
     """Returns the documents of a split, token arrays without BOS, joined over its shards."""
     manifest = shards.check_folder(folder)
-    files = [entry["file"] for entry in manifest["shards"] if f"_{split}_" in entry["file"]]
+    files = [entry["file"] for entry in manifest["shards"] if re.search(rf"_{split}_\d+.bin$", entry["file"])]
     tokens = np.concatenate([shards.read_shard(folder / file) for file in files])
     assert tokens[0] == manifest["bos"]
     return np.split(tokens, np.flatnonzero(tokens == manifest["bos"]))[1:]
@@ -328,6 +328,19 @@ def test_tokenize_bytes_round_trip_and_split(tmp_path):
     assert manifests[0] == manifests[1]  # they hold the sha256 of every shard
 
 
+@pytest.mark.parametrize("name", ["my_train", "my_val", "train_val"])
+def test_a_name_may_hold_a_splits_name(tmp_path, name):
+    source, out = write_jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out"
+    stdout, _ = run_script("tokenize_text.py", source, "--out", out, "--tokenizer", "bytes", "--name", name,
+                           "--val-fraction", 0.2, "--processes", 1)
+    for line, split in zip(stdout.splitlines()[1:], ("train", "val"), strict=True):
+        tokens = len(shards.read_shard(out / f"{name}_{split}_000000.bin"))
+        assert line.split()[0] == split and f" {tokens:,} tokens" in line
+    (out / f"._{name}_train_000000.bin").touch()  # macOS leaves such files
+    files = [f"{name}_{split}_000000.bin" for split in ("train", "val")]
+    assert shards.list_shards(out) == dict.fromkeys(files, name)
+
+
 def test_tokenize_with_a_rank_file(tmp_path, rank_file):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -527,6 +540,18 @@ def test_tables_command(mine, rank_file):
     assert before == [(mine / file).read_bytes() for file in TABLES]
 
 
+@pytest.mark.parametrize("val, shared", [
+    ([263, 97, 98, 263, 99], "1 of 2 "), ([263, 1, 2, 3, 4, 263, 97], "1 of 2 "),
+    ([263, 263, 97, 98, 99, 263, 97], ""), ([263, 2, 3, 4], "")])
+def test_validation_documents_in_the_training_data_are_said(mine, rank_file, val, shared):
+    for i, tokens in enumerate([[263, 263, 97, 98, 263, 1, 2], [3, 4, 263, 5]]):  # one runs over the end
+        shards.write_shard(mine / f"x_train_{i:06d}.bin", tokens)
+    shards.write_shard(mine / "x_val_000000.bin", val)
+    stdout, _ = run_script("token_tables.py", mine, "--tokenizer", rank_file)
+    warning = f"{mine}: {shared}validation documents are in the training data, too"
+    assert (warning in stdout) == bool(shared) and stdout.count("\n") == 1 + bool(shared)
+
+
 TABLES_MISTAKES = {
     "too few tokens": (["mine", "--tokenizer", "bytes"], r"x_train_000000.bin: token 263 .* 257"),
     "another tokenizer": (["mine", "--tokenizer", "more.tiktoken"], r"x_train_000000.bin.* 264 \(BOS\) not"),
@@ -674,6 +699,12 @@ def test_fineweb_download(hub):
     assert len(np.load(hub.out / "token_bytes.npy")) == load_tokenizer(hub.out).vocab_size == 50257
     hub.run("offline", "2")  # all there: no question asked
     assert not hub.asked()
+
+
+def test_fineweb_says_what_validation_shares_with_training(hub):
+    shutil.copy(hub.source / ALL_FILES[0], hub.source / ALL_FILES[1])
+    assert "1 of 1 validation documents are in the training data" in hub.run("good", "1")
+    assert "training data" not in hub.run("good", "1")  # nothing new: not looked at again
 
 
 def test_fineweb_calls_the_hub_as_it_wants_to_be_called():
