@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -26,7 +27,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 MAX_TOKENS = 2**31 - 1  # the header's count is an int32
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"(?P<name>[^.].*)_(?P<split>train|val)_[0-9]{6}\.bin")
-STALE_SECONDS = 24 * 3600  # a staging folder this old belongs to a run that was killed
+STALE_SECONDS = 24 * 3600  # an unfinished file or folder this old belongs to a run that was killed
 
 
 # ---------------------------------------------------------------------- files
@@ -36,18 +37,26 @@ STALE_SECONDS = 24 * 3600  # a staging folder this old belongs to a run that was
 def atomic_file(path):
     """Opens a binary file that appears as `path` only when the block ends without an error."""
     path = Path(path)
-    handle, temp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    remove_stale(path.parent, f".{path.name}.*.tmp")
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(handle, "wb") as file:
+        with open(temp, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temp, 0o644)  # mkstemp gives 0600, which other users of a shared data folder cannot read
         os.replace(temp, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temp)
         raise
+
+
+def remove_stale(folder, pattern):
+    """Removes the files and folders that killed runs left in `folder` under names like `pattern`."""
+    for old in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # another process may be removing it, too
+            if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def sha256_file(path):
@@ -263,9 +272,7 @@ def staging(folder):
     """Makes `folder` if need be and a hidden folder in it to build in, which goes when the block ends."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(".partial-*"):
-        if time.time() - old.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
+    remove_stale(folder, ".partial-*")
     try:
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as stage:
             yield Path(stage)

@@ -124,6 +124,32 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.bin"]
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    path, before = tmp_path / "x_train_000000.bin", os.umask(umask)
+    try:
+        shards.write_shard(path, [256, 1])
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_what_killed_runs_left_goes_when_it_is_old(tmp_path):
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1]); import shards\n"
+            "with shards.staging('.') as stage, shards.atomic_file('x.bin') as file: os.kill(os.getpid(), 9)")
+    subprocess.run([sys.executable, "-c", code, DATA], cwd=tmp_path)
+    half, stage = sorted(tmp_path.iterdir(), key=lambda path: path.is_dir())
+    assert half.name.startswith(".x.bin.") and half.suffix == ".tmp" and stage.is_dir()
+    other = tmp_path / ".y.bin.0.tmp"
+    for keep in (True, False):
+        with shards.staging(tmp_path), shards.atomic_file(tmp_path / "x.bin"):
+            assert half.exists() == stage.exists() == keep  # of a run that may go on, or surely doesn't
+        for path in (half, stage, other) if keep else ():
+            path.mkdir(exist_ok=True) if path == stage else path.touch()
+            os.utime(path, (0, 0))
+    assert sorted(os.listdir(tmp_path)) == [other.name, "x.bin"]
+
+
 @pytest.mark.parametrize("shard_tokens", [5, 7, 64, 10_000])
 def test_writer_cuts_exact_shards(tmp_path, shard_tokens):
     random = np.random.default_rng(1)
