@@ -2086,6 +2086,7 @@ class DocumentStream:
 
     def __init__(self, shards, cfg, position: tuple = (0, 0)):
         self.shards, self.cfg, self.position, self.end = shards, cfg, position, shards.edges[-1]
+        self.skipped = 0  # tokens of long documents
         require(position[1] <= self.end, f"training goes on at token {position[1]:,} of {self.end:,}: "
                 "are the shards those that it began with?")
 
@@ -2096,11 +2097,17 @@ class DocumentStream:
             epoch, lo = epoch + 1, 0
         lo = lo or self.shards.next_start(0)
         require(epoch < self.cfg.epochs, f"{self.end:,} training tokens don't last for {epoch} epochs: add "
-                "shards, raise --epochs or lower --scheduled_steps")
+                "shards, raise --epochs or lower --scheduled_steps" + self.skipped_advice())
         end = self.shards.next_start(lo + 1)
         hi = min(lo + limit, end)
+        self.skipped += end - hi
         self.position = epoch, end if self.cfg.document_rest == "skip" else hi
         return lo, hi
+
+    def skipped_advice(self) -> str:
+        if self.cfg.document_rest == "keep" or not self.skipped:
+            return ""
+        return f"; or --document_rest=keep: {self.skipped:,} tokens of cut documents were skipped"
 
     def spans(self, tokens: int, max_doc: int):
         """First and end of each piece of a micro-batch: exactly tokens + 1 tokens."""

@@ -1,6 +1,7 @@
 """Tests of data/: shards, the offline sample, tokenizing, the FineWeb download, the tables. No network."""
 
 import base64
+import gzip
 import inspect
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -393,7 +395,7 @@ def test_tokenize_split_on_a_mark(tmp_path, monkeypatch):
     source = tmp_path / "all.txt"
     source.write_bytes("\n<|endoftext|>\n".join(texts).encode())
     monkeypatch.setattr(tokenize_text, "READ_CHARS", 5)  # so that marks lie across reads
-    pieces = list(tokenize_text.read_file(source, "text", "<|endoftext|>"))
+    pieces = list(tokenize_text.read_file(source, "text", "<|endoftext|>", Counter()))
     assert [text for text, _ in pieces] == texts
     assert sum(share for _, share in pieces) == source.stat().st_size
     run_script("tokenize_text.py", source, "--out", tmp_path / "out", "--tokenizer", "bytes",
@@ -440,6 +442,64 @@ def test_no_shard_is_published_before_the_tables_of_its_tokenizer(tmp_path, monk
         shards.publish(stage, folder, {"name": "text"})
     found = {file: (folder / file).read_bytes() for file in os.listdir(folder)}
     assert found == dict.fromkeys(TABLES, b"new")
+
+
+def read(path, split_on=None):
+    import tokenize_text
+
+    return [text for text, _ in tokenize_text.read_file(path, "text", split_on, Counter())]
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_text_is_read_packed_and_in_marked_encodings(tmp_path, coding, packed):
+    pack = gzip.compress if packed else bytes
+    path, rows = tmp_path / f"x.txt{packed}", tmp_path / f"x.jsonl{packed}"
+    path.write_bytes(pack("".join(TEXTS).encode(coding)))
+    rows.write_bytes(pack("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n"
+                                  for text in TEXTS).encode(coding)))
+    assert read(path) == ["".join(TEXTS)] and read(rows) == TEXTS
+
+
+@pytest.mark.parametrize("mark", ["\n\n", "\r\n\r\n"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_marks_match_whatever_the_line_ends(tmp_path, mark, ends):
+    path = tmp_path / "x.txt"
+    path.write_bytes(f"a{ends}b{ends}{ends}c".encode())
+    assert read(path, mark) == ["a\nb", "c"]
+
+
+def test_rows_without_text_and_hidden_files_are_skipped_and_said(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / ".ipynb_checkpoints").mkdir(parents=True)
+    for hidden in (".ipynb_checkpoints/a.txt", "._a.txt"):
+        (source / hidden).write_text("hidden")
+    write_jsonl(source / "a.jsonl", [*TEXTS, None, 5])
+    (source / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n[]\n{"body": "x"}\n'))
+    stdout, _ = run_script("tokenize_text.py", source, "--out", out, "--tokenizer", "bytes",
+                           "--val-fraction", 0.2, "--processes", 1)
+    assert sorted(texts_of(out, "train") + texts_of(out, "val")) == sorted([*TEXTS, "packed"])
+    assert "skipped 2 hidden files: " in stdout and "._a.txt" in stdout
+    assert "skipped 4 rows without text in 'text' (a.jsonl: 2, b.jsonl.gz: 2)" in stdout
+
+
+UNREADABLE = {
+    "bytes": ("x.txt", "café".encode("latin-1"), "not utf-8 text .*ENCODING"),
+    "half a UTF-16 unit": ("x.txt", "café".encode("utf-16")[:-1], "not utf-16"),
+    "UTF-16 without a mark": ("x.txt", "plain".encode("utf-16-le"), "has zero bytes.*utf-16le"),
+    "zstd": ("x.txt.zst", b"\x28\xb5\x2f\xfd\xff", "packed.*zstd -d"),
+    "cut gzip": ("x.txt.gz", gzip.compress(b"text" * 99)[:-9], "damaged"),
+    "all null": ("x.jsonl", b'{"text": null}\n' * 3, r"none of 3 rows .*text: NoneType.*--field"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_unreadable_text_is_refused_with_advice(tmp_path, kind):
+    name, content, expected = UNREADABLE[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: {expected}") as caught:
+        read(tmp_path / name)
+    assert "latin1" not in str(caught.value)
 
 
 MISTAKES = {

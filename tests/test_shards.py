@@ -264,6 +264,16 @@ def test_check_supply_agrees_exactly_with_running_the_loader(tmp_path, seed, res
                 check_supply(exact, World(), shards)
 
 
+@pytest.mark.parametrize("rest, length, told", [("skip", 200, 1), ("keep", 200, 0), ("skip", 1, 0)])
+def test_too_few_tokens_names_document_rest_where_tokens_were_skipped(tmp_path, rest, length, told):
+    cfg = data_config(document_rest=rest)
+    stream = DocumentStream(shards_of(tmp_path, cfg, [np.tile([BOS, *[1] * length], 3)]), cfg)
+    with pytest.raises(UserError, match="1 epochs") as caught:
+        while True:
+            stream.advance(24)
+    assert ("--document_rest=keep: 531 tokens" in str(caught.value)) == told
+
+
 def test_error_in_the_loaders_thread_reaches_the_consumer(tmp_path):
     cfg = data_config()
     tokens = random_tokens(np.random.default_rng(5), 900)
