@@ -2028,9 +2028,9 @@ def load_token_table(cfg, name: str):
 def find_shards(cfg, split: str):
     """Paths of a split's shards, in order. Raises UserError if there are none."""
     folder = data_folder(cfg)
-    shards = sorted(folder.glob(f"[!.]*_{split}_*.bin"))
+    shards = sorted(folder.glob(f"[!.]*_{split}_{'[0-9]' * 6}.bin"))
     maker = "sample.py" if folder.name == "sample" else "fineweb.py"
-    require(shards, f"no {folder}/*_{split}_*.bin: make them with python data/{maker}, or give --data=")
+    require(shards, f"no {folder}/*_{split}_000000.bin: make them with python data/{maker}, or give --data=")
     return shards
 
 
@@ -2094,6 +2094,7 @@ class DocumentStream:
 
     def __init__(self, shards, cfg, position: tuple = (0, 0)):
         self.shards, self.cfg, self.position, self.end = shards, cfg, position, shards.edges[-1]
+        self.skipped = 0  # tokens of long documents
         require(position[1] <= self.end, f"training goes on at token {position[1]:,} of {self.end:,}: "
                 "are the shards those that it began with?")
 
@@ -2104,11 +2105,17 @@ class DocumentStream:
             epoch, lo = epoch + 1, 0
         lo = lo or self.shards.next_start(0)
         require(epoch < self.cfg.epochs, f"{self.end:,} training tokens don't last for {epoch} epochs: add "
-                "shards, raise --epochs or lower --scheduled_steps")
+                "shards, raise --epochs or lower --scheduled_steps" + self.skipped_advice())
         end = self.shards.next_start(lo + 1)
         hi = min(lo + limit, end)
+        self.skipped += end - hi
         self.position = epoch, end if self.cfg.document_rest == "skip" else hi
         return lo, hi
+
+    def skipped_advice(self) -> str:
+        if self.cfg.document_rest == "keep" or not self.skipped:
+            return ""
+        return f"; or --document_rest=keep: {self.skipped:,} tokens of cut documents were skipped"
 
     def spans(self, tokens: int, max_doc: int):
         """First and end of each piece of a micro-batch: exactly tokens + 1 tokens."""

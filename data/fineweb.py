@@ -9,10 +9,11 @@ file's download at most.
 
 from pathlib import Path
 
-from shards import Parser, check_header, main_guard, refuse_other_data
+from shards import Parser, check_header, main_guard, refuse_other_data, warn_of_shared_documents
 from token_tables import add_tables
 
 REPO, NAME = "kjj0/fineweb10B-gpt2", "fineweb"
+BOS = 50256  # GPT-2's end of text
 DEFAULT_SHARDS, MAX_SHARDS = 9, 103  # 9 are enough for the short track
 ANSWER_SECONDS = 10  # how long the hub may take to answer at all
 AGAIN = "run the same command again, or train without a network: --track=tiny"
@@ -57,6 +58,7 @@ def main():
     missing = [file for file in files if not is_whole(args.out / file)]
     if missing:
         download(missing, args.out)
+        warn_of_shared_documents(args.out, BOS)
     print(f"{args.out}: validation and {args.shards} training shards, {len(missing)} of them downloaded now")
     add_tables(args.out, "gpt2")
 

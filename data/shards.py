@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -25,8 +26,8 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_TOKENS = 2**31 - 1  # the header's count is an int32
 MANIFEST = "manifest.json"
-SHARD_NAME = re.compile(r"(?P<name>.+)_(?:train|val)_\d{6}\.bin")
-STALE_SECONDS = 24 * 3600  # a staging folder this old belongs to a run that was killed
+SHARD_NAME = re.compile(r"(?P<name>[^.].*)_(?P<split>train|val)_[0-9]{6}\.bin")
+STALE_SECONDS = 24 * 3600  # an unfinished file or folder this old belongs to a run that was killed
 
 
 # ---------------------------------------------------------------------- files
@@ -36,18 +37,26 @@ STALE_SECONDS = 24 * 3600  # a staging folder this old belongs to a run that was
 def atomic_file(path):
     """Opens a binary file that appears as `path` only when the block ends without an error."""
     path = Path(path)
-    handle, temp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    remove_stale(path.parent, f".{path.name}.*.tmp")
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(handle, "wb") as file:
+        with open(temp, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temp, 0o644)  # mkstemp gives 0600, which other users of a shared data folder cannot read
         os.replace(temp, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temp)
         raise
+
+
+def remove_stale(folder, pattern):
+    """Removes the files and folders that killed runs left in `folder` under names like `pattern`."""
+    for old in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # another process may be removing it, too
+            if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def sha256_file(path):
@@ -220,6 +229,37 @@ def list_shards(folder):
     return {file: match["name"] for file in names if (match := SHARD_NAME.fullmatch(file))}
 
 
+def split_of(file):
+    """Returns the split that a shard's file name states, "train" or "val"; the data set's may hold both."""
+    return SHARD_NAME.fullmatch(file)["split"]
+
+
+def read_documents(folder, split, bos):
+    """Yields the tokens of each document of a split, bytes with BOS, joined where shards cut it."""
+    document = b""
+    for file in list_shards(folder):
+        if split_of(file) != split:
+            continue
+        tokens = read_shard(Path(folder) / file)
+        rest, *pieces = np.split(tokens, np.flatnonzero(tokens == bos))
+        document += rest.tobytes()
+        for piece in pieces:
+            yield document
+            document = piece.tobytes()
+    yield document
+
+
+def warn_of_shared_documents(folder, bos):
+    """Prints a line if documents of the validation split are in the training split, too."""
+    train, val = ({hashlib.blake2b(document, digest_size=16).digest()
+                   for document in read_documents(folder, split, bos) if len(document) > 2}  # more than BOS
+                  for split in ("train", "val"))
+    if train & val:
+        print(f"{folder}: {len(train & val):,} of {len(val):,} validation documents are in the training "
+              "data, too: its loss would be too low; data/tokenize_text.py drops copies if it gets all text",
+              flush=True)
+
+
 def refuse_other_data(folder, name):
     """Raises ValueError if `folder` holds shards of another data set: one folder has one manifest."""
     for file, owner in list_shards(folder).items():
@@ -232,9 +272,7 @@ def staging(folder):
     """Makes `folder` if need be and a hidden folder in it to build in, which goes when the block ends."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(".partial-*"):
-        if time.time() - old.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
+    remove_stale(folder, ".partial-*")
     try:
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as stage:
             yield Path(stage)

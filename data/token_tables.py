@@ -2,7 +2,8 @@
 
     python data/token_tables.py data/mine --tokenizer gpt2      # or bytes, or FILE.tiktoken
 
-The scripts that make or fetch shards write these files, too; the command is for shards that have none.
+The scripts that make or fetch shards write these files, too; the command is for shards that have none. It
+also says so if documents of the validation split are in the training split.
 
     token_bytes.npy      (vocab,) int32: bytes of text per token; 0 for BOS, the last id
     prefixes.npy         (vocab,) int64: for each token, the id of the one whose text is the longest proper
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import Parser, atomic_file, check_shard, list_shards, main_guard
+from shards import Parser, atomic_file, check_shard, list_shards, main_guard, warn_of_shared_documents
 from tokenizer import RANKS, Tokenizer, format_ranks, load_tokenizer
 
 TABLES = ("token_bytes.npy", "prefixes.npy", RANKS)
@@ -77,6 +78,7 @@ def main():
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)
     check_folder_tokens(args.folder, tokenizer)
+    warn_of_shared_documents(args.folder, tokenizer.bos)
     write_tables(args.folder, tokenizer)
     print(f"{args.folder}: {', '.join(TABLES)} written, {tokenizer.vocab_size:,} tokens")
 

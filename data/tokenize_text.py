@@ -5,17 +5,23 @@
     python data/tokenize_text.py dump.jsonl more.parquet --field content --processes 8
 
 Folders are searched for .txt, .md, .jsonl and .parquet files. A plain text file is one document unless
---split-on says where documents end; then the white space around each is dropped. In JSON lines and parquet,
-each row is one. Exact copies and empty documents are left out. A hash of its text decides which split a
-document goes to, whatever else is in the input and however many processes work.
+--split-on says where documents end; then the white space around each is dropped and line ends become LF. In
+JSON lines and parquet, each row is one; rows without text are skipped and counted. Files packed by gzip
+(.txt.gz, ..) are read as they are, hidden ones in folders are skipped. Exact copies and empty documents are
+left out. A hash of its text decides which split a document goes to, whatever else is in the input and
+however many processes work.
 """
 
+import codecs
+import gzip
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import signal
-from collections import deque
+import zlib
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -23,11 +29,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from shards import (MAX_TOKENS, Parser, ShardWriter, list_shards, main_guard, make_manifest, publish,
-                    refuse_other_data, staging)
+                    refuse_other_data, split_of, staging)
 from token_tables import write_tables
 from tokenizer import load_tokenizer
 
 TEXT_SUFFIXES, ROW_SUFFIXES = {".txt", ".md"}, {".jsonl", ".parquet"}
+PACKED_SUFFIXES = {".gz", ".zst", ".xz", ".bz2"}
+UNPACK = {b"\x28\xb5\x2f\xfd": "zstd -d", b"\xfd7zXZ": "xz -d", b"BZh9": "bzip2 -d", b"PK\3\4": "unzip"}
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # before UTF-16's, which begin alike
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 READ_CHARS = 1 << 22  # of a text file that is split into documents
 BATCH_BYTES = 1 << 20  # of text, sent to a process at once
 BATCHES_AHEAD = 4  # per process; bounds the memory when reading outruns tokenizing
@@ -38,70 +48,123 @@ BATCHES_AHEAD = 4  # per process; bounds the memory when reading outruns tokeniz
 
 def find_files(paths):
     """Returns the files to read: each path that is a file, and in each folder all of a known kind, sorted."""
-    files = []
+    files, hidden = [], []
     for path in paths:
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*")
-                            if file.suffix.lower() in TEXT_SUFFIXES | ROW_SUFFIXES and file.is_file())
+            for file in sorted(path.rglob("*")):
+                if kind_of(file) in TEXT_SUFFIXES | ROW_SUFFIXES and file.is_file():
+                    is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+                    (hidden if is_hidden else files).append(file)
         elif path.exists():
             files.append(path)
         else:
             raise ValueError(f"{path}: no such file or folder; check the path")
+    if hidden:
+        print(f"skipped {len(hidden)} hidden files: {', '.join(map(str, hidden)):.200}")
     if not files:
         raise ValueError(f"no .txt, .md, .jsonl or .parquet files in {', '.join(map(str, paths))}; "
                          "give other paths")
     return list(dict.fromkeys(files))
 
 
-def read_file(path, field, split_on):
-    """Yields (document, share) of a file of any kind; `share` is how many bytes of the file it stands for."""
-    kind = path.suffix.lower()
-    if kind == ".jsonl":
-        yield from read_jsonl(path, field)
-    elif kind == ".parquet":
-        yield from read_parquet(path, field)
-    else:
-        try:
-            yield from read_text(path, split_on)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it first, for example with "
-                             "iconv -f latin1 -t utf-8") from None
+def kind_of(path):
+    """Returns the last part of a file's name, in lower case; of x.txt.gz it is .txt."""
+    return (Path(path.stem) if path.suffix.lower() in PACKED_SUFFIXES else path).suffix.lower()
 
 
-def read_text(path, split_on):
-    """Yields (document, share) of a plain text file, cut at each `split_on`, if given."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if not split_on:
-            yield file.read(), path.stat().st_size
-            return
-        rest = ""
-        while chunk := file.read(READ_CHARS):
-            *documents, rest = (rest + chunk).split(split_on)
-            for document in documents:
-                yield document.strip(), len((document + split_on).encode())
-        yield rest.strip(), len(rest.encode())
+def read_file(path, field, split_on, skipped):
+    """Yields (document, share) of a file of any kind; `share` is how many bytes of the file it stands for.
 
-
-def read_jsonl(path, field):
-    """Yields (document, share) of a file that has one JSON object a line, with the text in `field`."""
+    skipped: a Counter to which the file's rows without text are added
+    """
+    if kind_of(path) == ".parquet":
+        yield from rows_with_text(path, read_parquet(path, field), field, skipped)
+        return
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # also what the decoder raises
-                raise ValueError(f"{path}: line {number} is not JSON in UTF-8 ({error}); "
-                                 "mend or drop it") from None
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(f"{path}: line {number} has no text in '{field}' (found: {found:.100}); "
-                                 "name the right one with --field")
-            yield row[field], len(line)
+        try:
+            stream, encoding = open_packed(path, file)
+            if kind_of(path) == ".jsonl":
+                rows = with_shares(read_jsonl(path, stream, encoding), file)
+                yield from rows_with_text(path, rows, field, skipped)
+            else:
+                yield from with_shares(read_text(stream, encoding, split_on), file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not {error.encoding} text ({error.reason}); convert it first: "
+                             f"`file {path}` guesses its encoding, iconv -f ENCODING -t utf-8") from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: damaged: {error}; get it again") from None
+
+
+def open_packed(path, file):
+    """Returns what is in a binary file, unpacked if gzip packed it, and its encoding."""
+    if file.peek(2)[:2] == b"\x1f\x8b":
+        file = io.BufferedReader(gzip.GzipFile(fileobj=file))
+    head = file.peek(4096)
+    for magic, command in UNPACK.items():
+        if head.startswith(magic):
+            raise ValueError(f"{path}: packed; unpack it first: {command} {path}")
+    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
+    if encoding == "utf-8-sig" and b"\0" in head:
+        raise ValueError(f"{path}: has zero bytes: no text, or UTF-16 without a mark; leave it out, or "
+                         "convert it: iconv -f utf-16le -t utf-8")
+    return file, encoding
+
+
+def with_shares(items, file):
+    """Yields (item, how many bytes of `file` were read for it)."""
+    before = 0
+    for item in items:
+        place = file.tell()
+        yield item, place - before
+        before = place
+
+
+def rows_with_text(path, rows, field, skipped):
+    """Yields (row[field], share) of (row, share) pairs, and counts rows without. ValueError if none has."""
+    count = missing = 0
+    for row, share in rows:
+        count += 1
+        if isinstance(row, dict) and isinstance(row.get(field), str):
+            yield row[field], share
+            continue
+        missing += 1
+        found = row if isinstance(row, dict) else {"row": row}
+    if count and missing == count:
+        found = ", ".join(f"{key}: {type(value).__name__}" for key, value in found.items())
+        raise ValueError(f"{path}: none of {count} rows has text in '{field}' (the last has {found:.100}); "
+                         "name the right one with --field, or leave the file out")
+    skipped[path.name] += missing
+
+
+def read_text(stream, encoding, split_on):
+    """Yields the documents of plain text, cut at each `split_on`, if given; line ends are then made equal."""
+    text = io.TextIOWrapper(stream, encoding, newline=None if split_on else "")
+    if not split_on:
+        yield text.read()
+        return
+    rest, split_on = "", split_on.replace("\r\n", "\n")
+    while chunk := text.read(READ_CHARS):
+        *documents, rest = (rest + chunk).split(split_on)
+        yield from map(str.strip, documents)
+    yield rest.strip()
+
+
+def read_jsonl(path, stream, encoding):
+    """Yields the rows of text that has one JSON value a line."""
+    lines = stream if encoding == "utf-8-sig" else io.TextIOWrapper(stream, encoding, newline="\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line if isinstance(line, str) else line.decode(encoding))
+        except ValueError as error:  # also what the decoder raises
+            raise ValueError(f"{path}: line {number} is not JSON in UTF-8 ({error}); "
+                             "mend or drop it") from None
+        yield row
 
 
 def read_parquet(path, field):
-    """Yields (document, share) of a parquet file, with the text in the column `field`."""
+    """Yields (row, share) of a parquet file, rows with the column `field` alone."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -115,19 +178,16 @@ def read_parquet(path, field):
             share = path.stat().st_size / max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
                 for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        raise ValueError(f"column '{field}' holds a {type(text).__name__}, not text; "
-                                         "name the right one with --field")
-                    yield text, share
+                    yield {field: text}, share
     except ValueError as error:  # pyarrow's own error for a damaged file is one, too
         raise ValueError(f"{path}: {error}") from None
 
 
-def unique_documents(files, field, split_on, progress):
+def unique_documents(files, field, split_on, progress, skipped):
     """Yields each document, bytes of UTF-8, and its digest; no copies, none without visible text."""
     seen = set()
     for file in files:
-        for document, share in read_file(file, field, split_on):
+        for document, share in read_file(file, field, split_on, skipped):
             progress.update(share)
             text = document.encode("utf-8", "replace")  # JSON can spell half of a surrogate pair
             digest = hashlib.blake2b(text, digest_size=16).digest()
@@ -207,11 +267,11 @@ def collect(batch, future):
 
 def build(args, files, tokenizer):
     """Tokenizes `files` into shards in args.out and returns the manifest."""
-    total = sum(file.stat().st_size for file in files)
+    total, skipped = sum(file.stat().st_size for file in files), Counter()
     with staging(args.out) as stage, tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
         writers = {split: ShardWriter(stage, args.name, split, args.shard_tokens, tokenizer.bos)
                    for split in ("train", "val")}
-        documents = unique_documents(files, args.field, args.split_on, progress)
+        documents = unique_documents(files, args.field, args.split_on, progress, skipped)
         for tokens, n_bytes, digest in encode_all(documents, args.tokenizer, tokenizer, args.processes):
             writers[choose_split(digest, args.val_fraction)].add(tokens, n_bytes)
         for writer in writers.values():
@@ -221,6 +281,9 @@ def build(args, files, tokenizer):
         manifest = make_manifest(args.name, tokenizer.name, tokenizer.vocab_size, tokenizer.bos, writers,
                                  f"{len(files)} files: {', '.join(file.name for file in files):.200}")
         publish(stage, args.out, manifest)
+    if count := skipped.total():
+        some = ", ".join(f"{file}: {n}" for file, n in skipped.items() if n)
+        print(f"skipped {count:,} rows without text in '{args.field}' ({some:.200})")
     return manifest
 
 
@@ -273,7 +336,7 @@ def main():
     manifest = build(args, find_files(args.inputs), load_tokenizer(args.tokenizer))
     print(f"{args.out}: {len(manifest['shards'])} shards, tokenizer {manifest['tokenizer']}")
     for split, count in manifest["documents"].items():
-        tokens = sum(entry["tokens"] for entry in manifest["shards"] if f"_{split}_" in entry["file"])
+        tokens = sum(entry["tokens"] for entry in manifest["shards"] if split_of(entry["file"]) == split)
         print(f"{split:5} {manifest['bytes'][split]:>13,} bytes  {tokens:>13,} tokens  {count:>9,} documents")
 
 

@@ -48,7 +48,7 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 def write_split(folder, split, shards):
     """One file for each array of tokens; returns their paths."""
     folder.mkdir(exist_ok=True)
-    return [write_shard(folder / f"x_{split}_{i:03}.bin", tokens) for i, tokens in enumerate(shards)]
+    return [write_shard(folder / f"x_{split}_{i:06}.bin", tokens) for i, tokens in enumerate(shards)]
 
 
 def random_document(rng, shortest=1, longest=80):

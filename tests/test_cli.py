@@ -312,12 +312,12 @@ MISTAKES = {
     "missing_data_folder": (["--data={tmp}/nowhere"], "{tmp}/nowhere", "--data"),
     "empty_data_folder": (["--data={tmp}/empty"], "{tmp}/empty", "_train_"),
     "no_validation_shards": (["--data={tmp}/train_only"], "{tmp}/train_only", "_val_"),
-    "corrupted_shard": (["--data={tmp}/corrupted"], "x_train_000.bin"),
-    "corrupted_validation_shard": (["--data={tmp}/corrupted_val"], "x_val_000.bin"),
+    "corrupted_shard": (["--data={tmp}/corrupted"], "x_train_000000.bin"),
+    "corrupted_validation_shard": (["--data={tmp}/corrupted_val"], "x_val_000000.bin"),
     "missing_resume": (["--resume={tmp}/none"], "{tmp}/none"),
     "resume_of_a_folder": (["--resume={tmp}/empty"], "{tmp}/empty"),
-    "vocabulary_too_large": (["--vocab_size=300"], "x_train_000.bin", "299"),
-    "vocabulary_too_small": (["--vocab_size=100"], "x_train_000.bin", "100"),
+    "vocabulary_too_large": (["--vocab_size=300"], "x_train_000000.bin", "299"),
+    "vocabulary_too_small": (["--vocab_size=100"], "x_train_000000.bin", "100"),
     "too_few_tokens": (["--scheduled_steps=500"], "1 epochs", "--epochs", "--scheduled_steps"),
     "val_tokens_too_large": (["--val_tokens=100000"], "--val_tokens=100000"),
     "batch_not_divisible": (["--micro_batches=3"], "--micro_batches=3", "256"),
@@ -336,8 +336,8 @@ def broken(tmp_path, data):
                 (tmp_path / name / path.name).write_bytes(path.read_bytes())
     for name in ("corrupted", "corrupted_val", "train_only", "no_prefixes"):
         np.save(tmp_path / name / "token_bytes.npy", np.ones(BOS + 1, np.int32))
-    write_shard(tmp_path / "corrupted" / "x_train_000.bin", [BOS, 1, 2], count=4)
-    write_shard(tmp_path / "corrupted_val" / "x_val_000.bin", [BOS, 1, 2], magic=1)
+    write_shard(tmp_path / "corrupted" / "x_train_000000.bin", [BOS, 1, 2], count=4)
+    write_shard(tmp_path / "corrupted_val" / "x_val_000000.bin", [BOS, 1, 2], magic=1)
     (tmp_path / "file").write_text("")
     return tmp_path
 

@@ -1,6 +1,7 @@
 """Tests of data/: shards, the offline sample, tokenizing, the FineWeb download, the tables. No network."""
 
 import base64
+import gzip
 import inspect
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ def error_of(script, *args, **keywords):
 def documents_of(folder, split):
     """Returns the documents of a split, token arrays without BOS, joined over its shards."""
     manifest = shards.check_folder(folder)
-    files = [entry["file"] for entry in manifest["shards"] if f"_{split}_" in entry["file"]]
+    files = [entry["file"] for entry in manifest["shards"] if re.search(rf"_{split}_\d+.bin$", entry["file"])]
     tokens = np.concatenate([shards.read_shard(folder / file) for file in files])
     assert tokens[0] == manifest["bos"]
     return np.split(tokens, np.flatnonzero(tokens == manifest["bos"]))[1:]
@@ -122,6 +124,32 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.bin"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    path, before = tmp_path / "x_train_000000.bin", os.umask(umask)
+    try:
+        shards.write_shard(path, [256, 1])
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_what_killed_runs_left_goes_when_it_is_old(tmp_path):
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1]); import shards\n"
+            "with shards.staging('.') as stage, shards.atomic_file('x.bin') as file: os.kill(os.getpid(), 9)")
+    subprocess.run([sys.executable, "-c", code, DATA], cwd=tmp_path)
+    half, stage = sorted(tmp_path.iterdir(), key=lambda path: path.is_dir())
+    assert half.name.startswith(".x.bin.") and half.suffix == ".tmp" and stage.is_dir()
+    other = tmp_path / ".y.bin.0.tmp"
+    for keep in (True, False):
+        with shards.staging(tmp_path), shards.atomic_file(tmp_path / "x.bin"):
+            assert half.exists() == stage.exists() == keep  # of a run that may go on, or surely doesn't
+        for path in (half, stage, other) if keep else ():
+            path.mkdir(exist_ok=True) if path == stage else path.touch()
+            os.utime(path, (0, 0))
+    assert sorted(os.listdir(tmp_path)) == [other.name, "x.bin"]
 
 
 @pytest.mark.parametrize("shard_tokens", [5, 7, 64, 10_000])
@@ -328,6 +356,19 @@ def test_tokenize_bytes_round_trip_and_split(tmp_path):
     assert manifests[0] == manifests[1]  # they hold the sha256 of every shard
 
 
+@pytest.mark.parametrize("name", ["my_train", "my_val", "train_val"])
+def test_a_name_may_hold_a_splits_name(tmp_path, name):
+    source, out = write_jsonl(tmp_path / "in.jsonl", TEXTS), tmp_path / "out"
+    stdout, _ = run_script("tokenize_text.py", source, "--out", out, "--tokenizer", "bytes", "--name", name,
+                           "--val-fraction", 0.2, "--processes", 1)
+    for line, split in zip(stdout.splitlines()[1:], ("train", "val"), strict=True):
+        tokens = len(shards.read_shard(out / f"{name}_{split}_000000.bin"))
+        assert line.split()[0] == split and f" {tokens:,} tokens" in line
+    (out / f"._{name}_train_000000.bin").touch()  # macOS leaves such files
+    files = [f"{name}_{split}_000000.bin" for split in ("train", "val")]
+    assert shards.list_shards(out) == dict.fromkeys(files, name)
+
+
 def test_tokenize_with_a_rank_file(tmp_path, rank_file):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -354,7 +395,7 @@ def test_tokenize_split_on_a_mark(tmp_path, monkeypatch):
     source = tmp_path / "all.txt"
     source.write_bytes("\n<|endoftext|>\n".join(texts).encode())
     monkeypatch.setattr(tokenize_text, "READ_CHARS", 5)  # so that marks lie across reads
-    pieces = list(tokenize_text.read_file(source, "text", "<|endoftext|>"))
+    pieces = list(tokenize_text.read_file(source, "text", "<|endoftext|>", Counter()))
     assert [text for text, _ in pieces] == texts
     assert sum(share for _, share in pieces) == source.stat().st_size
     run_script("tokenize_text.py", source, "--out", tmp_path / "out", "--tokenizer", "bytes",
@@ -401,6 +442,64 @@ def test_no_shard_is_published_before_the_tables_of_its_tokenizer(tmp_path, monk
         shards.publish(stage, folder, {"name": "text"})
     found = {file: (folder / file).read_bytes() for file in os.listdir(folder)}
     assert found == dict.fromkeys(TABLES, b"new")
+
+
+def read(path, split_on=None):
+    import tokenize_text
+
+    return [text for text, _ in tokenize_text.read_file(path, "text", split_on, Counter())]
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_text_is_read_packed_and_in_marked_encodings(tmp_path, coding, packed):
+    pack = gzip.compress if packed else bytes
+    path, rows = tmp_path / f"x.txt{packed}", tmp_path / f"x.jsonl{packed}"
+    path.write_bytes(pack("".join(TEXTS).encode(coding)))
+    rows.write_bytes(pack("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n"
+                                  for text in TEXTS).encode(coding)))
+    assert read(path) == ["".join(TEXTS)] and read(rows) == TEXTS
+
+
+@pytest.mark.parametrize("mark", ["\n\n", "\r\n\r\n"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_marks_match_whatever_the_line_ends(tmp_path, mark, ends):
+    path = tmp_path / "x.txt"
+    path.write_bytes(f"a{ends}b{ends}{ends}c".encode())
+    assert read(path, mark) == ["a\nb", "c"]
+
+
+def test_rows_without_text_and_hidden_files_are_skipped_and_said(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / ".ipynb_checkpoints").mkdir(parents=True)
+    for hidden in (".ipynb_checkpoints/a.txt", "._a.txt"):
+        (source / hidden).write_text("hidden")
+    write_jsonl(source / "a.jsonl", [*TEXTS, None, 5])
+    (source / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n[]\n{"body": "x"}\n'))
+    stdout, _ = run_script("tokenize_text.py", source, "--out", out, "--tokenizer", "bytes",
+                           "--val-fraction", 0.2, "--processes", 1)
+    assert sorted(texts_of(out, "train") + texts_of(out, "val")) == sorted([*TEXTS, "packed"])
+    assert "skipped 2 hidden files: " in stdout and "._a.txt" in stdout
+    assert "skipped 4 rows without text in 'text' (a.jsonl: 2, b.jsonl.gz: 2)" in stdout
+
+
+UNREADABLE = {
+    "bytes": ("x.txt", "café".encode("latin-1"), "not utf-8 text .*ENCODING"),
+    "half a UTF-16 unit": ("x.txt", "café".encode("utf-16")[:-1], "not utf-16"),
+    "UTF-16 without a mark": ("x.txt", "plain".encode("utf-16-le"), "has zero bytes.*utf-16le"),
+    "zstd": ("x.txt.zst", b"\x28\xb5\x2f\xfd\xff", "packed.*zstd -d"),
+    "cut gzip": ("x.txt.gz", gzip.compress(b"text" * 99)[:-9], "damaged"),
+    "all null": ("x.jsonl", b'{"text": null}\n' * 3, r"none of 3 rows .*text: NoneType.*--field"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_unreadable_text_is_refused_with_advice(tmp_path, kind):
+    name, content, expected = UNREADABLE[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: {expected}") as caught:
+        read(tmp_path / name)
+    assert "latin1" not in str(caught.value)
 
 
 MISTAKES = {
@@ -525,6 +624,18 @@ def test_tables_command(mine, rank_file):
     before = [(mine / file).read_bytes() for file in TABLES]
     run_script("token_tables.py", mine, "--tokenizer", mine)
     assert before == [(mine / file).read_bytes() for file in TABLES]
+
+
+@pytest.mark.parametrize("val, shared", [
+    ([263, 97, 98, 263, 99], "1 of 2 "), ([263, 1, 2, 3, 4, 263, 97], "1 of 2 "),
+    ([263, 263, 97, 98, 99, 263, 97], ""), ([263, 2, 3, 4], "")])
+def test_validation_documents_in_the_training_data_are_said(mine, rank_file, val, shared):
+    for i, tokens in enumerate([[263, 263, 97, 98, 263, 1, 2], [3, 4, 263, 5]]):  # one runs over the end
+        shards.write_shard(mine / f"x_train_{i:06d}.bin", tokens)
+    shards.write_shard(mine / "x_val_000000.bin", val)
+    stdout, _ = run_script("token_tables.py", mine, "--tokenizer", rank_file)
+    warning = f"{mine}: {shared}validation documents are in the training data, too"
+    assert (warning in stdout) == bool(shared) and stdout.count("\n") == 1 + bool(shared)
 
 
 TABLES_MISTAKES = {
@@ -674,6 +785,12 @@ def test_fineweb_download(hub):
     assert len(np.load(hub.out / "token_bytes.npy")) == load_tokenizer(hub.out).vocab_size == 50257
     hub.run("offline", "2")  # all there: no question asked
     assert not hub.asked()
+
+
+def test_fineweb_says_what_validation_shares_with_training(hub):
+    shutil.copy(hub.source / ALL_FILES[0], hub.source / ALL_FILES[1])
+    assert "1 of 1 validation documents are in the training data" in hub.run("good", "1")
+    assert "training data" not in hub.run("good", "1")  # nothing new: not looked at again
 
 
 def test_fineweb_calls_the_hub_as_it_wants_to_be_called():

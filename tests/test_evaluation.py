@@ -1196,7 +1196,7 @@ MISTAKES = {
     "nothing to do": ([], "--methods=", "--sample=", "--export="),
     "no such checkpoint": (["{tmp}/none", METHOD], "{tmp}/none"),
     "folder without checkpoints": (["{tmp}", METHOD], "{tmp}", "train first"),
-    "another file": (["{corpus}/x_val_000.bin", METHOD], "x_val_000.bin", "--script=FILE"),
+    "another file": (["{corpus}/x_val_000000.bin", METHOD], "x_val_000000.bin", "--script=FILE"),
     "unknown flag": (["{run}", METHOD, "--contxt=9"], "--contxt=9", "--help"),
     "another width": (["{run}", METHOD, "--width=64"], "--width=64"),
     "no number": (["{run}", METHOD, "--stride=a"], "--stride", "'a'"),

@@ -12,7 +12,7 @@ import torch
 from small import BOS, SMALL, random_tokens, write_shard, write_split
 from train_gpt import (
     DocumentStream, Loader, Shards, Stage, UserError, Validation, World, check_config,
-    check_supply, choose_columns, pack, plan_step,
+    check_supply, choose_columns, find_shards, pack, plan_step,
 )  # fmt: skip
 
 
@@ -264,6 +264,16 @@ def test_check_supply_agrees_exactly_with_running_the_loader(tmp_path, seed, res
                 check_supply(exact, World(), shards)
 
 
+@pytest.mark.parametrize("rest, length, told", [("skip", 200, 1), ("keep", 200, 0), ("skip", 1, 0)])
+def test_too_few_tokens_names_document_rest_where_tokens_were_skipped(tmp_path, rest, length, told):
+    cfg = data_config(document_rest=rest)
+    stream = DocumentStream(shards_of(tmp_path, cfg, [np.tile([BOS, *[1] * length], 3)]), cfg)
+    with pytest.raises(UserError, match="1 epochs") as caught:
+        while True:
+            stream.advance(24)
+    assert ("--document_rest=keep: 531 tokens" in str(caught.value)) == told
+
+
 def test_error_in_the_loaders_thread_reaches_the_consumer(tmp_path):
     cfg = data_config()
     tokens = random_tokens(np.random.default_rng(5), 900)
@@ -276,6 +286,17 @@ def test_error_in_the_loaders_thread_reaches_the_consumer(tmp_path):
         for _ in loader:
             got += 1
     assert got > 2
+
+
+@pytest.mark.parametrize("name", ["x", "my_train", "my_val", "train", "x_train_val", "x_val_000000"])
+def test_a_shards_split_is_the_last_word_before_its_number(tmp_path, name):
+    wanted = {split: [f"{name}_{split}_{i:06}.bin" for i in range(2)] for split in ("train", "val")}
+    others = [f"{name}_train_00000.bin", f"{name}_train_000000.bin.bin", f"{name}_train_x_000000.bin",
+              f".{name}_train_000000.bin", f"{name}_val_000000.bin.tmp"]
+    for file in [*wanted["train"], *wanted["val"], *others]:
+        (tmp_path / file).touch()
+    cfg = replace(SMALL, data=str(tmp_path))
+    assert {split: [path.name for path in find_shards(cfg, split)] for split in wanted} == wanted
 
 
 GOOD = np.array([BOS, 1, 2, BOS, 3], "<u2")
@@ -296,7 +317,7 @@ CORRUPTIONS = {
 
 @pytest.mark.parametrize("corrupt", CORRUPTIONS.values(), ids=CORRUPTIONS)
 def test_corrupted_shard_is_refused_by_name(tmp_path, corrupt):
-    path = write_shard(tmp_path / "x_train_000.bin", GOOD)
+    path = write_shard(tmp_path / "x_train_000000.bin", GOOD)
     assert Shards([path], SMALL)[0][0][:].tolist() == GOOD.tolist()
     corrupt(path)
     with pytest.raises(UserError) as caught:
@@ -347,7 +368,7 @@ def is_shard(data, vocab_size):
 
 
 def test_a_thousand_damaged_shards_are_refused_in_a_line_or_are_good(tmp_path):
-    rng, path, opened = np.random.default_rng(0), tmp_path / "x_train_000.bin", 0
+    rng, path, opened = np.random.default_rng(0), tmp_path / "x_train_000000.bin", 0
     (good,) = write_split(tmp_path / "good", "train", [GOOD])
     good = good.read_bytes()
     for _ in range(1000):
