@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -22,10 +23,8 @@ SPRINT = {  # record: label
 }
 
 RACE300 = {  # log: label
-    "race_300/old_seed0.txt": "mechanisms of December 2025",
-    "race_300/eleven_seed0.txt": "with eleven newer techniques",
-    "screening/run1.txt": "with pointer head, slow momentum, averages and more",
-    "screening/run6.txt": "with pointer head, sampled softmax and more",
+    "new_short/old_300_seed0.txt": "mechanisms of December 2025",
+    "new_short/short_300_seed0.txt": "short today",
 }
 
 sys.path.insert(0, str(ROOT / "records"))
@@ -88,11 +87,11 @@ def draw_sprint(records: dict, window: int = 7):
 
 
 def draw_race300():
-    """Validation losses over training seconds of 300 steps of short: old settings, and what came since."""
+    """Validation losses over training seconds of 300 steps of short: old settings, and today's."""
     figure, axes = plt.subplots(figsize=(7.5, 4))
     for i, (name, label) in enumerate(RACE300.items()):
-        rows = [line[11:] for line in open(RESULTS / name) if line.startswith("validation {")]
-        seconds, losses = zip(*((row["train_time"], row["val_loss"]) for row in map(json.loads, rows[1:])))
+        found = re.findall(r"val_loss:([\d.]+) .*train_time:(\d+)ms", (RESULTS / name).read_text())
+        losses, seconds = np.array(found[1:], float).T / np.array([[1], [1000]])
         axes.plot(seconds, losses, "o-", color=f"C{i}", lw=1, ms=4, label=f"{label}: {losses[-1]:.4f}")
     axes.plot(141.7, 3.3356, "k*", label="modded-nanogpt of August 2026, another H100: 3.3356")
     finish(figure, axes, "race300_loss.png", xlabel="training seconds, one H100",

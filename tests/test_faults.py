@@ -264,7 +264,7 @@ def test_drafts_of_checkpoints_are_removed_only_if_their_writers_are_dead(tmp_pa
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"x" * 1024], ids=len)
 @pytest.mark.parametrize("name, reached", [("x_train_0.bin", True), ("x_train_0005.bin", True),
-                                           ("x_train_002.bin", False)])  # fmt: skip
+                                           ("x_train_000002.bin", False)])  # fmt: skip
 def test_a_file_without_tokens_among_the_shards_is_refused_by_name_if_it_is_reached(
     cli, runs, tmp_path, name, reached, content
 ):
@@ -311,18 +311,18 @@ def test_log_and_checkpoint_name_the_tokens_that_were_read(runs, tmp_path):
     assert hash_of(first.log) == expected
     assert read_checkpoint(str(first.saved[-1]))[1]["progress"].read == expected
     runs.data = copy_of(runs.data, tmp_path / "data")
-    change_token(runs.data / "x_train_000.bin", 500)
+    change_token(runs.data / "x_train_000000.bin", 500)
     other = runs("--save_every=-1")
     header = [re.search("^data: .* (shards:.*)$", log, re.M)[1] for log in (first.log, other.log)]
     assert header[0] == header[1] and hash_of(other.log) != expected
 
 
 def another_token(path):
-    change_token(path / "x_train_000.bin", 20)
+    change_token(path / "x_train_000000.bin", 20)
 
 
 def put_in_front(path):
-    shutil.copy(path / "x_train_001.bin", path / "x_train_0.bin")
+    shutil.copy(path / "x_train_000001.bin", path / "x_train_0.bin")
 
 
 def other_order(path):
@@ -333,7 +333,7 @@ def other_order(path):
 
 
 def without_the_first(path):
-    (path / "x_train_001.bin").replace(path / "x_train_000.bin")
+    (path / "x_train_000001.bin").replace(path / "x_train_000000.bin")
 
 
 @pytest.mark.parametrize("change", [another_token, put_in_front, other_order, without_the_first])
@@ -357,11 +357,11 @@ def test_a_run_is_not_resumed_with_other_batches_of_the_same_tokens(runs, tmp_pa
 def test_a_run_goes_on_with_more_data_behind_and_says_that_the_validation_is_another(runs, tmp_path):
     begun = runs("--save_every=3")
     folder = copy_of(runs.data, tmp_path / "elsewhere")
-    shutil.copy(folder / "x_train_000.bin", folder / "x_train_002.bin")
+    shutil.copy(folder / "x_train_000000.bin", folder / "x_train_000002.bin")
     resumed = runs(f"--resume={begun.saved[0]}", f"--data={folder}")
     assert resumed.losses == begun.losses[3:] and "warning: " not in resumed.log
     assert hash_of(resumed.log) == hash_of(begun.log)
-    change_token(folder / "x_val_000.bin", 20)
+    change_token(folder / "x_val_000000.bin", 20)
     resumed = runs(f"--resume={begun.saved[0]}", f"--data={folder}")
     assert resumed.losses == begun.losses[3:] and "\nwarning: validation losses are not" in resumed.log
 
@@ -377,7 +377,7 @@ def read_as_rank(rank, folder, data, *others):
 
 def test_ranks_that_read_other_tokens_are_told_at_the_next_validation(data, tmp_path):
     other = copy_of(data, tmp_path / "other")
-    change_token(other / "x_train_000.bin", 20)
+    change_token(other / "x_train_000000.bin", 20)
     codes, errors = fork_ranks(2, tmp_path / "differ", read_as_rank, data, other)
     for code, error in zip(codes, errors):
         assert_refused((code, "", error), "training tokens: ranks [1] have another than rank 0")

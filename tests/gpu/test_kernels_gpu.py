@@ -400,6 +400,7 @@ def test_a_micro_batch_with_and_without_graph_has_nearly_the_gradients_of_plain_
     (loss, found), (graph_loss, again) = losses_and_gradients(fast, [eager, replayed])
     assert loss == pytest.approx(plain_loss, rel=0.01) and graph_loss == pytest.approx(loss, rel=1e-5)
     for name in [name for name, expected in plain.items() if expected.numel() > 1]:
-        of_masses = 2 if name == "pointer" else 1  # differences between masses that are nearly the same
-        assert error(found[name], plain[name].double()) < of_masses * bound, name
+        # Twice where terms nearly cancel: masses that are nearly the same, a sum over tokens.
+        factor = 2 if name in ("pointer", "bigram_lambdas") else 1
+        assert error(found[name], plain[name].double()) < factor * bound, name
         assert error(again[name], found[name].double()) < 1e-2, name
