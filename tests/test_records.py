@@ -28,11 +28,11 @@ from runs import check_plan, check_run, p_below, p_below_known, parse_log, runs_
 
 # Stands in for train_gpt.py: the same logs in 50 ms. BASE and SPEED are its loss and milliseconds per step.
 TRAINER = '''
-import argparse, dataclasses, hashlib, json, math, os, random, sys
+import argparse, dataclasses, hashlib, json, math, os, random, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
-BASE, SPEED = 3.2770, 60.0
+BASE, SPEED = 3.2770, 20.0
 
 
 class Stage(NamedTuple):
@@ -71,7 +71,9 @@ def main():
     if os.environ.get("FAIL") == str(seed):
         sys.exit("out of memory")
     stop = total // 2 if os.environ.get("STOP") == str(seed) else total
-    folder = Path(cfg["log_folder"]) / f"20260102-030405-{cfg['track']}-seed{seed}"
+    folder = Path(cfg["log_folder"]) / f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg['track']}-seed{seed}"
+    while folder.exists():
+        folder = folder.with_name(folder.name + "-1")
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes(Path(__file__).read_bytes())
     log, rows = open(folder / "log.txt", "w"), open(folder / "metrics.jsonl", "w")
@@ -79,7 +81,8 @@ def main():
     sha = hashlib.sha256(b"tokens").hexdigest()
     print(f"source sha256:{source} git:none", "config " + json.dumps(cfg),
           f"python:3.11.7 torch:2.13.0+cu130 cuda:13.0 world_size:1 seed:{seed}",
-          "device: cuda:0 (NVIDIA H100 80GB HBM3)", "compile: True (the fastest)",
+          "device: cuda:0 (NVIDIA H100 80GB HBM3)", os.environ.get("MACHINE", "machine: gpu:one boot:one"),
+          "compile: True (the fastest)",
           f"data: text shards:9 sha256:{sha}",
           f"validation: tokens:{cfg['val_tokens']} bytes:47185920 sha256:{sha}",
           "model: 275,742,772 parameters, 11 x 768, vocabulary 50304",
@@ -93,14 +96,15 @@ def main():
             print(f"step:{step}/{total} train_loss:{noisy:.4f} {at}", file=log)
             print(json.dumps({"step": step, "train_loss": noisy, "train_time": seconds}), file=rows)
         if step % cfg["val_every"] == 0 or step == stop:
-            bpb = f"val_bpb:{loss / 3:.4f}"
+            bits = loss / math.log(2) * cfg["val_tokens"] / 47185920
+            bpb = f"val_bpb:{bits:.4f}"
             print(f"step:{step}/{total} val_loss:{loss:.4f} {bpb} {at} lambda:+0.1", file=log)
             lambdas = {"smear_mtp_lambda": [0.01 * step], "skip_lambdas": [0.5, rng.random()]}
-            print(json.dumps({"step": step, "val_loss": loss, "val_bpb": loss / 3,
+            print(json.dumps({"step": step, "val_loss": loss, "val_bpb": bits,
                               "train_time": round(seconds, 4), "lambdas": lambdas}), file=rows)
-        seconds += SPEED / 1e3 * rng.uniform(0.99, 1.01)
+        seconds += SPEED / 1e3 * rng.uniform(0.9, 1.1)
     print("peak memory: 19745 MiB", "sample:", "    step:1/9 val_loss:1.0 train_time:1ms step_avg:1ms",
-          sep="\\n", file=log)
+          "first step 1.0 s after the start of this process", f"log: {folder / 'log.txt'}", sep="\\n", file=log)
 
 
 if __name__ == "__main__":
@@ -108,8 +112,8 @@ if __name__ == "__main__":
 '''
 
 
-def write_trainer(path: Path, base=3.2770, speed=60.0) -> Path:
-    path.write_text(TRAINER.replace("= 3.2770, 60.0", f"= {base}, {speed}"))
+def write_trainer(path: Path, base=3.2770, speed=20.0) -> Path:
+    path.write_text(TRAINER.replace("= 3.2770, 20.0", f"= {base}, {speed}"))
     return path
 
 
@@ -518,7 +522,7 @@ def test_race_interleaves_and_goes_on(made, tmp_path, monkeypatch):
         return train(script, *rest)
 
     monkeypatch.setattr(record, "train", noted)
-    a, b = write_trainer(tmp_path / "a.py"), write_trainer(tmp_path / "b.py", base=3.2670, speed=54.0)
+    a, b = write_trainer(tmp_path / "a.py"), write_trainer(tmp_path / "b.py", base=3.2670, speed=18.0)
     race = "race", a, b, "--runs=3", "--out", tmp_path / "race"
     monkeypatch.setenv("FAIL", "2")
     assert cli(*race).code == 2
