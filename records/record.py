@@ -224,7 +224,7 @@ def check_starts(folder: Path, record: dict, rows: list[dict], runs: list[Run]):
         demand(run.path, "machine", "none", record["format"] == 1 or "machine" in run.header, "a line of it")
     for before, after in itertools.pairwise(runs):
         demand(after.path, "start", after.folder[:15],
-               after.began > before.began and not overlap(before, after),
+               after.began >= before.began and not overlap(before, after),
                f"one after the {before.seconds:.0f} s of {before.path.name}, {before.folder[:15]}")
 
 
@@ -842,13 +842,13 @@ def verify_all(options, flags):
             print(f"{folder}: registered, {unfinished}")
             continue
         record = verify(folder)
+        first, expected = seen.setdefault(record["track"], (folder, record["environment"]))
+        if why := other_data(record["environment"], expected):
+            raise Mismatch(f"{folder}: data (against {first}): found {why}, expected one")
         inside = folder.resolve() in {path.resolve() for path in known}
         others = verified if not options.folders or not inside else known
         check_between(folder, [path for path in others if path.resolve() != folder.resolve()])
         verified.append(folder)
-        first, expected = seen.setdefault(record["track"], (folder, record["environment"]))
-        if why := other_data(record["environment"], expected):
-            raise Mismatch(f"{folder}: data (against {first}): found {why}, expected one")
         print(f"{folder}: verified. {target_text(record['results'])} Registered: "
               f"{when_registered(folder, record)}.")
     page = options.records / "README.md"

@@ -168,6 +168,8 @@ def parse_log(path: Path) -> Run:
     parts = re.split(r"^={50,}$\n", body, maxsplit=1, flags=re.M)
     source, rest = parts if len(parts) == 2 else ("", body)
     header, config, steps, validations, folder, launch = {}, {}, [], [], "", 0.0
+    if not any((match := STEP.match(line)) and match[3] == "val" for line in rest.split("\n")):
+        raise UserError(f"{path}: no line 'step:i/n val_loss:.. train_time:..ms step_avg:..ms'")
     for line in rest.split("\n"):
         name, _, value = line.partition(" ")
         if match := STEP.match(line):
@@ -194,8 +196,6 @@ def parse_log(path: Path) -> Run:
             launch = float(match[1])
         elif ": " in line and (not steps or name == "training"):  # "training tokens: sha256:.."
             name_once(header, path, [line.split(": ", 1)])
-    if not any(step.kind == "val" for step in steps):
-        raise UserError(f"{path}: no line 'step:i/n val_loss:.. train_time:..ms step_avg:..ms'")
     named = sha256(source) if source else header.get("sha256", "")
     return Run(path, sha256(text), named, header, config, steps, validations, folder, launch)
 

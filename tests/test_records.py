@@ -61,7 +61,8 @@ def parse_config(argv):
     for field in dataclasses.fields(Config)[:-1]:
         kind = (lambda text: text == "on") if field.type is bool else field.type
         parser.add_argument("--" + field.name, type=kind, default=field.default)
-    return Config(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    return Config(**(values | ({"val_tokens": 2097152} if values["track"] == "race300" else {})))
 
 
 def main():
@@ -307,13 +308,20 @@ CHANGES = {
     "step_avg of step 11": [(r"(step:11/24 .*step_avg:)\d", r"\g<1>9")],
     "schedule of step 5": [("step:5/24", "step:5/25")],
     "loss of step 4": [(r"step:4/24 train_loss:\S+", "step:4/24 train_loss:nan")],
-    "validation rows": [(r"step:12/24 val_loss:\d", "step:12/24 val_loss:9")],
-    "train_time of validation 18": [(r'("step": 18, "val_loss".*"train_time": )1\.', r"\g<1>2.")],
+    "validation rows": [(r"(step:12/24 val_loss:\d\.\d)\d", r"\g<1>")],
+    "train_time of validation 18": [(r'("step": 18, "val_loss".*"train_time": )0\.', r"\g<1>2.")],
     "torch": [("torch:2.13.0", "torch:2.11.0")],
     "device": [("H100", "H200")],
     "compile": [("compile: True", "compile: False")],
     "world_size": [("world_size:1", "world_size:2")],
-    "config.val_tokens": [('"val_tokens": 10485760', '"val_tokens": 10485761')],
+    "config.resume": [('"track"', '"resume": "x", "track"')],
+    "line log:": [("short-seed1", "short-seed2")],
+    "val_bpb of validation 24": [(r'("step": 24, .*"val_bpb": )\d', r"\g<1>1")],
+    "training loss before validation 24": [(r"(step:(?:1[6-9]|2\d)/24 train_loss:)\S+", r"\g<1>0.0001")],
+    "time of step 8": [(r"(step:8/24 .*train_time:).*", r"\1140ms step_avg:17.50ms"),
+                       (r"(step:7/24 .*train_time:).*", r"\1140ms step_avg:20.00ms")],
+    "one header": [("(config .*\n)", r"\1\1")],
+    "step line": [("step:9/24", "step:\u0669/24")],
     "config.muon_lr": [('"muon_lr": 0.03', '"muon_lr": 0.04')],
     "validation tokens": [("tokens:10485760", "tokens:1048576")],
     "validation (against": [(r"(validation: .*sha256:)\w", r"\1f")],
@@ -321,8 +329,8 @@ CHANGES = {
     "untimed": [("untimed: set-up", "untimed: data, set-up")],
     "header of train_gpt.py": [("timed: training.*\n", "")],
     "source sha256": [("source sha256:.{4}", "source sha256:0000")],
-    "track": [('"track": "short"', '"track": "sprint"')],
-    "seeds": [("seed:1\n", "seed:7\n"), ('"seed": 1', '"seed": 7')],
+    "track": [('"track": "short"', '"track": "sprint"'), ("-short-seed", "-sprint-seed")],
+    "seeds": [("seed:1\n", "seed:7\n"), ('"seed": 1', '"seed": 7'), ("-seed1", "-seed7")],
     "not JSON": [("config {", "config {{")],
 }  # fmt: skip
 
@@ -346,9 +354,9 @@ def check_logs(folder: Path):
 
 
 def test_the_same_run_twice_is_refused(folder):
-    text = (folder / "seed0.txt").read_text().replace("seed:0\n", "seed:1\n")
+    text = (folder / "seed0.txt").read_text().replace("seed:0\n", "seed:1\n").replace("-seed0", "-seed1")
     (folder / "seed1.txt").write_text(text.replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(Mismatch, match="times: found those of .*seed0.txt"):
+    with pytest.raises(Mismatch, match="losses: found those of .*seed0.txt"):
         check_logs(folder)
 
 
@@ -371,13 +379,12 @@ def test_records_stand_where_they_belong(folder, tmp_path):
         assert f"place: found {place}, expected track_1_short/20" in cli("verify", tmp_path / place).err
 
 
-def test_a_target_that_is_missed_is_said(folder):
-    plan = json.loads((folder / "record.json").read_text())["plan"]
-    last = r"(step:24/24 val_loss:3\.|step\": 24, \"val_loss\": 3\.)2"
-    for seed in plan["seeds"]:
-        path = folder / f"seed{seed}.txt"
-        path.write_text(re.sub(last, r"\g<1>3", path.read_text()))
-    record.write_record(folder)
+def test_a_target_that_is_missed_is_said(tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    trainer = write_trainer(tmp_path / "trainer.py", base=3.4)
+    new = "new", "idea", "--track=short", "--runs=3", f"--script={trainer}", f"--records={tmp_path}"
+    assert cli(*new).code == 0
+    (folder,) = tmp_path.glob("track_1_short/*")
     result = cli("verify", folder)
     assert result.code == 0 and "**Not shown to be reached**" in result.out
     assert "(target not shown)" in record.history([(folder, verify(folder))], folder)
@@ -394,7 +401,7 @@ def test_records_of_a_track_share_their_validation_tokens(folder, made, monkeypa
     stored = verify(made.folder)
     other = stored | {"environment": stored["environment"] | {"validation": "tokens:1"}}
     monkeypatch.setattr(record, "verify", lambda path: stored if path == made.folder else other)
-    assert "found tokens:1, expected tokens:10485760" in cli("verify", made.folder, folder).err
+    assert "found validation tokens:1 and tokens:10485760" in cli("verify", made.folder, folder).err
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -473,7 +480,7 @@ def test_several_gpus_go_through_torchrun(made, tmp_path, monkeypatch):
     commands = []
     failed = SimpleNamespace(returncode=1)
     monkeypatch.setattr(record, "config_of", lambda *arguments: {})
-    monkeypatch.setattr(record.subprocess, "run", lambda command: commands.append(command) or failed)
+    monkeypatch.setattr(record.subprocess, "run", lambda command, **_: commands.append(command) or failed)
     assert start(made, tmp_path, "--gpus=8").code == 2
     assert commands[0][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
     assert "--seed=0" in commands[0] and "--track=short" in commands[0]
@@ -492,7 +499,7 @@ def test_imported_logs_are_marked(made, tmp_path, monkeypatch):
     logs = finished_logs(made, tmp_path / "logs")
     result = cli("import", *logs, "late", "--records", tmp_path / "records")
     assert result.code == 0, result.err
-    folder = tmp_path / "records" / "track_1_short" / "2026-01-02_late"
+    folder = tmp_path / "records" / "track_1_short" / f"{record.now()[:10]}_late"
     stored = verify(folder)
     assert stored["plan"]["registered"] is None and stored["plan"]["seeds"] == [4, 9]
     assert stored["plan"]["flags"] == ["--muon_lr=0.01"]
@@ -542,32 +549,26 @@ def test_race_interleaves_and_goes_on(made, tmp_path, monkeypatch):
     assert "not of one race" not in result.out and "the loss alone" in result.out
     assert cli("race", a, b, "--runs=3,2", "--out", tmp_path / "uneven").code == 2  # registered with others
 
-    later = tmp_path / "race" / "B_b"  # as if of another race whose sides have the same names
-    row = json.loads((later / "record.json").read_text())
-    for i, run in enumerate(row["runs"]):
-        run["started"] = f"2099-01-01T00:00:0{i}Z"
-    (later / "record.json").write_text(record.dump(row))
-    assert cli("refresh", later).code == 0
+    later = tmp_path / "uneven" / "B_b"  # of another race whose sides have the same names
     for pair in itertools.permutations((tmp_path / "race" / "A_a", later)):
         assert "not of one race" in cli("compare", *pair).out
     result = cli("race", a, b, "--runs=1,2,3")
     assert result.code == 2 and "one number for both or A's and B's" in result.err
 
 
-def test_keep_takes_a_side_of_a_race_into_the_records(made, folder, tmp_path, monkeypatch):
+def test_keep_takes_a_side_of_a_race_into_the_records(tmp_path, monkeypatch):
     without_pictures(monkeypatch)
-    row = json.loads((folder / "record.json").read_text())
-    row["plan"]["interleaved"] = ["A_old", "B_idea"]
-    (folder / "record.json").write_text(record.dump(row))
-    assert cli("refresh", folder).code == 0
-    side = folder.rename(tmp_path / "B_idea")
+    sides = write_trainer(tmp_path / "old.py"), write_trainer(tmp_path / "idea.py", base=3.26)
+    assert cli("race", *sides, "--runs=2", "--track=short", "--out", tmp_path / "race").code == 0
+    side = tmp_path / "race" / "B_idea"
+    row = verify(side)
     result = cli("keep", side, "better_name", "--records", tmp_path / "records")
     assert result.code == 0, result.err
     (kept,) = (tmp_path / "records" / "track_1_short").iterdir()
     assert kept.name == f"{row['date']}_better_name" and verify(kept)["name"] == "better_name"
     readme = (kept / "README.md").read_text()
     assert readme.startswith("# better_name\n") and "in which A_old and B_idea took turns" in readme
-    assert verify(side)["name"] == "idea"
+    assert verify(side)["name"] == "B_idea"
     result = cli("keep", side, "better_name", "--records", tmp_path / "records")
     assert result.code == 2 and "is there already: give another name" in result.err
     (side / "seed1.txt").write_text((side / "seed1.txt").read_text().replace("3.2", "3.1", 1))
@@ -628,7 +629,9 @@ def group(name, losses, seconds, first_seed=0):
     for i, (loss, time) in enumerate(zip(losses, seconds)):
         rows = [{"step": step, "val_loss": loss + gap, "train_time": time * step / 100}
                 for step, gap in ((0, 7.0), (50, 0.5), (90, 0.1), (100, 0.0))]
-        made.append(runs_of_a_record.Run(Path(f"{name}{i}"), "", "", {}, {"seed": first_seed + i}, [], rows))
+        header = {"machine": "one", "device": "d", "world_size": "1", "torch": "2", "validation": "tokens:1",
+                  "data": "x shards:1 sha256:0"}
+        made.append(runs_of_a_record.Run(Path(f"{name}{i}"), "", "", header, {"seed": first_seed + i}, [], rows))
     return Group(name, made)
 
 
@@ -693,6 +696,15 @@ def test_modded_nanogpt_s_logs(tmp_path, folder):
         log.rename(tmp_path / "modded" / log.name)
     result = cli("compare", tmp_path / "modded", folder)
     assert result.code == 0 and "A = modded: n = 3, loss 3.27900" in result.out and "B = idea" in result.out
+    assert "losses and times: not comparable: one side is modded" in result.out
+    assert result.out.endswith("verdict on B: none\n")
+    first = (tmp_path / "modded" / "0.txt").read_text()
+    (tmp_path / "line.txt").write_text("=" * 100 + "\nconfig = 1\n" + first)
+    assert parse_log(tmp_path / "line.txt").loss == 3.278
+    (tmp_path / "mixed").mkdir()
+    for name, text in (("0.txt", first), ("1.txt", "# another\n" + first)):
+        (tmp_path / "mixed" / name).write_text(text)
+    assert "mixes experiments" in cli("compare", tmp_path / "mixed", folder).err
     assert cli("plot", tmp_path / "modded", folder, "--out", tmp_path / "both.png", "--target=3.28").code == 0
     assert (tmp_path / "both.png").stat().st_size > 10_000
     planned = cli("plan", "--margin=.001", "--from", tmp_path / "modded").out
@@ -707,10 +719,17 @@ def test_comparison_names_other_hardware_and_refuses_other_validation_tokens(fol
         path.write_text(path.read_text().replace("H100", "H200"))
     (tmp_path / "other" / "record.json").unlink()
     text = cli("compare", folder, tmp_path / "other").out
-    assert text.startswith("times don't compare: device of A is cuda:0 (NVIDIA H100") and "H200" in text
-    path = tmp_path / "other" / "seed0.txt"
-    path.write_text(path.read_text().replace("validation: tokens:1", "validation: tokens:2"))
-    assert "expected tokens:10485760" in cli("compare", folder, tmp_path / "other").err
+    assert text.startswith("differs: device of A is cuda:0 (NVIDIA H100") and "H200" in text
+    for line, reason in (("machine: gpu:two boot:one", "2 machines"), ("x: y", "machine unknown")):
+        for seed in range(3):
+            path = tmp_path / "other" / f"seed{seed}.txt"
+            path.write_text(re.sub("(?m)^(machine|x): .*", line, path.read_text()))
+        text = cli("compare", folder, tmp_path / "other").out
+        assert f"times and net seconds: not comparable: {reason}" in text and text.endswith("B: none\n")
+    for seed in range(3):
+        path = tmp_path / "other" / f"seed{seed}.txt"
+        path.write_text(path.read_text().replace("validation: tokens:1", "validation: tokens:2"))
+    assert "losses and times: not comparable: valid" in cli("compare", folder, tmp_path / "other").out
 
 
 def test_table(made, tmp_path):
