@@ -404,6 +404,140 @@ def test_records_of_a_track_share_their_validation_tokens(folder, made, monkeypa
     assert "found validation tokens:1 and tokens:10485760" in cli("verify", made.folder, folder).err
 
 
+def in_logs(pattern, new, seeds=(0, 1, 2)):
+    def forge(folder):
+        for seed in seeds:
+            path = folder / f"seed{seed}.txt"
+            text, count = re.subn(pattern, new, path.read_text())
+            assert count
+            path.write_text(text)
+    return forge
+
+
+def in_record(change):
+    def forge(folder):
+        stored = json.loads((folder / "record.json").read_text())
+        change(stored)
+        (folder / "record.json").write_text(record.dump(stored))
+    return forge
+
+
+def another_seed(folder):
+    """seed0's log as seed1's, with all times x 1.0005."""
+    text = (folder / "seed0.txt").read_text()
+    for old, new in ((r"seed:0\b", "seed:1"), ('"seed": 0', '"seed": 1'), ("seed0", "seed1")):
+        text = re.sub(old, new, text)
+    (folder / "seed1.txt").write_text(text)
+
+
+def link(folder):
+    (folder / "seed1.txt").rename(folder.parent / "outside.txt")
+    (folder / "seed1.txt").symlink_to(folder.parent / "outside.txt")
+
+
+def claim(folder):
+    (folder / "README.md").write_text("It trains in 0.31 s.\n\n" + (folder / "README.md").read_text())
+
+
+def other_loss(match):
+    return f"{match[1]}{float(match[2]) - 0.1:.4f}"
+
+
+FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify says)
+    "final loss lowered": (in_logs(r"(step:24/24 val_loss:|step\": 24, \"val_loss\": )([\d.]+)", other_loss),
+                           "val_bpb of validation 24"),
+    "bits per byte halved": (in_logs(r"(val_bpb:|val_bpb\": )([\d.]+)", other_loss), "val_bpb"),
+    "one run twice": (another_seed, "losses"),
+    "validation tokens halved": (in_logs("tokens:10485760", "tokens:5242880"), "validation tokens"),
+    "training loss zero": (in_logs(r"(step:2\d/24 train_loss:)\S+", r"\g<1>0.0000"), "expected a number above 0"),
+    "Arabic digits": (in_logs("step:12/24", "step:\u0661\u0662/24"), "step line"),
+    "symbolic link": (link, "symbolic links"),
+    "resumed": (in_logs('"track"', '"resume": "x", "track"'), "config.resume"),
+    "author's claim": (claim, "training time"),
+    "negative attempts": (in_record(lambda stored: stored["runs"][0].update(attempts=-3)), "attempts of seed 0"),
+    "no attempts": (in_record(lambda stored: stored["runs"][0].update(attempts=0.5)), "attempts of seed 0"),
+    "earlier": (in_record(lambda stored: stored["plan"].update(registered="2026-01-01T00:00:00Z")), "date"),
+    "another start": (in_record(lambda stored: stored["runs"][1].update(started=record.now()[:-6] + "59:59Z")),
+                      "start of seed 1|stamp of its folder"),
+    "another plan": (in_record(lambda stored: stored["plan"].update(flags=["--smear=off"])), "config.log_folder"),
+    "another configuration": (in_logs('"muon_lr": 0.03', '"muon_lr": 0.04'), "config.muon_lr"),
+    "unregistered setting": (in_logs('"save_every": -1', '"save_every": -1, "trick": 1'), "config.trick"),
+    "another track": (in_logs("short-seed", "sprint-seed"), "line log:"),
+    "no machine": (in_logs("machine: .*\n", ""), "machine"),
+    "data without a hash": (in_logs("(data: text shards:9) sha256:.*", r"\1"), "data"),
+    "steps without time": (in_logs(r"(step:8/24 .*train_time:).*", r"\g<1>1ms step_avg:0.12ms"), "train_time"),
+    "two headers": (in_logs("(config .*\n)", r"\1\1"), "one header"),
+}  # fmt: skip
+
+
+def reseal(folder: Path):
+    """Everything that the tool generates, without its checks."""
+    stored = json.loads((folder / "record.json").read_text())
+    runs = [parse_log(folder / f"seed{seed}.txt") for seed in stored["plan"]["seeds"]]
+    stored = record.complete(stored, runs)
+    (folder / "record.json").write_text(record.dump(stored))
+    author = (folder / "README.md").read_text().partition(record.MARKER)[0]
+    (folder / "README.md").write_text(author + record.evidence(stored))
+    for name, draw in record.pictures_of(stored, runs).items():
+        draw(folder / name)
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forgeries_sealed_anew_are_caught(folder, name):
+    forge, reason = FORGERIES[name]
+    forge(folder)
+    with pytest.raises(Mismatch, match=reason):
+        reseal(folder)
+        verify(folder)
+
+
+def test_pictures_of_others_are_caught(folder):
+    shutil.copy(folder / "lambdas.png", folder / "loss.png")
+    with pytest.raises(Mismatch, match="loss.png: picture"):
+        verify(folder)
+
+
+def test_no_log_is_in_two_records_and_no_two_runs_are_at_once(made, folder):
+    with pytest.raises(Mismatch, match="run: found that of"):
+        record.check_between(folder, [made.folder])
+    other = [write_trainer(folder.parent / "t.py", base=3.1)]
+    assert cli("new", "other", "--track=short", "--runs=1", f"--script={other[0]}",
+               f"--records={folder.parent / 'r'}").code == 0
+    (other,) = (folder.parent / "r").glob("track_1_short/*")
+    record.check_between(folder, [other])
+    stamp = re.search(r"\d{8}-\d{6}", (folder / "seed0.txt").read_text())[0]
+    path = other / "seed0.txt"
+    text = re.sub(r"\d{8}-\d{6}", stamp, path.read_text())
+    path.write_text(re.sub(r'("train_time": )0\.', r"\g<1>9.", text))  # nine seconds more
+    with pytest.raises(Mismatch, match="start: found during"):
+        record.check_between(folder, [other])
+
+
+def test_a_commit_before_the_first_run_is_a_witness(made, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    for command in (["init", "-q"], ["config", "user.name", "x"], ["config", "user.email", "x@x"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    result = cli("new", "seen", "--track=tiny", "--runs=2", f"--script={made.trainer}", f"--records={tmp_path}",
+                 "--commit")
+    assert result.code == 0 and "registered with the sha256" in result.out, result.err
+    (folder,) = tmp_path.glob("track_3_tiny/*")
+    assert "Registered: before, by commit " in cli("verify", folder).out
+    assert record.witness(made.folder, verify(made.folder)) == ""
+
+
+def test_reproduce_says_what_is_missing(folder):
+    plan = {"flags": ["--tokenizer=/tmp/nowhere/gpt2.tiktoken"]}
+    none, data = SimpleNamespace(data=None, tokenizer=None), SimpleNamespace(data="/no/data", tokenizer=None)
+    with pytest.raises(UserError, match="of the machine that made the record.*give reproduce --tokenizer="):
+        record.find_paths(none, plan)
+    with pytest.raises(UserError, match="--data=/no/data: given, not found"):
+        record.find_paths(data, {"flags": []})
+    assert "this repository lacks" in record.needs_text(plan)
+    stored = {"name": "x", "track": "tiny", "runs": [{"seed": 0, "loss": 1.3}, {"seed": 1, "loss": 1.4}]}
+    assert record.expected_loss(stored, 0)[:2] == pytest.approx((1.295, 1.305))
+    assert record.expected_loss(stored, 7)[0] < 1
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Running
 
