@@ -103,7 +103,8 @@ def matches(pattern, text):
 
 
 HEADER_AND_END = (
-    "source sha256:", "config {", "python:", "device: cpu (CPU)", "machine: gpu:", "hardware: float32, compile False",
+    "source sha256:", "config {", "python:", "device: cpu (CPU)", "machine: gpu:",
+    "hardware: float32, compile False",
     "data: data ", "validation: tokens:", "model: ", "timed: ", "untimed: ", "first step ", "peak memory: ",
     "log: ", "plot: ",
 )  # fmt: skip
