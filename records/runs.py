@@ -308,7 +308,7 @@ def same_times(a: Run, b: Run) -> bool:
 
 def overlap(a: Run, b: Run) -> bool:
     """Whether one began before the other's training can have ended."""
-    first, second = sorted((a, b), key=lambda run: run.began)
+    first, second = sorted((a, b), key=lambda run: (run.began, -run.seconds))
     return second.began < first.began + first.seconds - 1  # stamps are whole seconds
 
 
