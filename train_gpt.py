@@ -2668,6 +2668,14 @@ def source() -> str:
     return f"source sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} git:{git.stdout.strip() or 'none'}"
 
 
+def machine(device) -> str:
+    """Hashes of this rank's GPU and of the host's boot: times of others don't compare."""
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "none"
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    facts = gpu, boot.read_text() if boot.exists() else platform.node()
+    return "gpu:{} boot:{}".format(*(hashlib.sha256(fact.encode()).hexdigest()[:12] for fact in facts))
+
+
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
 
 
@@ -2817,6 +2825,7 @@ def log_header(log, job):
         f"python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
         f"world_size:{job.world.size} seed:{cfg.seed}\n"
         f"device: {hardware.device.type} ({hardware.name})\n"
+        f"machine: {', '.join(sorted(set(job.world.gather_objects(machine(hardware.device)))))}\n"
         f"hardware: {str(hardware.dtype)[6:]}, compile {hardware.compile}, kernels {hardware.kernels}, "
         f"attention {hardware.attention}, float8 {hardware.fp8}, CUDA graphs {hardware.graphs}\n"
         f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}\n"

@@ -18,6 +18,7 @@ Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -31,18 +32,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy import stats
 
 from runs import (
     LEVEL, NO_WORSE, PER_PLACE, PER_RUN, SET_HERE, TRACKS, Difference, Mismatch, Run, UserError, check_plan,
-    check_run, check_same, comparable, expect, expect_text, log_text, mean_curve, paired, parse_flag,
-    parse_log, read, read_json, runs_needed, sd, seconds_per_loss, sha256, summarise, welch,
-    write,
+    check_run, check_same, comparable, demand, differences, expect, expect_text, log_text, mean_curve, moment,
+    other_data, overlap, paired, parse_flag, parse_log, read, read_json, runs_needed, same_losses, same_times,
+    sd, seconds_per_loss, sha256, summarise, welch, write,
 )  # fmt: skip
 
 RECORDS = Path(__file__).resolve().parent
 ROOT = RECORDS.parent
+FORMAT = 2  # from 2 on, log folders name the registration, and logs the machine
 MARKER = "<!-- evidence: record.py generates everything below from the logs -->"
 
 
@@ -56,9 +60,12 @@ def complete(record: dict, runs: list[Run]) -> dict:
     first = comparable(runs[0], PER_RUN)
     elsewhere = {name for name in first if name.startswith("config.")} | {"source", "sha256"}
     environment = {name: value for name, value in first.items() if name not in elsewhere}
-    rows = [{name: row[name] for name in ("seed", "attempts", "started")}
-            | {"log": run.path.name, "log_sha256": run.sha256, "steps": run.steps[-1].step, "loss": run.loss,
-               "seconds": run.seconds} for row, run in zip(record["runs"], runs)]
+    rows = []
+    for row, run in zip(record["runs"], runs):
+        rows.append({name: row[name] for name in ("seed", "attempts", "started")}
+                    | {"log": run.path.name, "log_sha256": run.sha256, "steps": run.steps[-1].step,
+                       "loss": run.loss, "seconds": run.seconds}
+                    | {name: value for name, value in run.header.items() if name == "machine"})
     return kept | {"environment": environment, "runs": rows, "results": summarise(runs, record["track"])}
 
 
@@ -66,6 +73,17 @@ def dump(record: dict) -> str:
     """The text of record.json, sealed with the sha256 of everything else in it."""
     body = {name: value for name, value in record.items() if name != "sha256"}
     return json.dumps(body | {"sha256": sha256(json.dumps(body))}, indent=1) + "\n"
+
+
+def registration(record: dict) -> str:
+    """The sha256 to publish before the first run: of all that is fixed by then."""
+    return sha256(json.dumps([record["track"], record["plan"]]))
+
+
+def work_folder(record: dict, seed: int) -> str:
+    """The folder that a run's log is written in first. The log names it, and so the registration."""
+    mark = f"{registration(record)[:12]}_" * (record["format"] > 1)
+    return f".run_{mark}seed{seed}"
 
 
 def load_record(folder: Path) -> dict:
@@ -102,14 +120,16 @@ def evidence(record: dict) -> str:
     plan, env, results = record["plan"], record["environment"], record["results"]
     loss, seconds = (statistics_of(record, name) for name in ("loss", "seconds"))
     flags = " ".join(plan["flags"]) or "none"
-    when = (f"Registered {plan['registered']}, before the first run" if plan["registered"]
-            else "**Not pre-registered**: imported from finished logs")
+    mark = f", sha256 {registration(record)}" * (record["format"] > 1)
+    when = (f"Registered {plan['registered']}, before the first run by the author's clock{mark}"
+            if plan["registered"] else "**Not pre-registered**: imported from finished logs")
     sides, n = " and ".join(plan.get("interleaved", [])), results["n"]
     rows = [f"| {r['seed']} | {r['loss']:.5f} | {r['seconds']:.3f} | {r['steps']} | "
             f"{r['started'] or 'unknown'} | {r['attempts'] or 'unknown'} | [{r['log']}]({r['log']}) |"
             for r in record["runs"]]
     return "\n".join([
         MARKER, "", "## Evidence", "",
+        "The text above is the author's. What follows was computed from the logs.", "",
         f"{when}: track {record['track']}, seeds {', '.join(map(str, plan['seeds']))}, flags: {flags}."
         + f" These runs are one side of a race, in which {sides} took turns." * bool(sides), "",
         f"{n} run{'s' * (n > 1)}, {env['device']}, world size {env['world_size']}, torch {env['torch']}, "
@@ -120,9 +140,33 @@ def evidence(record: dict) -> str:
         "| seed | validation loss | training s | steps | started | attempts | log |",
         "|--:|--:|--:|--:|---|--:|---|", *rows, "", "![loss](loss.png)", "",
         f"- Timed: {env['timed']}.", f"- Untimed: {env['untimed']}.", f"- Data: {env['data']}.",
-        f"- Validation: {env['validation']}.", f"- Script: sha256 {plan['source_sha256']}.", "",
+        f"- Validation: {env['validation']}.", f"- Script: sha256 {plan['source_sha256']}.",
+        f"- Machine: {machines_text(record)}.", f"- To repeat it: {needs_text(plan)}.", "",
         "`python records/record.py verify FOLDER` recomputes all of this from the logs, "
         "`reproduce FOLDER` runs the script again.", ""])
+
+
+def machines_text(record: dict) -> str:
+    machines = sorted({row.get("machine", "") for row in record["runs"]})
+    if machines[0]:
+        return " and ".join(machines) + " (hashes of GPU and boot)"
+    return "unknown, so the times compare with no other record's"
+
+
+def paths_of(plan: dict) -> dict:
+    """Flags of a plan that are paths on the machine that made the record: name -> path."""
+    flags = dict(map(parse_flag, plan["flags"]))
+    return {name: flags[name] for name in ("data", "tokenizer") if "/" in flags.get(name, "")}
+
+
+def needs_text(plan: dict) -> str:
+    """What a stranger lacks to repeat a record."""
+    paths = paths_of(plan)
+    if not paths:
+        return "everything is here, or is fetched or made by the scripts in data/"
+    lacking = " and ".join(f"`--{name}={path}`" for name, path in paths.items())
+    return (f"{lacking} of the author's machine, which this repository lacks. Data with another sha256 than "
+            "the above give another loss: `reproduce --data=DIR` runs the record on them")
 
 
 def write_record(folder: Path):
@@ -135,8 +179,8 @@ def write_record(folder: Path):
     author = read(readme).partition(MARKER)[0] if readme.exists() else (
         f"# {record['name']}\n\nWhat is new, and why it should help. (Yours to write: it is kept.)\n\n")
     write(readme, author + evidence(record))
-    draw_losses({record["name"]: runs}, folder / "loss.png", TRACKS[record["track"]].target)
-    draw_lambdas(runs, folder / "lambdas.png")
+    for name, draw in pictures_of(record, runs).items():
+        draw(folder / name)
     write(folder / "record.json", dump(record))
     print(f"{folder}: n = {len(runs)}, loss {statistics_of(record, 'loss')[0]:.5f}. "
           f"{target_text(record['results'])}")
@@ -156,12 +200,102 @@ def check_logs(folder: Path, record: dict, rows: list[dict]) -> list[Run]:
     for row in rows:
         runs.append(parse_log(folder / f"seed{row['seed']}.txt"))
         expect(runs[-1].path, "sha256", runs[-1].sha256, row.get("log_sha256"))
-        if plan["registered"] and row["started"] < plan["registered"]:
-            raise Mismatch(f"{folder}: start of seed {row['seed']}: found {row['started']}, expected one "
-                           f"after the registration, {plan['registered']}")
     if runs:
         check_plan(runs, plan | {"seeds": [row["seed"] for row in rows]}, record["track"])
+        (check_starts if plan["registered"] else check_imported)(folder, record, rows, runs)
     return runs
+
+
+def check_starts(folder: Path, record: dict, rows: list[dict], runs: list[Run]):
+    """Raises Mismatch unless record.json, the logs' folders and the logs' times tell one order of events."""
+    registered = record["plan"]["registered"]
+    expect(folder, "date", record["date"], registered[:10])
+    for row, run in zip(rows, runs):
+        demand(folder, f"attempts of seed {row['seed']}", row["attempts"],
+               type(row["attempts"]) is int and row["attempts"] > 0, "1 or more")
+        demand(folder, f"start of seed {row['seed']}", row["started"],
+               moment(registered) <= moment(row["started"]) < time.time() + 86400,
+               f"one after the registration, {registered}")
+        after = run.began - moment(row["started"])
+        demand(run.path, "stamp of its folder", run.folder[:15], -1 <= after <= run.launch + 60,
+               f"one soon after {row['started']}")
+        expect(run.path, "config.log_folder", run.config["log_folder"].rpartition("/")[2],
+               work_folder(record, row["seed"]))
+        demand(run.path, "machine", "none", record["format"] == 1 or "machine" in run.header, "a line of it")
+    for before, after in itertools.pairwise(runs):
+        demand(after.path, "start", after.folder[:15],
+               after.began >= before.began and not overlap(before, after),
+               f"one after the {before.seconds:.0f} s of {before.path.name}, {before.folder[:15]}")
+
+
+def check_imported(folder: Path, record: dict, rows: list[dict], runs: list[Run]):
+    """Nobody saw the starts of these runs: nothing is said of them but the day of the first seed's log."""
+    expect(folder, "date", record["date"].replace("-", ""), runs[0].folder[:8])
+    expect(folder, "attempts and starts", [(row["attempts"], row["started"]) for row in rows],
+           [(None, None)] * len(rows))
+
+
+def check_config(folder: Path, record: dict, run: Run):
+    """Raises Mismatch unless the frozen script makes the run's configuration of the registered flags."""
+    plan, track = record["plan"], record["track"]
+    elsewhere = PER_PLACE | {"vocab_size"}  # which follows from the data
+    flags = [flag for flag in plan["flags"] if parse_flag(flag)[0] not in elsewhere]
+    try:
+        made = config_of(folder / "train_gpt.py", track, flags)
+    except UserError as error:
+        print(f"{folder}: configuration not compared with the frozen script's: {error}")
+        return
+    if plan["gpus"] > 1:
+        elsewhere = elsewhere | {"micro_batches"}  # at least one each
+    for name in sorted((made.keys() | run.config.keys()) - elsewhere):
+        expect(run.path, f"config.{name} by the frozen script", without_names(run.config.get(name)),
+               without_names(made.get(name)))
+
+
+def without_names(value):
+    """A stage or layer as a list, which logs of November 2026 have as a dict."""
+    values = list(value.values()) if isinstance(value, dict) else value
+    return [without_names(part) for part in values] if isinstance(values, list) else values
+
+
+def check_author(folder: Path, record: dict, text: str):
+    """Raises Mismatch if the author's text names a training time that is no record's.
+
+    A time is a number of seconds of at least half of this record's; a sign makes it a difference.
+    """
+    own = statistics_of(record, "seconds")[0]
+    means = [own] + [statistics_of(load_record(path), "seconds")[0] for path in all_records(RECORDS)
+                     if "results" in load_record(path)]
+    means += [row["seconds"] for row in record["runs"]]
+    for claim in re.findall(r"(?<![-+.\w])(\d+(?:\.\d+)?) ?(?:s|seconds)\b(?!\s+per\b)", text, re.ASCII):
+        digits = len(claim.partition(".")[2])
+        demand(folder / "README.md", "training time", f"{claim} s",
+               float(claim) < own / 2 or claim in {f"{mean:.{digits}f}" for mean in means},
+               f"a record's, as this one's {own:.2f} s")
+
+
+def pictures_of(record: dict, runs: list[Run]) -> dict:
+    """name -> what draws it to a path."""
+    target = TRACKS[record["track"]].target
+    pictures = {"loss.png": lambda path: draw_losses({record["name"]: runs}, path, target)}
+    if any(row.get("lambdas") for run in runs for row in run.validations):
+        pictures["lambdas.png"] = lambda path: draw_lambdas(runs, path)
+    return pictures
+
+
+def check_pictures(folder: Path, record: dict, runs: list[Run]):
+    """Raises Mismatch unless the pictures show what is drawn anew, where matplotlib is the same."""
+    with tempfile.TemporaryDirectory() as place:
+        for name, draw in pictures_of(record, runs).items():
+            draw(Path(place, name))
+            with Image.open(folder / name) as found, Image.open(Path(place, name)) as drawn:
+                if found.info.get("Software") != drawn.info["Software"]:
+                    print(f"{folder / name}: not compared: by {found.info.get('Software')}, here is "
+                          f"{drawn.info['Software']}")
+                    continue
+                pixels = [np.asarray(picture.convert("L"), float) for picture in (found, drawn)]
+            same = pixels[0].shape == pixels[1].shape and (abs(pixels[0] - pixels[1]) > 25).mean() < 1e-4
+            demand(folder / name, "picture", "another", same, "one of these logs: refresh draws it")
 
 
 def verify(folder: Path, readme: bool = True) -> dict:
@@ -172,6 +306,9 @@ def verify(folder: Path, readme: bool = True) -> dict:
     record, place = load_record(folder), folder / "record.json"
     try:
         plan = record["plan"]
+        links = [path.name for path in [folder, *folder.rglob("*")] if path.is_symlink()]
+        expect(folder, "symbolic links", links, [])
+        expect(place, "known format", record["format"] in (1, FORMAT), True)
         if folder.resolve().parent.name.startswith("track_"):
             expect(folder, "place", "/".join(folder.resolve().parts[-2:]),
                    f"{TRACKS[record['track']].folder}/{record['date']}_{record['name']}")
@@ -184,14 +321,54 @@ def verify(folder: Path, readme: bool = True) -> dict:
         runs = check_logs(folder, record, record["runs"])
         rebuilt = complete(record, runs)
         expect_text(place, read(place), dump(rebuilt))
+        check_config(folder, record, runs[0])
         if readme:
-            generated = "".join(read(folder / "README.md").partition(MARKER)[1:])
-            expect_text(folder / "README.md", generated, evidence(rebuilt))
-            pictures = ["loss.png"] + ["lambdas.png"] * any(row.get("lambdas") for row in runs[0].validations)
-            expect(folder, "pictures", [name for name in pictures if (folder / name).is_file()], pictures)
+            author, *generated = read(folder / "README.md").partition(MARKER)
+            check_author(folder, record, author)
+            expect_text(folder / "README.md", "".join(generated), evidence(rebuilt))
+            check_pictures(folder, record, runs)
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise Mismatch(f"{folder}: not the form of a record: {type(error).__name__} {error}") from None
     return record
+
+
+def check_between(folder: Path, others: list[Path]):
+    """Raises Mismatch if a log is in another record too, or two runs were at once on one machine.
+
+    Runs that are repeatable to the last digit may share their losses, but not their times.
+    """
+    for path in sorted(folder.glob("seed*.txt")):
+        run = parse_log(path)
+        repeatable = run.header["device"].startswith("cpu") or run.config.get("deterministic")
+        for log in (log for other in others for log in sorted(other.glob("seed*.txt"))):
+            before = parse_log(log)
+            same = same_times(run, before) or (same_losses(run, before) and not repeatable)
+            demand(path, "run", f"that of {log}", not same, "one of its own")
+            machine = run.header.get("machine")
+            demand(path, "start", f"during {log}", not machine or before.header.get("machine") != machine
+                   or not overlap(run, before), "one machine at a time")
+
+
+def witness(folder: Path, record: dict) -> str:
+    """The first commit that holds this plan, if it holds no run and is older than all of them; else ""."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True).stdout
+
+    starts = [moment(row["started"]) for row in record["runs"] if row["started"]]
+    for line in git("log", "--reverse", "--format=%h %ct", "--", "record.json").splitlines():
+        commit, committed = line.split()
+        then = json.loads(git("show", f"{commit}:./record.json") or "{}")
+        if then.get("plan") == record["plan"]:
+            begun = any("log_sha256" in row for row in then["runs"])
+            return "" if begun or int(committed) > min(starts, default=math.inf) else commit
+    return ""
+
+
+def when_registered(folder: Path, record: dict) -> str:
+    if not record["plan"]["registered"]:
+        return "no"
+    commit = witness(folder, record)
+    return f"before, by commit {commit}" if commit else "by its own clock"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -243,7 +420,7 @@ def register(folder: Path, name: str, track: str, script: Path, plan: dict):
     shutil.copyfile(script, frozen)
     rows = [{"seed": seed, "attempts": 0, "started": None} for seed in plan["seeds"]]
     date = folder.name.partition("_")[0] if folder.name.endswith(f"_{name}") else now()[:10]
-    write(folder / "record.json", dump({"format": 1, "name": name, "date": date, "track": track,
+    write(folder / "record.json", dump({"format": FORMAT, "name": name, "date": date, "track": track,
                                         "plan": plan | {"source_sha256": source}, "runs": rows}))
 
 
@@ -265,7 +442,7 @@ def config_of(script: Path, track: str, flags: list[str] = ()) -> dict:
                          capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
     if run.returncode:
         reason = (run.stderr.strip() or "no reason given").splitlines()[-1]
-        raise UserError(f"nothing registered: {reason.removeprefix('train_gpt.UserError: ')}")
+        raise UserError(f"{script}: refuses its flags: {reason.removeprefix('train_gpt.UserError: ')}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -276,11 +453,11 @@ def train(script: Path, gpus: int, flags: list[str], work: Path) -> Path:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     shutil.rmtree(work, ignore_errors=True)
     command = [*launcher, str(script), *flags, "--save_every=-1", f"--log_folder={os.path.relpath(work)}"]
-    code = subprocess.run(command).returncode
+    code = subprocess.run(command, env=os.environ | {"TZ": "UTC"}).returncode  # for the log folder's stamp
     logs = list(work.glob("*/log.txt"))
     if code or len(logs) != 1:
-        raise UserError(f"{script}: ended with exit code {code} and {len(logs)} logs, expected 0 and 1: see "
-                        "what it printed, then give the same command again")
+        raise UserError(f"{script}: ended with exit code {code} and {len(logs)} logs, expected 0 and 1: mend "
+                        "what it complained of above, then give the command again")
     return logs[0].parent
 
 
@@ -305,7 +482,7 @@ def run_seed(folder: Path, seed: int):
     row |= {"attempts": row["attempts"] + 1, "started": now()}
     write(folder / "record.json", dump(record))
     print(f"{folder.name}: seed {seed}, attempt {row['attempts']}", flush=True)
-    work = folder / f".run_seed{seed}"
+    work = folder / work_folder(record, seed)
     flags = [f"--track={record['track']}", *plan["flags"], f"--seed={seed}"]
     try:
         write(path, log_text(train(folder / "train_gpt.py", plan["gpus"], flags, work)))
@@ -321,6 +498,22 @@ def plan_of(runs: int, flags: list[str], gpus: int) -> dict:
     return {"registered": now(), "runs": runs, "seeds": list(range(runs)), "flags": flags, "gpus": gpus}
 
 
+def announce(folder: Path, commit: bool = False):
+    """Says what to publish before the first run, and commits it if asked. Raises UserError."""
+    record = load_record(folder)
+    if any(row["attempts"] for row in record["runs"]):
+        return
+    print(f"{folder}: registered with the sha256 {registration(record)}: publish it, or commit record.json "
+          "and train_gpt.py (new --commit does), so that others can witness it", flush=True)
+    files = ["record.json", "train_gpt.py"]
+    commands = ["add", "-f", *files], ["commit", "-qm", f"Register {folder.name}", "--", *files]
+    for command in commands * commit:
+        git = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+        if git.returncode:
+            raise UserError(f"--commit: git {command[0]}: {git.stderr or git.stdout}: mend that, or leave "
+                            "--commit out")
+
+
 def new(options, flags):
     """Registers a record and runs what it lacks of its seeds."""
     folder = find_folder(options.records, options.track, options.name, now()[:10])
@@ -328,6 +521,7 @@ def new(options, flags):
     script = options.script or known[0]
     check_flags(flags, options.track, script)
     register(folder, options.name, options.track, script, plan_of(options.runs, flags, options.gpus or 1))
+    announce(folder, options.commit)
     for seed in range(options.runs):
         run_seed(folder, seed)
     write_record(folder)
@@ -378,6 +572,7 @@ def race(options, flags):
     for (folder, runs), script in zip(sides.items(), (options.a, options.b)):
         plan = plan_of(runs, flags, options.gpus or 1) | {"interleaved": [side.name for side in sides]}
         register(folder, folder.name, options.track, script, plan)
+        announce(folder)
     for seed in range(max(options.runs)):
         for folder, runs in sides.items():
             if seed < runs:
@@ -408,35 +603,54 @@ def keep(options, flags):
     write_record(folder)
 
 
+def expected_loss(record: dict, seed: int) -> tuple[float, float, str]:
+    """The lowest and highest loss of a reproduction, and why these."""
+    losses = {row["seed"]: row["loss"] for row in record["runs"]}
+    again = TRACKS[record["track"]].again
+    if again and seed in losses:
+        return losses[seed] - again, losses[seed] + again, f"within {again} of this seed in the record"
+    if len(losses) < 2:
+        raise UserError(f"{record['name']}: has one run: to judge a reproduction, a record needs 2 or more")
+    values = list(losses.values())
+    reach = float(stats.t.ppf(0.995, len(values) - 1)) * sd(values) * math.sqrt(1 + 1 / len(values))
+    return np.mean(values) - reach, np.mean(values) + reach, "99 % prediction interval of the record"
+
+
+def find_paths(options, plan: dict) -> list[str]:
+    """The flags for data and tokenizer that were given. Raises UserError if one is missing here."""
+    given = {name: value for name in ("data", "tokenizer") if (value := getattr(options, name))}
+    for name, path in (paths_of(plan) | given).items():
+        kind = "a folder of shards" if name == "data" else "a file of tiktoken ranks, such as gpt2.tiktoken"
+        whose = "given" if name in given else "a path of the machine that made the record"
+        if "/" in path and not Path(path).exists():
+            raise UserError(f"--{name}={path}: {whose}, not found here: give reproduce --{name}= and {kind}")
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
 def reproduce(options, flags):
     """Runs one seed of a record again and judges it.
 
     Reproduced means: same script, configuration, data and validation tokens, and a loss within the 99 %
-    prediction interval of the record's losses, mean +- t(n - 1) * sd * sqrt(1 + 1/n). Versions and hardware
-    may differ, and are printed. Raises Mismatch if it isn't.
+    prediction interval of the record's losses, mean +- t(n - 1) * sd * sqrt(1 + 1/n), or on tiny within
+    Track.again of the same seed's. Versions and hardware may differ, and are printed. Raises Mismatch if it
+    isn't.
     """
     record = verify(options.folder)
-    if record["results"]["n"] < 2:
-        raise UserError(f"{options.folder}: has one run: to judge a reproduction, a record needs 2 or more")
     old = parse_log(options.folder / record["runs"][0]["log"])
     seed = old.config["seed"] if options.seed is None else options.seed
+    low, high, why = expected_loss(record, seed)
     flags = [f"--track={record['track']}", *record["plan"]["flags"], f"--seed={seed}"]
-    flags += [f"--{name}={value}" for name in ("data", "tokenizer") if (value := getattr(options, name))]
+    flags += find_paths(options, record["plan"])
     gpus = options.gpus or record["plan"]["gpus"]
     with tempfile.TemporaryDirectory() as work:
         logs = train(options.folder / "train_gpt.py", gpus, flags, Path(work) / "logs")
         again = parse_log(logs / "log.txt")
     check_run(again)
-    before, after = comparable(old, PER_PLACE), comparable(again, PER_PLACE)
-    for name in sorted(before.keys() | after.keys()):
+    for name, after, before in differences(old, again, PER_PLACE):
         if name.startswith("config.") or name in ("source", "data", "validation", "timed", "untimed"):
-            expect("reproduction", name, after.get(name), before.get(name))
-        elif before.get(name) != after.get(name):
-            print(f"differs, may: {name}: {after.get(name)}, in the record {before.get(name)}")
-    losses = [row["loss"] for row in record["runs"]]
-    reach = float(stats.t.ppf(0.995, len(losses) - 1)) * sd(losses) * math.sqrt(1 + 1 / len(losses))
-    low, high = np.mean(losses) - reach, np.mean(losses) + reach
-    found = f"loss {again.loss:.5f}, 99 % prediction interval of the record {low:.5f} to {high:.5f}"
+            expect("reproduction", name, after, before)
+        print(f"differs, may: {name}: {after}, in the record {before}")
+    found = f"loss {again.loss:.5f}, {why} {low:.5f} to {high:.5f}"
     seconds = record["results"]["seconds"]["mean"]
     print(f"seed {seed}: {found}; {again.seconds:.3f} s, in the record {seconds:.3f}")
     if not low <= again.loss <= high:
@@ -466,7 +680,12 @@ def load_group(path: Path) -> Group:
     logs = [path] if path.is_file() else sorted(ours or path.glob("*.txt"))
     if not logs:
         raise UserError(f"{path}: found no record and no log: give a record, a log or a folder with logs")
-    return Group(path.name, [parse_log(log) for log in logs])
+    runs = [parse_log(log) for log in logs]
+    for run in runs[1:]:
+        for name, here, first in differences(runs[0], run):
+            raise UserError(f"{path}: mixes experiments: {name} of {run.path.name} is {here}, of "
+                            f"{runs[0].path.name} {first}: give a folder with the logs of one")
+    return Group(path.name, runs)
 
 
 def in_pairs(a: Group, b: Group) -> list[tuple[Run, Run]]:
@@ -494,23 +713,26 @@ def net_seconds(timing: Difference, gap: Difference, slope: float) -> Difference
     return Difference(timing.mean + slope * gap.mean, spread, min(timing.df, gap.df), how)
 
 
-def comparison(a: Group, b: Group, threshold: float | None = None, slope: float | None = None) -> str:
-    """Plain words on B against the baseline A. `slope`: seconds per unit of loss; None: A's at its end."""
-    out, n, (first, other) = [], len(a.runs), (group.runs[0].header for group in (a, b))
-    if first and other:  # modded-nanogpt's logs have no header
-        expect(b.runs[0].path, "validation", other["validation"], first["validation"])
-        out = [f"times don't compare: {name} of A is {first[name]}, of B {other[name]}"
-               for name in ("device", "world_size", "torch") if first[name] != other[name]]
-    for letter, group in (("A", a), ("B", b)):
-        losses, seconds = [r.loss for r in group.runs], [r.seconds for r in group.runs]
-        out.append(f"{letter} = {group.name}: n = {len(losses)}, loss {np.mean(losses):.5f} sd "
-                   f"{number(sd(losses), 5)}, time {np.mean(seconds):.3f} s sd {number(sd(seconds), 3)}")
-    gap, pairs = welch(*([r.loss for r in g.runs] for g in (a, b))), in_pairs(a, b)
-    raced = in_one_race(a, b, pairs)  # then times pair, too
-    timing = (paired if raced else welch)(*([r.seconds for r in runs] for runs in
-                                            (zip(*pairs) if raced else (a.runs, b.runs))))
-    paired_n = len(pairs) if raced else n
-    out.append(f"final loss, B - A: {gap.text('', 5)}: {gap.verdict(n)}")
+def losses_apart(a: Group, b: Group) -> str:
+    """Why the losses of two groups don't compare, or "". modded-nanogpt's logs have no header."""
+    first, other = (group.runs[0].header for group in (a, b))
+    if bool(first) != bool(other):
+        return "one side is modded-nanogpt's, whose logs name neither data nor machine"
+    return other_data(first, other) if first else ""
+
+
+def times_apart(a: Group, b: Group) -> str:
+    """Why the times of two groups don't compare, or ""."""
+    machines = {run.header.get("machine") for run in a.runs + b.runs}
+    if None in machines:
+        return "machine unknown: a log doesn't name it"
+    return f"{len(machines)} machines" if len(machines) > 1 else ""
+
+
+def loss_lines(a: Group, b: Group, pairs: list, threshold: float | None) -> list[str]:
+    """What the final losses say, and those at equal steps."""
+    gap = welch(*([r.loss for r in g.runs] for g in (a, b)))
+    out = [f"final loss, B - A: {gap.text('', 5)}: {gap.verdict(len(a.runs))}"]
     if pairs:
         out.append(f"  by seed: {paired(*([r.loss for r in runs] for runs in zip(*pairs))).text('', 5)}")
     if gap.sd:
@@ -521,13 +743,35 @@ def comparison(a: Group, b: Group, threshold: float | None = None, slope: float 
             out.append(f"  B at least {threshold} lower: p = {gap.p_less(threshold):.6f}")
     elif threshold is not None:
         out.append(f"  B at least {threshold} lower: no test without a spread")
-    out.append(f"train time, B - A: {timing.text(' s', 3)}: {timing.verdict(paired_n)}")
-    if not raced:
-        out.append("  not of one race: a difference between machines, if there were two, is in it and below")
     curves = mean_curve(a.runs), mean_curve(b.runs)
     shared = [f"{step}: {curves[1][step][0] - loss:+.4f}" for step, (loss, _) in curves[0].items()
               if step in curves[1]]
-    out.append("loss at equal steps, B - A: " + (", ".join(shared) or "no step in common"))
+    return [*out, "loss at equal steps, B - A: " + (", ".join(shared) or "no step in common")]
+
+
+def comparison(a: Group, b: Group, threshold: float | None = None, slope: float | None = None) -> str:
+    """Plain words on B against the baseline A. `slope`: seconds per unit of loss; None: A's at its end."""
+    out, n, (first, other) = [], len(a.runs), (group.runs[0].header for group in (a, b))
+    for name in ("device", "world_size", "torch"):
+        if first and other and first[name] != other[name]:
+            out.append(f"differs: {name} of A is {first[name]}, of B {other[name]}")
+    for letter, group in (("A", a), ("B", b)):
+        losses, seconds = [r.loss for r in group.runs], [r.seconds for r in group.runs]
+        out.append(f"{letter} = {group.name}: n = {len(losses)}, loss {np.mean(losses):.5f} sd "
+                   f"{number(sd(losses), 5)}, time {np.mean(seconds):.3f} s sd {number(sd(seconds), 3)}")
+    if why := losses_apart(a, b):
+        return "\n".join([*out, f"losses and times: not comparable: {why}", "verdict on B: none"])
+    pairs = in_pairs(a, b)
+    out += loss_lines(a, b, pairs, threshold)
+    if why := times_apart(a, b):
+        return "\n".join([*out, f"times and net seconds: not comparable: {why}", "verdict on B: none"])
+    gap, raced = welch(*([r.loss for r in g.runs] for g in (a, b))), in_one_race(a, b, pairs)
+    timing = (paired if raced else welch)(*([r.seconds for r in runs] for runs in
+                                            (zip(*pairs) if raced else (a.runs, b.runs))))
+    paired_n = len(pairs) if raced else n
+    out.append(f"train time, B - A: {timing.text(' s', 3)}: {timing.verdict(paired_n)}")
+    if not raced:
+        out.append("  not of one race: what changed on the machine between the two is in it and below")
     origin = "given"
     if slope is None:
         ends = seconds_per_loss(a.runs)
@@ -589,20 +833,28 @@ def only_registered(folder: Path) -> str:
 
 
 def verify_all(options, flags):
-    folders = options.folders or all_records(options.records)
-    seen, verified = {}, 0
+    """Each folder, then what they say of each other, and the tables beside them if all are verified."""
+    known = all_records(options.records)
+    folders = options.folders or known
+    seen, verified = {}, []
     for folder in folders:
         if unfinished := only_registered(folder):
             print(f"{folder}: registered, {unfinished}")
             continue
-        verified += 1
         record = verify(folder)
-        tokens = record["environment"]["validation"]
-        first, expected = seen.setdefault(record["track"], (folder, tokens))
-        expect(folder, f"validation tokens (against {first})", tokens, expected)
-        print(f"{folder}: verified. {target_text(record['results'])}"
-              + ("" if record["plan"]["registered"] else " Not pre-registered."))
-    print(f"records verified: {verified}")
+        first, expected = seen.setdefault(record["track"], (folder, record["environment"]))
+        if why := other_data(record["environment"], expected):
+            raise Mismatch(f"{folder}: data (against {first}): found {why}, expected one")
+        inside = folder.resolve() in {path.resolve() for path in known}
+        others = verified if not options.folders or not inside else known
+        check_between(folder, [path for path in others if path.resolve() != folder.resolve()])
+        verified.append(folder)
+        print(f"{folder}: verified. {target_text(record['results'])} Registered: "
+              f"{when_registered(folder, record)}.")
+    page = options.records / "README.md"
+    if not options.folders and page.is_file():
+        expect_text(page, read(page), with_tables(page, options.records)[0])
+    print(f"records verified: {len(verified)}")
 
 
 def refresh(options, flags):
@@ -612,22 +864,31 @@ def refresh(options, flags):
         write_record(folder)
 
 
-def table(options, flags):
-    """Writes the history of each track that the file has markers for."""
+def with_tables(file: Path, records: Path) -> tuple[str, int]:
+    """A page with the history of each track that it has markers for, and their number. Raises UserError."""
     def rows(match) -> str:
         track = match[2]
         if track not in TRACKS:
-            raise UserError(f"{options.file}: marker of {track!r}: expected one of {', '.join(TRACKS)}")
-        parent = options.records / TRACKS[track].folder
-        paths = [path for path in all_records(options.records) if path.parent == parent]
-        records = [(path, verify(path)) for path in paths if not only_registered(path)]
-        return match[1] + history(records, options.file.resolve().parent) + match[3]
+            raise UserError(f"{file}: marker of {track!r}: expected one of {', '.join(TRACKS)}")
+        parent = records / TRACKS[track].folder
+        paths = [path for path in all_records(records) if path.parent == parent]
+        listed = [(path, load_record(path)) for path in paths if not only_registered(path)]
+        return match[1] + history(listed, file.resolve().parent) + match[3]
 
-    old = read(options.file)
+    old = read(file)
     text, tables = re.subn(r"(<!-- records:(\w+) -->\n).*?(<!-- /records:\2 -->)", rows, old, flags=re.S)
     if not tables or tables != old.count("<!-- records:"):
-        raise UserError(f"{options.file}: found {tables} tables: each needs a line <!-- records:TRACK --> "
+        raise UserError(f"{file}: found {tables} tables: each needs a line <!-- records:TRACK --> "
                         "and, below it, <!-- /records:TRACK -->")
+    return text, tables
+
+
+def table(options, flags):
+    """Writes the tables of a page, of records that verify."""
+    for path in all_records(options.records):
+        if not only_registered(path):
+            verify(path)
+    text, tables = with_tables(options.file, options.records)
     write(options.file, text)
     print(f"{options.file}: {tables} tables")
 
@@ -646,7 +907,7 @@ def history(records: list, base: Path) -> str:
             f"| {seconds:.2f}, sd {number(seconds_sd, 2)} | {loss:.4f}, sd {number(loss_sd, 4)} "
             f"| {results['n']} | {'-' if p is None else f'{p:.2g}'}{missed} "
             f"| {env['world_size']} x {env['device']} "
-            f"| {'before' if record['plan']['registered'] else 'no'} |")
+            f"| {when_registered(folder, record)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -655,47 +916,67 @@ def history(records: list, base: Path) -> str:
 
 
 def draw_losses(groups: dict, path: Path, target: float | None = None):
-    """Validation loss of every run by step and by time with the range of each group, and the final losses."""
-    picture = Figure(figsize=(15, 3.6), layout="tight")
+    """Training and validation loss of every run by step and by time, and the final losses."""
+    picture = Figure(figsize=(15, 4), layout="tight")
     by_step, by_time, final = picture.subplots(1, 3)
+    shown = []
     for i, (name, runs) in enumerate(groups.items()):
-        curves = mean_curve(runs)
-        steps = [step for step in curves if step]
-        losses = np.array([[run.curve[step][0] for step in steps] for run in runs])
-        for axes, xs in ((by_step, steps), (by_time, [curves[step][1] for step in steps])):
-            axes.plot(xs, losses.T, color=f"C{i}", lw=0.5, alpha=0.5)
-            axes.plot(xs, losses.mean(0), color=f"C{i}", lw=1.5, label=f"{name}, n = {len(runs)}")
-            axes.fill_between(xs, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.2)
-        final.plot([i] * len(runs), [run.loss for run in runs], "o", color=f"C{i}", ms=4, alpha=0.6)
-        final.plot([i - 0.2, i + 0.2], [np.mean([run.loss for run in runs])] * 2, color=f"C{i}")
+        color = f"C{i}"
+        for run in runs:
+            losses = smooth(run.train_losses)
+            by_step.plot(range(1, len(losses) + 1), losses, color=color, lw=0.6, alpha=0.4)
+            by_time.plot(np.array(run.train_ms) / 1e3, losses, color=color, lw=0.6, alpha=0.4)
+            points = [(step, seconds, loss) for step, (loss, seconds) in run.curve.items() if step]
+            for axes, column in ((by_step, 0), (by_time, 1)):
+                axes.plot([p[column] for p in points], [p[2] for p in points], "o", color=color, ms=4)
+            shown += [p[2] for p in points] + [x for x in losses[len(losses) // 20 :] if math.isfinite(x)]
+        by_step.plot([], [], "-", color=color, label=f"{name}, n = {len(runs)}: training")
+        by_step.plot([], [], "o", color=color, label=f"{name}: validation")
+        final.plot([i] * len(runs), [run.loss for run in runs], "o", color=color, ms=5, alpha=0.6)
+        final.plot([i - 0.2, i + 0.2], [np.mean([run.loss for run in runs])] * 2, color=color)
     for axes in (by_step, by_time, final):
         if target:
             axes.axhline(target, color="black", ls="--", lw=0.8, label=f"target {target}")
         axes.grid(alpha=0.3)
-    by_step.set(xlabel="step", ylabel="validation loss (nats per token)")
+    low, high = min([*shown, target or math.inf]), max(shown)
+    for axes in (by_step, by_time):  # the first steps' losses would leave no room for the others
+        axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    by_step.set(xlabel="step", ylabel="loss (nats per token)", title="training: running means")
     by_time.set(xlabel="training seconds")
-    final.set(xticks=range(len(groups)), title="last validation, bar: mean")
+    final.set(xticks=range(len(groups)), title="last validation, bar: mean", xlim=(-0.6, len(groups) - 0.4))
     final.set_xticklabels(groups, fontsize=8)
     by_step.legend(fontsize=8)
     picture.savefig(path, dpi=110)
 
 
+def smooth(losses: list[float]) -> np.ndarray:
+    """Running means over a fiftieth of the steps, over fewer at both ends."""
+    width, values = max(len(losses) // 50, 1) | 1, np.array(losses)
+    counts = np.convolve(np.ones(len(values)), np.ones(width), "same")
+    return np.convolve(values, np.ones(width), "same") / counts
+
+
 def draw_lambdas(runs: list[Run], path: Path):
-    """Learned scalars at every validation, thin lines for the runs; nothing if the logs hold none."""
+    """Learned scalars at every validation: one colour and legend entry a scalar, one line a run."""
+    first = next(row["lambdas"] for run in runs for row in run.validations if row.get("lambdas"))
     names = sorted({name for run in runs for row in run.validations for name in row.get("lambdas", {})})
-    if not names:
-        return
     rows, columns = math.ceil(len(names) / 3), min(3, len(names))
-    picture = Figure(figsize=(4 * columns, 3 * rows), layout="tight")
+    picture = Figure(figsize=(5.5 * columns, 3.4 * rows), layout="tight")
     for i, name in enumerate(names):
         axes = picture.add_subplot(rows, columns, i + 1)
+        count = len(first.get(name, [0]))
         for run in runs:
-            learned = {row["step"]: row["lambdas"][name] for row in run.validations if name in row["lambdas"]}
-            axes.set_prop_cycle(None)
-            axes.plot(list(learned), list(learned.values()), lw=0.8)
+            rows_with = [row for row in run.validations if name in row.get("lambdas", {})]
+            at = [row["step"] for row in rows_with]
+            for j, values in enumerate(zip(*(row["lambdas"][name] for row in rows_with))):
+                style = {"color": colormaps["viridis"](j / max(count - 1, 1)), "ls": ("-", "--", ":")[j % 3]}
+                label = {"label": str(j)} if run is runs[0] else {}
+                axes.plot(at, values, ".", lw=0.8, ms=3, **style, **label)
         axes.set(title=name, xlabel="step")
+        if count > 1:
+            axes.legend(fontsize=6, ncol=math.ceil(count / 12), loc="center left", bbox_to_anchor=(1, 0.5))
         axes.grid(alpha=0.3)
-    picture.savefig(path, dpi=110)
+    picture.savefig(path, dpi=80)
 
 
 def plot(options, flags):
@@ -747,6 +1028,7 @@ def parser() -> Parser:
     sub = command("new", new, "name", script=Path, gpus=at_least_one, records=RECORDS)
     sub.add_argument("--track", choices=TRACKS, required=True)
     sub.add_argument("--runs", type=at_least_one, required=True)
+    sub.add_argument("--commit", action="store_true")
     sub = command("race", race, "a", "b", gpus=at_least_one, out=Path)
     sub.add_argument("--track", choices=TRACKS, default="race300")
     sub.add_argument("--runs", type=one_or_two, required=True)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,15 +18,16 @@ class Track(NamedTuple):
     folder: str
     target: float | None = None   # validation loss that the mean must be shown to be below
     sd: float | None = None       # run-to-run, known from modded-nanogpt's logs
-    val_tokens: int | None = None # on which the target is defined
+    val_tokens: int | None = None # on which losses of the track compare
+    again: float | None = None    # nats by which a seed's loss differs elsewhere, ten times what was seen
 
 
 TRACKS = {
-    "race300": Track("track_0_race300"),
+    "race300": Track("track_0_race300", val_tokens=2_097_152),
     "sprint": Track("track_0_sprint"),  # up to commit 47ba671: 480 steps of a quarter of the batch
     "short": Track("track_1_short", target=3.28, sd=0.0013, val_tokens=10_485_760),
     "medium": Track("track_2_medium", target=2.92, val_tokens=10_485_760),
-    "tiny": Track("track_3_tiny"),
+    "tiny": Track("track_3_tiny", again=0.005),
 }
 LEVEL = 0.01      # p below which a target counts as reached
 NO_WORSE = 0.005  # nats: "no worse" means that the upper 95 % bound of the difference is below this
@@ -44,6 +46,11 @@ class Mismatch(Exception):
 
 def expect(where, what: str, found, expected):
     if found != expected:
+        raise Mismatch(f"{where}: {what}: found {found}, expected {expected}")
+
+
+def demand(where, what: str, found, condition: bool, expected: str):
+    if not condition:
         raise Mismatch(f"{where}: {what}: found {found}, expected {expected}")
 
 
@@ -82,6 +89,7 @@ class Step(NamedTuple):
     loss: float   # nan where modded-nanogpt's logs state none
     ms: int
     average: float
+    bpb: float = math.nan
 
 
 class Run(NamedTuple):
@@ -94,6 +102,22 @@ class Run(NamedTuple):
     config: dict
     steps: list[Step]
     validations: list    # this repo's rows with all digits and the learned scalars
+    folder: str = ""     # that the trainer wrote the log to, YYYYMMDD-HHMMSS-TRACK-seedN
+    launch: float = 0.0  # seconds from the process's start to the first step
+
+    @property
+    def began(self) -> float | None:
+        """When the log was begun, in seconds since 1970, by a clock that record.py sets to UTC."""
+        stamp = self.folder[:15]
+        return datetime.strptime(stamp + "+0000", "%Y%m%d-%H%M%S%z").timestamp() if stamp else None
+
+    @property
+    def train_losses(self) -> list[float]:
+        return [step.loss for step in self.steps if step.kind == "train"]
+
+    @property
+    def train_ms(self) -> list[int]:
+        return [step.ms for step in self.steps if step.kind == "train"]
 
     @property
     def curve(self) -> dict:
@@ -110,8 +134,13 @@ class Run(NamedTuple):
         return list(self.curve.values())[-1][1]
 
 
-STEP = re.compile(r"step:(\d+)/(\d+) (?:(train|val)_loss:(\S+) )?(?:val_bpb:\S+ )?train_time:(\d+)ms "
-                  r"step_avg:([\d.]+|nan)ms")
+LOSS = r"[\d.]+|nan|inf"
+STEP = re.compile(rf"step:(\d+)/(\d+) (?:(train|val)_loss:({LOSS}) )?(?:val_bpb:({LOSS}) )?"
+                  r"train_time:(\d+)ms step_avg:([\d.]+|nan)ms", re.ASCII)
+LOG = re.compile(r"log: (?:.*/)?(\d{8}-\d{6}-\w+-seed\d+)(?:-1)*/log\.txt$", re.ASCII)
+LAUNCH = re.compile(r"(?:launch to first step: |first step )([\d.]+) s", re.ASCII)
+DATA = re.compile(r"\S+ shards:\d+ sha256:[0-9a-f]{64}", re.ASCII)
+VALIDATION = re.compile(r"tokens:(\d+) bytes:(\d+|unknown) sha256:[0-9a-f]{64}", re.ASCII)
 EXACT = ["step", "val_loss", "train_time"]
 HEADER = ["sha256", "torch", "device", "data", "validation", "timed", "untimed"]
 CONFIG = ["track", "seed", "scheduled_steps", "extension_steps", "val_every"]
@@ -124,34 +153,51 @@ def log_text(folder: Path) -> str:
     return read(folder / "log.txt") + "".join(f"validation {row}\n" for row in rows)
 
 
+def name_once(header: dict, path: Path, items):
+    """Adds the items. Raises Mismatch if a name is there already, as where two logs are one file."""
+    for name, value in items:
+        demand(path, name, "it twice", name not in header, "one header")
+        header[name] = value
+
+
 def parse_log(path: Path) -> Run:
-    """Raises UserError if there is no step line with a validation loss."""
+    """Raises UserError if there is no step line with a validation loss, Mismatch if a line is malformed."""
     beside = path.name == "log.txt" and (path.parent / "metrics.jsonl").exists()
     text = log_text(path.parent) if beside else read(path)
-    parts = re.split(r"^={50,}$\n", text, maxsplit=1, flags=re.M)  # modded-nanogpt's logs begin so
-    source, rest = parts if len(parts) == 2 else ("", text)
-    header, config, steps, validations = {}, {}, [], []
+    body = re.sub(r"\A\s*={50,}\n", "", text)  # modded-nanogpt's logs may begin so
+    parts = re.split(r"^={50,}$\n", body, maxsplit=1, flags=re.M)
+    source, rest = parts if len(parts) == 2 else ("", body)
+    header, config, steps, validations, folder, launch = {}, {}, [], [], "", 0.0
+    if not any((match := STEP.match(line)) and match[3] == "val" for line in rest.split("\n")):
+        raise UserError(f"{path}: no line 'step:i/n val_loss:.. train_time:..ms step_avg:..ms'")
     for line in rest.split("\n"):
         name, _, value = line.partition(" ")
         if match := STEP.match(line):
-            step, total, kind, loss, ms, average = match.groups()
+            step, total, kind, loss, bpb, ms, average = match.groups()
             steps.append(Step(int(step), int(total), kind or "train", float(loss or "nan"), int(ms),
-                              float(average)))
+                              float(average), float(bpb or "nan")))
+        elif source:
+            continue
+        elif line.startswith("step:"):
+            raise Mismatch(f"{path}: step line: found {line[:60]!r}, expected digits and units")
         elif name == "validation":
             validations.append(read_json(value, path))
             expect(path, "validation row", [k for k in EXACT if k in validations[-1]], EXACT)
-        elif name == "config" and not steps:
+        elif name == "config":
+            demand(path, name, "it twice", not config, "one header")
             config = read_json(value, path)
-        elif name == "source" and not steps:
-            header |= dict(part.split(":", 1) for part in value.split() if ":" in part)
+        elif name == "source":
+            name_once(header, path, [part.split(":", 1) for part in value.split() if ":" in part])
         elif match := VERSIONS.match(line):
-            header |= zip(("python", "torch", "cuda", "world_size", "seed"), match.groups())
-        elif not steps and ": " in line and not source:
-            header |= [line.split(": ", 1)]
-    if not any(step.kind == "val" for step in steps):
-        raise UserError(f"{path}: no line 'step:i/n val_loss:.. train_time:..ms step_avg:..ms'")
+            name_once(header, path, zip(("python", "torch", "cuda", "world_size", "seed"), match.groups()))
+        elif match := LOG.match(line):
+            folder = match[1]
+        elif match := LAUNCH.match(line):
+            launch = float(match[1])
+        elif ": " in line and (not steps or name == "training"):  # "training tokens: sha256:.."
+            name_once(header, path, [line.split(": ", 1)])
     named = sha256(source) if source else header.get("sha256", "")
-    return Run(path, sha256(text), named, header, config, steps, validations)
+    return Run(path, sha256(text), named, header, config, steps, validations, folder, launch)
 
 
 def read_json(text: str, path: Path):
@@ -163,57 +209,146 @@ def read_json(text: str, path: Path):
 
 def check_run(run: Run):
     """Raises Mismatch unless the log is whole and agrees with itself."""
+    check_header(run)
+    check_steps(run)
+    check_times(run)
+    check_validations(run)
+
+
+def check_header(run: Run):
+    """What the header, the configuration and the log's own folder say of each other."""
     for part, found, names in (("header", run.header, HEADER), ("config", run.config, CONFIG)):
         expect(run.path, f"{part} of train_gpt.py", [name for name in names if name in found], names)
-    expect(run.path, "known track", [t for t in TRACKS if t == run.config["track"]], [run.config["track"]])
-    expect(run.path, "seed of the header", run.header["seed"], str(run.config["seed"]))
-    total = run.config["scheduled_steps"] + run.config["extension_steps"]
+    track, seed = run.config["track"], run.config["seed"]
+    expect(run.path, "known track", [t for t in TRACKS if t == track], [track])
+    expect(run.path, "seed of the header", run.header["seed"], str(seed))
+    expect(run.path, "config.resume", run.config.get("resume", ""), "")
+    data, validation = run.header["data"], run.header["validation"]
+    demand(run.path, "data", data, DATA.fullmatch(data), "NAME shards:N sha256:..")
+    demand(run.path, "validation", validation, VALIDATION.fullmatch(validation), "tokens:N bytes:N sha256:..")
+    tokens = VALIDATION.fullmatch(validation)[1]
+    expect(run.path, "validation tokens", tokens, str(run.config.get("val_tokens") or tokens))  # 0: all
+    expect(run.path, "line log:", run.folder[15:] or "none", f"-{track}-seed{seed}")
+
+
+def check_steps(run: Run):
+    """Every step once and in order, with a finite loss that fits the validations'."""
+    every, total = run.config["val_every"], run.config["scheduled_steps"] + run.config["extension_steps"]
     for step in run.steps:
         expect(run.path, f"schedule of step {step.step}", step.total, total)
-        if not math.isfinite(step.loss):
-            raise Mismatch(f"{run.path}: loss of step {step.step}: found {step.loss}, expected a number")
-        if abs(step.average - step.ms / max(step.step, 1)) > 0.006 + 0.5 / max(step.step, 1):
-            raise Mismatch(f"{run.path}: step_avg of step {step.step}: found {step.average}, "
-                           f"expected {step.ms / max(step.step, 1):.2f}")
-    every = run.config["val_every"]
+        demand(run.path, f"loss of step {step.step}", step.loss, 0 < step.loss < math.inf,
+               "a number above 0")
     order = [s for i in range(total + 1)
              for s in [(i, "train")] * (i > 0) + [(i, "val")] * (i % every == 0 or i == total)]
     found = [(step.step, step.kind) for step in run.steps]
     for have, want in itertools.zip_longest(found, order, fillvalue="the end of the log"):
         expect(run.path, "order of step lines", have, want)
+    for step in run.steps:
+        if step.kind == "val" and step.step:
+            near = float(np.mean(run.train_losses[max(step.step - 10, 0) : step.step]))
+            demand(run.path, f"training loss before validation {step.step}", round(near, 4),
+                   step.loss / 2 < near < 2 * step.loss, f"about its {step.loss}")
+
+
+def check_times(run: Run):
+    """Averages follow from times, which go on, in every step by a plausible part of the median step."""
+    for step in run.steps:
+        average = step.ms / max(step.step, 1)
+        demand(run.path, f"step_avg of step {step.step}", step.average,
+               abs(step.average - average) <= 0.006 + 0.5 / max(step.step, 1), f"{average:.2f}")
     for before, after in itertools.pairwise(run.steps):
-        if after.ms < before.ms:
-            raise Mismatch(f"{run.path}: train_time of step {after.step}: found {after.ms} ms, expected at "
-                           f"least the {before.ms} ms before it")
-    printed = [(s.step, f"{s.loss:.4f}") for s in run.steps if s.kind == "val"]
+        demand(run.path, f"train_time of step {after.step}", f"{after.ms} ms", after.ms >= before.ms,
+               f"at least the {before.ms} ms before it")
+    took = np.diff([0, *run.train_ms])
+    shortest = int(took.argmin())
+    demand(run.path, f"time of step {shortest + 1}", f"{took[shortest]} ms",
+           took[shortest] > np.median(took) / 50, f"some of the median's {np.median(took):.0f} ms")
+
+
+def check_validations(run: Run):
+    """The rows with all digits are those of the step lines; bits per byte follow from the loss."""
+    lines = [step for step in run.steps if step.kind == "val"]
     exact = [(row["step"], f"{row['val_loss']:.4f}") for row in run.validations]
-    expect(run.path, "validation rows", exact, printed)
-    for (step, (_, seconds)), line in zip(run.curve.items(), [s for s in run.steps if s.kind == "val"]):
-        if abs(seconds * 1e3 - line.ms) > 1:
-            raise Mismatch(f"{run.path}: train_time of validation {step}: found {seconds} s, "
-                           f"expected {line.ms} ms")
+    expect(run.path, "validation rows", exact, [(line.step, f"{line.loss:.4f}") for line in lines])
+    tokens, size = VALIDATION.fullmatch(run.header["validation"]).groups()
+    for row, line in zip(run.validations, lines):
+        demand(run.path, f"train_time of validation {line.step}", f"{row['train_time']} s",
+               abs(row["train_time"] * 1e3 - line.ms) <= 0.6, f"{line.ms} ms")
+        if size == "unknown":
+            continue
+        bpb = row["val_loss"] / math.log(2) * int(tokens) / int(size)
+        for found, close in ((row["val_bpb"], 1e-9), (line.bpb, 6e-5)):
+            demand(run.path, f"val_bpb of validation {line.step}", found, abs(found - bpb) < close, f"{bpb}")
+
+
+def moment(text: str) -> float:
+    """Seconds since 1970 of 2026-11-28T03:04:05Z. Raises ValueError."""
+    if not text.isascii():
+        raise ValueError(f"{text!r} isn't ASCII")
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc).timestamp()
+
+
+def same_losses(a: Run, b: Run) -> bool:
+    """Whether over a quarter of the training losses agree in all digits; runs on a GPU agree in a twentieth.
+
+    The first two steps don't count: all runs begin with the same loss.
+    """
+    pairs = list(zip(a.train_losses, b.train_losses))[2:]
+    return bool(pairs) and float(np.mean([x == y for x, y in pairs])) > 0.25
+
+
+def same_times(a: Run, b: Run) -> bool:
+    """Whether b's times are a's times a constant, which are never those of two runs."""
+    mine, other = (np.array(run.train_ms, float) for run in (a, b))
+    if len(mine) != len(other) or len(mine) < 20:
+        return False
+    ratio = other[-1] / mine[-1]
+    return bool(np.abs(mine * ratio - other).max() <= 1 + ratio)  # all are rounded
+
+
+def overlap(a: Run, b: Run) -> bool:
+    """Whether one began before the other's training can have ended."""
+    first, second = sorted((a, b), key=lambda run: (run.began, -run.seconds))
+    return second.began < first.began + first.seconds - 1  # stamps are whole seconds
 
 
 def comparable(run: Run, apart: set) -> dict:
     """What must be the same in every run, by name: configuration, versions, hardware, data, clock."""
-    header = {name: value for name, value in run.header.items() if name not in {"seed", "git"}}
-    header["data"] = re.sub(r"^.* (?=shards:)", "", header["data"])  # without the folder
+    header = {name: value for name, value in run.header.items() if name not in {"seed", "git", "machine"}}
+    if "data" in header:
+        header["data"] = re.sub(r"^.* (?=shards:)", "", header["data"])  # without the folder
     config = {f"config.{name}": value for name, value in run.config.items() if name not in apart}
     return header | config | {"source": run.source}
 
 
+def differences(a: Run, b: Run, apart: set = PER_RUN) -> list[tuple]:
+    """Name, b's value and a's value of all that makes them different experiments."""
+    first, here = comparable(a, apart), comparable(b, apart)
+    return [(name, here.get(name), first.get(name)) for name in sorted(first.keys() | here.keys())
+            if here.get(name) != first.get(name)]
+
+
+def other_data(a: dict, b: dict) -> str:
+    """Why losses of runs with these headers don't compare, or "".
+
+    The sha256 of the training data is of the shards that a run opened: it says nothing where one opened more.
+    """
+    if a["validation"] != b["validation"]:
+        return f"validation {a['validation']} and {b['validation']}"
+    mine, other = (re.search(r"shards:(\d+) (\S+)", header["data"], re.ASCII).groups() for header in (a, b))
+    return f"training data {mine[1]} and {other[1]}" if mine[0] == other[0] and mine != other else ""
+
+
 def check_same(runs: list[Run], apart: set = PER_RUN):
     """Raises Mismatch at the first run that isn't a repetition of the first one with another seed."""
-    first = comparable(runs[0], apart)
     for run in runs[1:]:
-        here = comparable(run, apart)
-        for name in sorted(first.keys() | here.keys()):
-            expect(run.path, f"{name} (against {runs[0].path.name})", here.get(name), first.get(name))
+        for name, here, first in differences(runs[0], run, apart):
+            expect(run.path, f"{name} (against {runs[0].path.name})", here, first)
     for a, b in itertools.combinations(runs, 2):
         if a.config["seed"] == b.config["seed"]:
             raise Mismatch(f"{b.path}: seed: found {b.config['seed']} as in {a.path}, expected another")
-        if [s.ms for s in a.steps] == [s.ms for s in b.steps]:
-            raise Mismatch(f"{b.path}: times: found those of {a.path}, expected a run of its own")
+        for what, same in (("losses", same_losses), ("times", same_times)):
+            demand(b.path, what, f"those of {a.path}", not same(a, b), "a run of its own")
 
 
 def check_plan(runs: list[Run], plan: dict, track: str):

@@ -112,9 +112,9 @@ def matches(pattern, text):
 
 
 HEADER_AND_END = (
-    "source sha256:", "config {", "python:", "device: cpu (CPU)", "hardware: float32, compile False",
-    "data: data ", "validation: tokens:", "model: ", "timed: ", "untimed: ", "first step ",
-    "training tokens: sha256:", "peak memory: ", "log: ", "plot: ",
+    "source sha256:", "config {", "python:", "device: cpu (CPU)", "machine: gpu:",
+    "hardware: float32, compile False", "data: data ", "validation: tokens:", "model: ", "timed: ",
+    "untimed: ", "first step ", "training tokens: sha256:", "peak memory: ", "log: ", "plot: ",
 )  # fmt: skip
 
 

@@ -28,11 +28,11 @@ from runs import check_plan, check_run, p_below, p_below_known, parse_log, runs_
 
 # Stands in for train_gpt.py: the same logs in 50 ms. BASE and SPEED are its loss and milliseconds per step.
 TRAINER = '''
-import argparse, dataclasses, hashlib, json, math, os, random, sys
+import argparse, dataclasses, hashlib, json, math, os, random, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
-BASE, SPEED = 3.2770, 60.0
+BASE, SPEED = 3.2770, 20.0
 
 
 class Stage(NamedTuple):
@@ -61,17 +61,20 @@ def parse_config(argv):
     for field in dataclasses.fields(Config)[:-1]:
         kind = (lambda text: text == "on") if field.type is bool else field.type
         parser.add_argument("--" + field.name, type=kind, default=field.default)
-    return Config(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    return Config(**(values | ({"val_tokens": 2097152} if values["track"] == "race300" else {})))
 
 
 def main():
     cfg = dataclasses.asdict(parse_config(sys.argv[1:]))
     seed, total = cfg["seed"], cfg["scheduled_steps"] + cfg["extension_steps"]
-    rng = random.Random(seed)
+    rng, pace = random.Random(seed), random.Random(f"{seed} {BASE}")
     if os.environ.get("FAIL") == str(seed):
         sys.exit("out of memory")
     stop = total // 2 if os.environ.get("STOP") == str(seed) else total
-    folder = Path(cfg["log_folder"]) / f"20260102-030405-{cfg['track']}-seed{seed}"
+    folder = Path(cfg["log_folder"]) / f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg['track']}-seed{seed}"
+    while folder.exists():
+        folder = folder.with_name(folder.name + "-1")
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes(Path(__file__).read_bytes())
     log, rows = open(folder / "log.txt", "w"), open(folder / "metrics.jsonl", "w")
@@ -79,7 +82,8 @@ def main():
     sha = hashlib.sha256(b"tokens").hexdigest()
     print(f"source sha256:{source} git:none", "config " + json.dumps(cfg),
           f"python:3.11.7 torch:2.13.0+cu130 cuda:13.0 world_size:1 seed:{seed}",
-          "device: cuda:0 (NVIDIA H100 80GB HBM3)", "compile: True (the fastest)",
+          "device: cuda:0 (NVIDIA H100 80GB HBM3)", os.environ.get("MACHINE", "machine: gpu:one boot:one"),
+          "compile: True (the fastest)",
           f"data: text shards:9 sha256:{sha}",
           f"validation: tokens:{cfg['val_tokens']} bytes:47185920 sha256:{sha}",
           "model: 275,742,772 parameters, 11 x 768, vocabulary 50304",
@@ -93,13 +97,15 @@ def main():
             print(f"step:{step}/{total} train_loss:{noisy:.4f} {at}", file=log)
             print(json.dumps({"step": step, "train_loss": noisy, "train_time": seconds}), file=rows)
         if step % cfg["val_every"] == 0 or step == stop:
-            bpb = f"val_bpb:{loss / 3:.4f}"
+            bits = loss / math.log(2) * cfg["val_tokens"] / 47185920
+            bpb = f"val_bpb:{bits:.4f}"
             print(f"step:{step}/{total} val_loss:{loss:.4f} {bpb} {at} lambda:+0.1", file=log)
             lambdas = {"smear_mtp_lambda": [0.01 * step], "skip_lambdas": [0.5, rng.random()]}
-            print(json.dumps({"step": step, "val_loss": loss, "val_bpb": loss / 3,
+            print(json.dumps({"step": step, "val_loss": loss, "val_bpb": bits,
                               "train_time": round(seconds, 4), "lambdas": lambdas}), file=rows)
-        seconds += SPEED / 1e3 * rng.uniform(0.99, 1.01)
+        seconds += SPEED / 1e3 * pace.uniform(0.9, 1.1)
     print("peak memory: 19745 MiB", "sample:", "    step:1/9 val_loss:1.0 train_time:1ms step_avg:1ms",
+          "first step 1.0 s after the start of this process", f"log: {folder / 'log.txt'}",
           sep="\\n", file=log)
 
 
@@ -108,8 +114,8 @@ if __name__ == "__main__":
 '''
 
 
-def write_trainer(path: Path, base=3.2770, speed=60.0) -> Path:
-    path.write_text(TRAINER.replace("= 3.2770, 60.0", f"= {base}, {speed}"))
+def write_trainer(path: Path, base=3.2770, speed=20.0) -> Path:
+    path.write_text(TRAINER.replace("= 3.2770, 20.0", f"= {base}, {speed}"))
     return path
 
 
@@ -147,6 +153,7 @@ def folder(made, tmp_path):
 def without_pictures(monkeypatch):
     for name in ("draw_losses", "draw_lambdas"):
         monkeypatch.setattr(record, name, lambda groups, path, *_: path.write_bytes(b""))
+    monkeypatch.setattr(record, "check_pictures", lambda *_: None)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -303,13 +310,20 @@ CHANGES = {
     "step_avg of step 11": [(r"(step:11/24 .*step_avg:)\d", r"\g<1>9")],
     "schedule of step 5": [("step:5/24", "step:5/25")],
     "loss of step 4": [(r"step:4/24 train_loss:\S+", "step:4/24 train_loss:nan")],
-    "validation rows": [(r"step:12/24 val_loss:\d", "step:12/24 val_loss:9")],
-    "train_time of validation 18": [(r'("step": 18, "val_loss".*"train_time": )1\.', r"\g<1>2.")],
+    "validation rows": [(r"(step:12/24 val_loss:\d\.\d)\d", r"\g<1>")],
+    "train_time of validation 18": [(r'("step": 18, "val_loss".*"train_time": )0\.', r"\g<1>2.")],
     "torch": [("torch:2.13.0", "torch:2.11.0")],
     "device": [("H100", "H200")],
     "compile": [("compile: True", "compile: False")],
     "world_size": [("world_size:1", "world_size:2")],
-    "config.val_tokens": [('"val_tokens": 10485760', '"val_tokens": 10485761')],
+    "config.resume": [('"track"', '"resume": "x", "track"')],
+    "line log:": [("short-seed1", "short-seed2")],
+    "val_bpb of validation 24": [(r'("step": 24, .*"val_bpb": )\d', r"\g<1>2")],
+    "training loss before validation 24": [(r"(step:(?:1[6-9]|2\d)/24 train_loss:)\S+", r"\g<1>0.0001")],
+    "time of step 8": [(r"(step:8/24 .*train_time:).*", r"\g<1>140ms step_avg:17.50ms"),
+                       (r"(step:7/24 .*train_time:).*", r"\g<1>140ms step_avg:20.00ms")],
+    "one header": [("(config .*\n)", r"\1\1")],
+    "step line": [("step:9/24", "step:\u0669/24")],
     "config.muon_lr": [('"muon_lr": 0.03', '"muon_lr": 0.04')],
     "validation tokens": [("tokens:10485760", "tokens:1048576")],
     "validation (against": [(r"(validation: .*sha256:)\w", r"\1f")],
@@ -317,8 +331,8 @@ CHANGES = {
     "untimed": [("untimed: set-up", "untimed: data, set-up")],
     "header of train_gpt.py": [("timed: training.*\n", "")],
     "source sha256": [("source sha256:.{4}", "source sha256:0000")],
-    "track": [('"track": "short"', '"track": "sprint"')],
-    "seeds": [("seed:1\n", "seed:7\n"), ('"seed": 1', '"seed": 7')],
+    "track": [('"track": "short"', '"track": "sprint"'), ("-short-seed", "-sprint-seed")],
+    "seeds": [("seed:1\n", "seed:7\n"), ('"seed": 1', '"seed": 7'), ("-seed1", "-seed7")],
     "not JSON": [("config {", "config {{")],
 }  # fmt: skip
 
@@ -342,9 +356,9 @@ def check_logs(folder: Path):
 
 
 def test_the_same_run_twice_is_refused(folder):
-    text = (folder / "seed0.txt").read_text().replace("seed:0\n", "seed:1\n")
+    text = (folder / "seed0.txt").read_text().replace("seed:0\n", "seed:1\n").replace("-seed0", "-seed1")
     (folder / "seed1.txt").write_text(text.replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(Mismatch, match="times: found those of .*seed0.txt"):
+    with pytest.raises(Mismatch, match="losses: found those of .*seed0.txt"):
         check_logs(folder)
 
 
@@ -367,13 +381,12 @@ def test_records_stand_where_they_belong(folder, tmp_path):
         assert f"place: found {place}, expected track_1_short/20" in cli("verify", tmp_path / place).err
 
 
-def test_a_target_that_is_missed_is_said(folder):
-    plan = json.loads((folder / "record.json").read_text())["plan"]
-    last = r"(step:24/24 val_loss:3\.|step\": 24, \"val_loss\": 3\.)2"
-    for seed in plan["seeds"]:
-        path = folder / f"seed{seed}.txt"
-        path.write_text(re.sub(last, r"\g<1>3", path.read_text()))
-    record.write_record(folder)
+def test_a_target_that_is_missed_is_said(tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    trainer = write_trainer(tmp_path / "trainer.py", base=3.4)
+    new = "new", "idea", "--track=short", "--runs=3", f"--script={trainer}", f"--records={tmp_path}"
+    assert cli(*new).code == 0
+    (folder,) = tmp_path.glob("track_1_short/*")
     result = cli("verify", folder)
     assert result.code == 0 and "**Not shown to be reached**" in result.out
     assert "(target not shown)" in record.history([(folder, verify(folder))], folder)
@@ -390,7 +403,141 @@ def test_records_of_a_track_share_their_validation_tokens(folder, made, monkeypa
     stored = verify(made.folder)
     other = stored | {"environment": stored["environment"] | {"validation": "tokens:1"}}
     monkeypatch.setattr(record, "verify", lambda path: stored if path == made.folder else other)
-    assert "found tokens:1, expected tokens:10485760" in cli("verify", made.folder, folder).err
+    assert "found validation tokens:1 and tokens:10485760" in cli("verify", made.folder, folder).err
+
+
+def in_logs(pattern, new, seeds=(0, 1, 2)):
+    def forge(folder):
+        for seed in seeds:
+            path = folder / f"seed{seed}.txt"
+            text, count = re.subn(pattern, new, path.read_text())
+            assert count
+            path.write_text(text)
+    return forge
+
+
+def in_record(change):
+    def forge(folder):
+        stored = json.loads((folder / "record.json").read_text())
+        change(stored)
+        (folder / "record.json").write_text(record.dump(stored))
+    return forge
+
+
+def another_seed(folder):
+    """seed0's log as seed1's, with all times x 1.0005."""
+    text = (folder / "seed0.txt").read_text()
+    for old, new in ((r"seed:0\b", "seed:1"), ('"seed": 0', '"seed": 1'), ("seed0", "seed1")):
+        text = re.sub(old, new, text)
+    (folder / "seed1.txt").write_text(text)
+
+
+def link(folder):
+    (folder / "seed1.txt").rename(folder.parent / "outside.txt")
+    (folder / "seed1.txt").symlink_to(folder.parent / "outside.txt")
+
+
+def claim(folder):
+    (folder / "README.md").write_text("It trains in 0.31 s.\n\n" + (folder / "README.md").read_text())
+
+
+def other_loss(match):
+    return f"{match[1]}{float(match[2]) - 0.1:.4f}"
+
+
+FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify says)
+    "final loss lowered": (in_logs(r"(step:24/24 val_loss:|step\": 24, \"val_loss\": )([\d.]+)", other_loss),
+                           "val_bpb of validation 24"),
+    "bits per byte halved": (in_logs(r"(val_bpb:|val_bpb\": )([\d.]+)", other_loss), "val_bpb"),
+    "one run twice": (another_seed, "losses"),
+    "validation tokens halved": (in_logs("tokens:10485760", "tokens:5242880"), "validation tokens"),
+    "training loss zero": (in_logs(r"(step:2\d/24 train_loss:)\S+", r"\g<1>0.0000"), "a number above 0"),
+    "Arabic digits": (in_logs("step:12/24", "step:\u0661\u0662/24"), "step line"),
+    "symbolic link": (link, "symbolic links"),
+    "resumed": (in_logs('"track"', '"resume": "x", "track"'), "config.resume"),
+    "author's claim": (claim, "training time"),
+    "negative attempts": (in_record(lambda row: row["runs"][0].update(attempts=-3)), "attempts of seed 0"),
+    "no attempts": (in_record(lambda row: row["runs"][0].update(attempts=0.5)), "attempts of seed 0"),
+    "earlier": (in_record(lambda row: row["plan"].update(registered="2026-01-01T00:00:00Z")), "date"),
+    "another start": (in_record(lambda row: row["runs"][1].update(started=record.now()[:-6] + "59:59Z")),
+                      "start of seed 1|stamp of its folder"),
+    "another plan": (in_record(lambda row: row["plan"].update(flags=["--smear=off"])), "config.log_folder"),
+    "another configuration": (in_logs('"muon_lr": 0.03', '"muon_lr": 0.04'), "config.muon_lr"),
+    "unregistered setting": (in_logs('"save_every": -1', '"save_every": -1, "trick": 1'), "config.trick"),
+    "another track": (in_logs("short-seed", "sprint-seed"), "line log:"),
+    "no machine": (in_logs("machine: .*\n", ""), "machine"),
+    "data without a hash": (in_logs("(data: text shards:9) sha256:.*", r"\1"), "data"),
+    "a step back": (in_logs(r"(step:8/24 .*train_time:).*", r"\g<1>1ms step_avg:0.12ms"), "train_time"),
+    "two headers": (in_logs("(config .*\n)", r"\1\1"), "one header"),
+}  # fmt: skip
+
+
+def reseal(folder: Path):
+    """Everything that the tool generates, without its checks."""
+    stored = json.loads((folder / "record.json").read_text())
+    runs = [parse_log(folder / f"seed{seed}.txt") for seed in stored["plan"]["seeds"]]
+    stored = record.complete(stored, runs)
+    (folder / "record.json").write_text(record.dump(stored))
+    author = (folder / "README.md").read_text().partition(record.MARKER)[0]
+    (folder / "README.md").write_text(author + record.evidence(stored))
+    for name, draw in record.pictures_of(stored, runs).items():
+        draw(folder / name)
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forgeries_sealed_anew_are_caught(folder, name):
+    forge, reason = FORGERIES[name]
+    forge(folder)
+    with pytest.raises(Mismatch, match=reason):
+        reseal(folder)
+        verify(folder)
+
+
+def test_pictures_of_others_are_caught(folder):
+    shutil.copy(folder / "lambdas.png", folder / "loss.png")
+    with pytest.raises(Mismatch, match="loss.png: picture"):
+        verify(folder)
+
+
+def test_no_log_is_in_two_records_and_no_two_runs_are_at_once(made, folder):
+    with pytest.raises(Mismatch, match="run: found that of"):
+        record.check_between(folder, [made.folder])
+    other = [write_trainer(folder.parent / "t.py", base=3.1)]
+    assert cli("new", "other", "--track=short", "--runs=1", f"--script={other[0]}",
+               f"--records={folder.parent / 'r'}").code == 0
+    (other,) = (folder.parent / "r").glob("track_1_short/*")
+    record.check_between(folder, [other])
+    stamp = re.search(r"\d{8}-\d{6}", (folder / "seed0.txt").read_text())[0]
+    path = other / "seed0.txt"
+    text = re.sub(r"\d{8}-\d{6}", stamp, path.read_text())
+    path.write_text(re.sub(r'("train_time": )0\.', r"\g<1>9.", text))  # nine seconds more
+    with pytest.raises(Mismatch, match="start: found during"):
+        record.check_between(folder, [other])
+
+
+def test_a_commit_before_the_first_run_is_a_witness(made, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    for command in (["init", "-q"], ["config", "user.name", "x"], ["config", "user.email", "x@x"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    result = cli("new", "seen", "--track=tiny", "--runs=2", "--commit", f"--script={made.trainer}",
+                 f"--records={tmp_path}")
+    assert result.code == 0 and "registered with the sha256" in result.out, result.err
+    (folder,) = tmp_path.glob("track_3_tiny/*")
+    assert "Registered: before, by commit " in cli("verify", folder).out
+    assert record.witness(made.folder, verify(made.folder)) == ""
+
+
+def test_reproduce_says_what_is_missing(folder):
+    plan = {"flags": ["--tokenizer=/tmp/nowhere/gpt2.tiktoken"]}
+    none, data = SimpleNamespace(data=None, tokenizer=None), SimpleNamespace(data="/no/data", tokenizer=None)
+    with pytest.raises(UserError, match="of the machine that made the record.*give reproduce --tokenizer="):
+        record.find_paths(none, plan)
+    with pytest.raises(UserError, match="--data=/no/data: given, not found"):
+        record.find_paths(data, {"flags": []})
+    assert "this repository lacks" in record.needs_text(plan)
+    stored = {"name": "x", "track": "tiny", "runs": [{"seed": 0, "loss": 1.3}, {"seed": 1, "loss": 1.4}]}
+    assert record.expected_loss(stored, 0)[:2] == pytest.approx((1.295, 1.305))
+    assert record.expected_loss(stored, 7)[0] < 1
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -469,7 +616,7 @@ def test_several_gpus_go_through_torchrun(made, tmp_path, monkeypatch):
     commands = []
     failed = SimpleNamespace(returncode=1)
     monkeypatch.setattr(record, "config_of", lambda *arguments: {})
-    monkeypatch.setattr(record.subprocess, "run", lambda command: commands.append(command) or failed)
+    monkeypatch.setattr(record.subprocess, "run", lambda command, **_: commands.append(command) or failed)
     assert start(made, tmp_path, "--gpus=8").code == 2
     assert commands[0][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
     assert "--seed=0" in commands[0] and "--track=short" in commands[0]
@@ -488,7 +635,7 @@ def test_imported_logs_are_marked(made, tmp_path, monkeypatch):
     logs = finished_logs(made, tmp_path / "logs")
     result = cli("import", *logs, "late", "--records", tmp_path / "records")
     assert result.code == 0, result.err
-    folder = tmp_path / "records" / "track_1_short" / "2026-01-02_late"
+    folder = tmp_path / "records" / "track_1_short" / f"{record.now()[:10]}_late"
     stored = verify(folder)
     assert stored["plan"]["registered"] is None and stored["plan"]["seeds"] == [4, 9]
     assert stored["plan"]["flags"] == ["--muon_lr=0.01"]
@@ -518,7 +665,7 @@ def test_race_interleaves_and_goes_on(made, tmp_path, monkeypatch):
         return train(script, *rest)
 
     monkeypatch.setattr(record, "train", noted)
-    a, b = write_trainer(tmp_path / "a.py"), write_trainer(tmp_path / "b.py", base=3.2670, speed=54.0)
+    a, b = write_trainer(tmp_path / "a.py"), write_trainer(tmp_path / "b.py", base=3.2670, speed=18.0)
     race = "race", a, b, "--runs=3", "--out", tmp_path / "race"
     monkeypatch.setenv("FAIL", "2")
     assert cli(*race).code == 2
@@ -538,32 +685,26 @@ def test_race_interleaves_and_goes_on(made, tmp_path, monkeypatch):
     assert "not of one race" not in result.out and "the loss alone" in result.out
     assert cli("race", a, b, "--runs=3,2", "--out", tmp_path / "uneven").code == 2  # registered with others
 
-    later = tmp_path / "race" / "B_b"  # as if of another race whose sides have the same names
-    row = json.loads((later / "record.json").read_text())
-    for i, run in enumerate(row["runs"]):
-        run["started"] = f"2099-01-01T00:00:0{i}Z"
-    (later / "record.json").write_text(record.dump(row))
-    assert cli("refresh", later).code == 0
+    later = tmp_path / "uneven" / "B_b"  # of another race whose sides have the same names
     for pair in itertools.permutations((tmp_path / "race" / "A_a", later)):
         assert "not of one race" in cli("compare", *pair).out
     result = cli("race", a, b, "--runs=1,2,3")
     assert result.code == 2 and "one number for both or A's and B's" in result.err
 
 
-def test_keep_takes_a_side_of_a_race_into_the_records(made, folder, tmp_path, monkeypatch):
+def test_keep_takes_a_side_of_a_race_into_the_records(tmp_path, monkeypatch):
     without_pictures(monkeypatch)
-    row = json.loads((folder / "record.json").read_text())
-    row["plan"]["interleaved"] = ["A_old", "B_idea"]
-    (folder / "record.json").write_text(record.dump(row))
-    assert cli("refresh", folder).code == 0
-    side = folder.rename(tmp_path / "B_idea")
+    sides = write_trainer(tmp_path / "old.py"), write_trainer(tmp_path / "idea.py", base=3.26)
+    assert cli("race", *sides, "--runs=2", "--track=short", "--out", tmp_path / "race").code == 0
+    side = tmp_path / "race" / "B_idea"
+    row = verify(side)
     result = cli("keep", side, "better_name", "--records", tmp_path / "records")
     assert result.code == 0, result.err
     (kept,) = (tmp_path / "records" / "track_1_short").iterdir()
     assert kept.name == f"{row['date']}_better_name" and verify(kept)["name"] == "better_name"
     readme = (kept / "README.md").read_text()
     assert readme.startswith("# better_name\n") and "in which A_old and B_idea took turns" in readme
-    assert verify(side)["name"] == "idea"
+    assert verify(side)["name"] == "B_idea"
     result = cli("keep", side, "better_name", "--records", tmp_path / "records")
     assert result.code == 2 and "is there already: give another name" in result.err
     (side / "seed1.txt").write_text((side / "seed1.txt").read_text().replace("3.2", "3.1", 1))
@@ -624,7 +765,10 @@ def group(name, losses, seconds, first_seed=0):
     for i, (loss, time) in enumerate(zip(losses, seconds)):
         rows = [{"step": step, "val_loss": loss + gap, "train_time": time * step / 100}
                 for step, gap in ((0, 7.0), (50, 0.5), (90, 0.1), (100, 0.0))]
-        made.append(runs_of_a_record.Run(Path(f"{name}{i}"), "", "", {}, {"seed": first_seed + i}, [], rows))
+        header = {"machine": "one", "device": "d", "world_size": "1", "torch": "2", "validation": "tokens:1",
+                  "data": "x shards:1 sha256:0"}
+        config = {"seed": first_seed + i}
+        made.append(runs_of_a_record.Run(Path(f"{name}{i}"), "", "", header, config, [], rows))
     return Group(name, made)
 
 
@@ -689,6 +833,15 @@ def test_modded_nanogpt_s_logs(tmp_path, folder):
         log.rename(tmp_path / "modded" / log.name)
     result = cli("compare", tmp_path / "modded", folder)
     assert result.code == 0 and "A = modded: n = 3, loss 3.27900" in result.out and "B = idea" in result.out
+    assert "losses and times: not comparable: one side is modded" in result.out
+    assert result.out.endswith("verdict on B: none\n")
+    first = (tmp_path / "modded" / "0.txt").read_text()
+    (tmp_path / "line.txt").write_text("=" * 100 + "\nconfig = 1\n" + first)
+    assert parse_log(tmp_path / "line.txt").loss == 3.278
+    (tmp_path / "mixed").mkdir()
+    for name, text in (("0.txt", first), ("1.txt", "# another\n" + first)):
+        (tmp_path / "mixed" / name).write_text(text)
+    assert "mixes experiments" in cli("compare", tmp_path / "mixed", folder).err
     assert cli("plot", tmp_path / "modded", folder, "--out", tmp_path / "both.png", "--target=3.28").code == 0
     assert (tmp_path / "both.png").stat().st_size > 10_000
     planned = cli("plan", "--margin=.001", "--from", tmp_path / "modded").out
@@ -703,10 +856,17 @@ def test_comparison_names_other_hardware_and_refuses_other_validation_tokens(fol
         path.write_text(path.read_text().replace("H100", "H200"))
     (tmp_path / "other" / "record.json").unlink()
     text = cli("compare", folder, tmp_path / "other").out
-    assert text.startswith("times don't compare: device of A is cuda:0 (NVIDIA H100") and "H200" in text
-    path = tmp_path / "other" / "seed0.txt"
-    path.write_text(path.read_text().replace("validation: tokens:1", "validation: tokens:2"))
-    assert "expected tokens:10485760" in cli("compare", folder, tmp_path / "other").err
+    assert text.startswith("differs: device of A is cuda:0 (NVIDIA H100") and "H200" in text
+    for line, reason in (("machine: gpu:two boot:one", "2 machines"), ("x: y", "machine unknown")):
+        for seed in range(3):
+            path = tmp_path / "other" / f"seed{seed}.txt"
+            path.write_text(re.sub("(?m)^(machine|x): .*", line, path.read_text()))
+        text = cli("compare", folder, tmp_path / "other").out
+        assert f"times and net seconds: not comparable: {reason}" in text and text.endswith("B: none\n")
+    for seed in range(3):
+        path = tmp_path / "other" / f"seed{seed}.txt"
+        path.write_text(path.read_text().replace("validation: tokens:1", "validation: tokens:2"))
+    assert "losses and times: not comparable: valid" in cli("compare", folder, tmp_path / "other").out
 
 
 def test_table(made, tmp_path):
