@@ -640,7 +640,7 @@ def test_imported_logs_are_marked(made, tmp_path, monkeypatch):
     assert stored["plan"]["registered"] is None and stored["plan"]["seeds"] == [4, 9]
     assert stored["plan"]["flags"] == ["--muon_lr=0.01"]
     assert "**Not pre-registered**" in (folder / "README.md").read_text()
-    assert "Not pre-registered" in cli("verify", folder).out
+    assert "Registered: no." in cli("verify", folder).out
     again = cli("import", *logs, "late", "--records", tmp_path / "records")
     assert again.code == 2 and "is there already" in again.err
     (logs[0] / "train_gpt.py").write_text("pass")
