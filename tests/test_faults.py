@@ -263,8 +263,9 @@ def test_drafts_of_checkpoints_are_removed_only_if_their_writers_are_dead(tmp_pa
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"x" * 1024], ids=len)
-@pytest.mark.parametrize("name, reached", [("x_train_0.bin", True), ("x_train_0005.bin", True),
-                                           ("x_train_000002.bin", False)])  # fmt: skip
+@pytest.mark.parametrize("name, reached", [
+    ("w_train_000000.bin", True), ("x_train_000000_train_000000.bin", True), ("x_train_000002.bin", False),
+])  # fmt: skip
 def test_a_file_without_tokens_among_the_shards_is_refused_by_name_if_it_is_reached(
     cli, runs, tmp_path, name, reached, content
 ):
@@ -322,11 +323,11 @@ def another_token(path):
 
 
 def put_in_front(path):
-    shutil.copy(path / "x_train_000001.bin", path / "x_train_0.bin")
+    shutil.copy(path / "x_train_000001.bin", path / "w_train_000000.bin")
 
 
 def other_order(path):
-    names = [path / f"x_train_00{i}.bin" for i in range(2)]
+    names = [path / f"x_train_00000{i}.bin" for i in range(2)]
     contents = [name.read_bytes() for name in names]
     for name, content in zip(names, reversed(contents)):
         name.write_bytes(content)
