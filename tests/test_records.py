@@ -161,10 +161,13 @@ def without_pictures(monkeypatch):
 
 
 def test_committed_records_verify():
-    result = cli("verify")
-    assert result.code == 0, result.err
+    """The last ones; `record.py verify` without folders does all and takes more than a minute."""
     finished = [path for path in record.all_records(record.RECORDS) if not record.only_registered(path)]
-    assert f"records verified: {len(finished)}" in result.out and len(finished) > 3
+    result = cli("verify", *finished[-2:])
+    assert result.code == 0, result.err
+    assert "records verified: 2" in result.out and len(finished) > 3
+    page = record.RECORDS / "README.md"
+    assert record.with_tables(page, record.RECORDS)[0] == page.read_text()
 
 
 def test_p_value_of_the_partial_key_offset_record():
