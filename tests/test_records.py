@@ -487,7 +487,9 @@ def reseal(folder: Path):
         draw(folder / name)
 
 
-@pytest.mark.parametrize("name", FORGERIES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if i % 3 == 0 else pytest.mark.slow) for i, name in enumerate(FORGERIES)
+])  # fmt: skip
 def test_forgeries_sealed_anew_are_caught(folder, name):
     forge, reason = FORGERIES[name]
     forge(folder)
