@@ -885,10 +885,10 @@ def with_tables(file: Path, records: Path) -> tuple[str, int]:
 
 def table(options, flags):
     """Writes the tables of a page, of records that verify."""
+    text, tables = with_tables(options.file, options.records)
     for path in all_records(options.records):
         if not only_registered(path):
             verify(path)
-    text, tables = with_tables(options.file, options.records)
     write(options.file, text)
     print(f"{options.file}: {tables} tables")
 
