@@ -264,8 +264,8 @@ def check_author(folder: Path, record: dict, text: str):
     A time is a number of seconds of at least half of this record's; a sign makes it a difference.
     """
     own = statistics_of(record, "seconds")[0]
-    means = [own] + [statistics_of(load_record(path), "seconds")[0] for path in all_records(RECORDS)
-                     if "results" in load_record(path)]
+    others = [other for other in map(load_record, all_records(RECORDS)) if "results" in other]
+    means = [own] + [statistics_of(other, "seconds")[0] for other in others]
     means += [row["seconds"] for row in record["runs"]]
     for claim in re.findall(r"(?<![-+.\w])(\d+(?:\.\d+)?) ?(?:s|seconds)\b(?!\s+per\b)", text, re.ASCII):
         digits = len(claim.partition(".")[2])
@@ -321,11 +321,12 @@ def verify(folder: Path, readme: bool = True) -> dict:
         runs = check_logs(folder, record, record["runs"])
         rebuilt = complete(record, runs)
         expect_text(place, read(place), dump(rebuilt))
-        check_config(folder, record, runs[0])
         if readme:
             author, *generated = read(folder / "README.md").partition(MARKER)
-            check_author(folder, record, author)
             expect_text(folder / "README.md", "".join(generated), evidence(rebuilt))
+            check_author(folder, record, author)
+        check_config(folder, record, runs[0])
+        if readme:
             check_pictures(folder, record, runs)
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise Mismatch(f"{folder}: not the form of a record: {type(error).__name__} {error}") from None

@@ -487,9 +487,7 @@ def reseal(folder: Path):
         draw(folder / name)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if i % 3 == 0 else pytest.mark.slow) for i, name in enumerate(FORGERIES)
-])  # fmt: skip
+@pytest.mark.parametrize("name", FORGERIES)
 def test_forgeries_sealed_anew_are_caught(folder, name):
     forge, reason = FORGERIES[name]
     forge(folder)
