@@ -67,7 +67,7 @@ try:
     from train_gpt import (
         GPT, LOSS_CHUNK, POINTER_WINDOW, Config, Documents, Hardware, Log, UserError, Validation, World,
         activation_region, backward_micro_batch, build_rotary, cap, check_ranks_agree, choose_hardware,
-        cut_at_bos, data_folder, gradient, load_token_table, load_weights, log_root, mixture, pinned,
+        cut_at_bos, data_folder, gradient, load_token_table, load_weights, log_root, pinned,
         plan_step, read_checkpoint, region, source, to_device, write_checkpoint,
     )
 except ImportError as error:
@@ -406,7 +406,7 @@ class Evaluation:
         self.world = world
         self.device = model.embed.device
         longest = max(options.batch, options.context, options.sgd_chunk, model.cfg.val_chunk)
-        self.rotary = build_rotary(model.cfg, len(model.cfg.stages) - 1, longest + BLOCK, self.device)
+        self.rotary = build_rotary(model.cfg, longest + BLOCK, self.device)
         self.nats = torch.zeros(len(self.tokens), device=self.device)
         self.times = torch.zeros_like(self.nats)  # that each token was scored
         model.requires_grad_(False)
@@ -521,7 +521,7 @@ class Evaluation:
         size = self.options.sgd_chunk
         inputs = chunk * size + np.arange(size)
         pieces = np.array_split(inputs, max(cfg.micro_batches, world.size))
-        plan = plan_step(cfg, cfg.total_steps)._replace(weights=(1.0,), prefix=False)
+        plan = plan_step(cfg, cfg.total_steps)._replace(weights=(1.0,))
         loss_weights = torch.tensor([[1 / size], [0.0]], device=self.device)  # auxiliary heads don't count
         model.requires_grad_(True)
         for piece in pieces[world.rank :: world.size]:
@@ -702,8 +702,8 @@ def next_token_logits(model: GPT, x_TD, targets_T) -> Tensor:
     copied_V = torch.zeros_like(logits_V).index_add_(0, targets_T[-POINTER_WINDOW[1] :], masses_T[:-1])
     q_V = logits_V.softmax(0).clamp_min(1e-30)
     a = q_V[model.cfg.vocab_size].clamp_max(1 - 1e-6)
-    ratio_V, *_ = mixture(1 / q_V, a, copied_V, masses_T[-1])
-    return logits_V + ratio_V.log()
+    kept = (1 - a * (1 - masses_T[-1])) / (1 - a)
+    return logits_V + (kept + a * copied_V / q_V).log()  # the mixture of train_gpt.loss_region
 
 
 @torch.no_grad()
@@ -711,7 +711,7 @@ def sample_text(model: AdaptedGPT, tokenizer: Tokenizer, options: Options) -> st
     """The text continued by sample_tokens tokens, or up to the end of the document. Nothing is cached."""
     cfg, device = model.cfg, model.embed.device
     ids = [cfg.bos, *tokenizer.encode(options.sample).tolist()]
-    rotary = build_rotary(cfg, len(cfg.stages) - 1, len(ids) + options.sample_tokens, device)
+    rotary = build_rotary(cfg, len(ids) + options.sample_tokens, device)
     generator = torch.Generator().manual_seed(options.seed)
     region.compile = False  # compiling takes longer than these few tokens
     model.refresh()

@@ -10,7 +10,7 @@ evaluate.py evaluates a checkpoint, samples from it and exports it.
 Shape suffixes: x_TD is (T, D).   T tokens of one packed micro-batch   D model width   H heads   E head width
     F hidden width of the MLP   V padded vocabulary   L layers   A layers with attention   K targets per token
     N matrices of a bank   R, C rows and columns of one matrix   P rotary positions   J = E/2   G gate inputs
-    S columns of the logits that a training loss is taken over
+    S columns of the logits that a training loss is taken over   B tokens of a block of the pointer head
 "record 62" is record 62 of github.com/KellerJordan/modded-nanogpt, table "World record history".
 """
 
@@ -143,7 +143,7 @@ class Config:
     layers: tuple = ()
     width: int = flag(768, "width of the residual stream", 1)
     heads: int = flag(6, "attention heads", 1)
-    attn_scale: float = flag(0.1, "attention's scale in the first stage")
+    attn_scale: float = flag(0.115, "attention's scale: of scores of normed queries and keys")
     value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
     backout_from: int = flag(-1, "layer whose output later attention reads, and which is partly subtracted "
                              "before the head; -1: none", -1)
@@ -154,7 +154,6 @@ class Config:
     pointer: bool = flag(False, "p(y) mixes in a copy distribution over the document (PR 379)")
     # loss
     mtp_heads: int = flag(0, "auxiliary heads for t+2, t+3, ..: trained, not exported")
-    prefix_weight: float = flag(0.0, "weight of the loss of the next token's prefix, 0 after 2/3 (record 88)")
     # optimizer: `parameter_table` has each parameter's own learning rate
     muon_lr: float = flag(0.023, "learning rate of NorMuon: attention x attn_lr_ratio, MLP x 2 and x 4")
     muon_weight_decay: float = flag(0.0276, "per step lr * this, both times the schedule's multiplier")
@@ -267,7 +266,7 @@ TINY_STAGES = (
 SHORT = Config(
     track="short", data="data/fineweb10B", layers=SHORT_LAYERS, stages=SHORT_STAGES,
     scheduled_steps=2070, extension_steps=40, val_tokens=10_485_760, val_every=250, backout_from=7,
-    cooldown=0.6, lr_floor=0.3, slow_momentum=0.43, average=0.25, value_std=0.01, prefix_weight=0.25,
+    cooldown=0.6, lr_floor=0.3, slow_momentum=0.43, average=0.25, value_std=0.01,
     bigram_ratio=5.0, untie_at=2 / 3, pointer=True,
 )
 
@@ -275,7 +274,7 @@ TRACKS = {
     "tiny": Config(
         layers=TINY_LAYERS, stages=TINY_STAGES, width=128, heads=2, scheduled_steps=250, backout_from=2,
         micro_batches=2, document_rest="keep", epochs=4, val_chunk=16_384, val_every=50,
-        val_windows=(128, 512), attn_scale=0.15, adam_lr=0.016, attn_lr_ratio=1.0, momentum_warmup=100,
+        val_windows=(128, 512), attn_scale=0.17, adam_lr=0.016, attn_lr_ratio=1.0, momentum_warmup=100,
         momentum_cooldown=25,
     ),
     "race300": replace(
@@ -286,18 +285,16 @@ TRACKS = {
         SHORT, track="medium", layers=MEDIUM_LAYERS, stages=MEDIUM_STAGES, width=1024, heads=8,
         scheduled_steps=4700, backout_from=11, cooldown=0.7, val_windows=(1408, 3456), muon_lr=0.015,
         muon_weight_decay=0.018, adam_lr=0.004, lr_floor=0.1, slow_momentum=1.0, average=0.0,
-        value_std=0.0, prefix_weight=0.0, bigram_ratio=0.0, untie_at=0.0, pointer=False,
+        value_std=0.0, bigram_ratio=0.0, untie_at=0.0, pointer=False,
     ),
 }
 
 # Constants that no track varies.
 MLP_RATIO = 4          # hidden width of the MLP over the model's
 SOFTCAP = Softcap(11.5, 5.0, 15.0)
-MUON_HEADS = 2         # heads of Q, and of K, that Muon orthogonalises together (record 80)
 ADAM_DECAY = 0.005     # weight decay of tables (x 5) and heads (x 150), times lr squared (record 50)
 GATE_INPUTS = 12       # leading channels that attention's gates and the smear's read
 ROTARY_FRACTION = 0.5  # of the head dimensions that rotate; the rest are stationary
-YARN_WINDOW = 1664     # tokens: longer windows leave the rotary tables as they are
 LOSS_CHUNK = 16_384    # tokens whose logits exist at a time
 MTP_WEIGHT = 0.1       # of the mean loss of auxiliary heads
 EMBED_LR_RATIO = 75.0  # learning rate of embedding tables over adam_lr
@@ -306,7 +303,8 @@ ADAM_EVERY = 2         # steps between Adam's updates; gradients add up meanwhil
 KEEP_CHECKPOINTS = 2   # of a run, the last ones
 POINTER_WIDTH = 128    # of the pointer head's queries and keys
 POINTER_WINDOW = 2048, 8192  # tokens that the pointer head looks back: in training, in validation
-POINTER_TILE = 64      # queries and keys that its kernels read at a time
+POINTER_BLOCK = 512    # queries that look back together
+POINTER_SCORES = 2**27  # that exist at a time
 
 # What a resumed run may change, as well as `data`: where the data lies; that it is the same isn't checked.
 RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "runs")
@@ -381,7 +379,6 @@ def check_config(cfg):
     last = len(cfg.layers) - 1
     require(cfg.backout_from <= last, f"--backout_from={cfg.backout_from}: the last layer is {last}")
     require(not cfg.pointer or cfg.vocab_size < cfg.padded_vocab, "--pointer: no column is unused")
-    require(cfg.heads % MUON_HEADS == 0, f"--heads={cfg.heads}: must be a multiple of {MUON_HEADS}")
     return cfg
 
 
@@ -538,19 +535,6 @@ else:
 
 
 @jit
-def load_tile(x, row, column, rows, columns, ROWS: constexpr, COLUMNS: constexpr):
-    """Tile of a row-major matrix, zero outside of it."""
-    r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None]
-    return tl.load(x + r.to(tl.int64) * columns + c, (r < rows) & (c < columns), other=0.0)
-
-
-@jit
-def store_tile(x, tile, row, column, rows, columns, ROWS: constexpr, COLUMNS: constexpr):
-    r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None]
-    tl.store(x + r.to(tl.int64) * columns + c, tile, (r < rows) & (c < columns))
-
-
-@jit
 def mlp_kernel(a, b, aux, out, square, flipped, scale, M, N, K, SLOPE: constexpr, BACKWARD: constexpr,
                M_TILE: constexpr, N_TILE: constexpr, K_TILE: constexpr, PROGRAMS: constexpr):
     """u = scale a b^T tile by tile, with the activation fused. Matrices are tensor descriptors.
@@ -634,6 +618,12 @@ def mlp_backward(grad_TD, down_FD, r_TF, scale, slope: float, mode: str = "refer
     return u_grad_TF, hidden_TF.T.contiguous(), u_grad_TF.T.contiguous()
 
 
+def cap(logits):
+    """Soft-capped logits, at least float32."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return SOFTCAP.height * torch.tanh((z + SOFTCAP.shift) / SOFTCAP.width)
+
+
 @jit
 def soft_tanh(x, APPROXIMATE: constexpr):
     """tanh in one instruction, to 2^-11, finer than bfloat16; or exactly, for checks."""
@@ -644,145 +634,116 @@ def soft_tanh(x, APPROXIMATE: constexpr):
     return y
 
 
-class Copying(NamedTuple):
-    """What makes a model's distribution a mixture with copies: p(y) = q(y) A + a c(y) (PR 379).
-
-    q is the softmax, a its mass on the slot, c(y) the pointer's mass on copies of y and s that on its sink.
-    A = (1 - a (1 - s)) / (1 - a), so p sums to 1 over the columns other than the slot.
-    """
-
-    slot: int                    # a column of the logits that is no token
-    masses_T2: Tensor            # c(target 0) and s: see pointer_masses
-    grads_T2: Tensor             # which is overwritten with the loss's gradient by the masses
-
-
-def mixture(inverse, a, c, s):
-    """p / q, see Copying, then the derivatives of log p by log q, by log a, by c and by s. inverse: 1 / q.
-
-    a must be below 1. By the logits, log p has the gradient of two targets, y and the slot, weighted with the
-    first two derivatives.
-    """
-    rest = 1 - a
-    kept = (1 - a * (1 - s)) / rest
-    ratio = kept + a * c * inverse
-    slot = a * (s / (rest * rest) + c * inverse) / ratio
-    return ratio, kept / ratio, slot, a * inverse / ratio, a / rest / ratio
-
-
-mixture_kernel = jit(mixture)
-
-
 @jit
-def cross_entropy_kernel(logits, targets, weights, scale, masses, mass_grads, loss, grad, V, SLOT: constexpr,
-                         K: constexpr, HEIGHT: constexpr, SHIFT: constexpr, WIDTH: constexpr,
-                         APPROXIMATE: constexpr, BLOCK: constexpr):
-    """One row: loss, and the gradient divided by `scale`, written in grad's own dtype."""
+def softmax_kernel(logits, lse, places, pulls, scale, grad, V, K: constexpr, HEIGHT: constexpr,
+                   SHIFT: constexpr, WIDTH: constexpr, APPROXIMATE: constexpr, BLOCK: constexpr):
+    """One row: log_sum into lse or, if grad is given, logits_gradient into it, in its own dtype."""
     LOG2E: constexpr = 1.4426950408889634
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)  # column by column
-    for first in range(0, V, BLOCK):
-        inside = first + columns < V
-        z = tl.load(logits + row * V + first + columns, inside, other=-float("inf"),
-                    eviction_policy="evict_last").to(tl.float32)
-        t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
-        total += tl.where(inside, tl.exp2((t - 1) * (HEIGHT * LOG2E)), 0.0)  # never above 1
-    lse = tl.log(tl.sum(total)) + HEIGHT
-    weight_sum, value = 0.0, 0.0
-    for k in tl.static_range(K):
-        target = tl.load(targets + row * K + k)
-        weight = tl.where(target >= 0, tl.load(weights + k), 0.0)
-        picked = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
-        nll = lse - HEIGHT * soft_tanh(picked * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
-        if masses is not None and k == 0:
-            unused = tl.load(logits + row * V + SLOT).to(tl.float32)
-            a = tl.exp(HEIGHT * soft_tanh(unused * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE) - lse)
-            ratio, own, slot, copy_slope, sink_slope = mixture_kernel(
-                tl.exp(tl.minimum(nll, 80.0)), tl.minimum(a, 1 - 1e-6), tl.load(masses + 2 * row),
-                tl.load(masses + 2 * row + 1))
-            tl.store(mass_grads + 2 * row, -weight * copy_slope)
-            tl.store(mass_grads + 2 * row + 1, -weight * sink_slope)
-            slot *= weight
-            value += weight * (nll - tl.log(ratio))
-            weight_sum += weight * own + slot
-        else:
-            value += weight * nll
-            weight_sum += weight
-    tl.store(loss + row, value)
-    inverse = HEIGHT / WIDTH / tl.load(scale)  # the softcap's steepest slope over the scale
-    offset = (tl.log(weight_sum * inverse) - lse) * LOG2E  # weights and scale go into the exponent
-    for first in range(0, V, BLOCK):
-        inside = first + columns < V
-        z = tl.load(logits + row * V + first + columns, inside, other=0.0,
-                    eviction_policy="evict_first").to(tl.float32)
-        t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
-        g = tl.exp2(t * (HEIGHT * LOG2E) + offset)
+    if grad is not None:
+        steepest = HEIGHT / WIDTH / tl.load(scale)
+        weight = 0.0
         for k in tl.static_range(K):
-            at = tl.load(targets + row * K + k) - first
-            if (at >= 0) & (at < BLOCK):
-                pull = tl.load(weights + k) * inverse
-                if masses is not None and k == 0:
-                    pull *= own
-                g -= tl.where(columns == at, pull, 0.0)
-        if masses is not None:
-            g -= tl.where(first + columns == SLOT, slot * inverse, 0.0)
-        tl.store(grad + row * V + first + columns, (g * (1 - t * t)).to(grad.dtype.element_ty), inside)
+            weight += tl.load(pulls + row * K + k)
+        offset = (tl.log(weight * steepest) - tl.load(lse + row)) * LOG2E  # into the exponent
+    for first in range(0, V, BLOCK):
+        at = first + columns
+        z = tl.load(logits + row * V + at, at < V, other=-float("inf")).to(tl.float32)
+        t = soft_tanh(z * (1 / WIDTH) + SHIFT / WIDTH, APPROXIMATE)
+        if grad is None:
+            total += tl.where(at < V, tl.exp2((t - 1) * (HEIGHT * LOG2E)), 0.0)  # never above 1
+        else:
+            g = tl.exp2(t * (HEIGHT * LOG2E) + offset)
+            for k in tl.static_range(K):
+                place = tl.load(places + row * K + k)
+                if (place >= first) & (place < first + BLOCK):
+                    g -= tl.where(at == place, tl.load(pulls + row * K + k) * steepest, 0.0)
+            tl.store(grad + row * V + at, (g * (1 - t * t)).to(grad.dtype.element_ty), at < V)
+    if grad is None:
+        tl.store(lse + row, tl.log(tl.sum(total)) + HEIGHT)
+
+
+def launch_softmax_kernel(logits_TV, lse_T, places_TK=None, pulls_TK=None, scale=None, grad_TV=None):
+    T, V = logits_TV.shape
+    K = 0 if grad_TV is None else places_TK.size(1)
+    softmax_kernel[T,](
+        logits_TV, lse_T, places_TK, pulls_TK, scale, grad_TV, V, K=K, HEIGHT=SOFTCAP.height,
+        SHIFT=SOFTCAP.shift, WIDTH=SOFTCAP.width, APPROXIMATE=logits_TV.is_cuda, BLOCK=4096, num_warps=16,
+    )
 
 
 @region
-def cross_entropy_region(logits_TV, targets_TK, weights_K, softcap, scale, dtype, slot, masses_T2,
-                         mass_grads_T2):
-    """cross_entropy in plain torch."""
-    z = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    t = torch.tanh((z + softcap.shift) / softcap.width)
-    q = softcap.height * t
-    lse = q.logsumexp(1, keepdim=True)
-    at = targets_TK.clamp_min(0)
-    weights_TK = weights_K * (targets_TK >= 0)
-    nll_TK, pulls_TK = lse - q.gather(1, at), weights_TK
-    if masses_T2 is not None:
-        nll_T, weight_T = nll_TK[:, 0], weights_TK[:, 0]
-        a_T = (q[:, slot] - lse[:, 0]).exp().clamp_max(1 - 1e-6)
-        ratio_T, own_T, slot_T, *slopes = mixture(nll_T.clamp_max(80).exp(), a_T, *masses_T2.unbind(1))
-        nll_TK = torch.cat([(nll_T - ratio_T.log())[:, None], nll_TK[:, 1:]], dim=1)
-        pulls_TK = torch.column_stack([weight_T * own_T, weights_TK[:, 1:], weight_T * slot_T])
-        at = F.pad(at, (0, 1), value=slot)
-        mass_grads_T2.copy_(-weight_T[:, None] * torch.stack(slopes, dim=1))
-    grad = pulls_TK.sum(1, keepdim=True) * (q - lse).exp()
-    grad = grad.scatter_add(1, at, -pulls_TK.to(grad.dtype))
-    grad = grad * (softcap.height / softcap.width) * (1 - t * t)
-    return (weights_TK * nll_TK).sum(1), (grad / scale).to(dtype)
+def log_sum_region(logits_TV):
+    return cap(logits_TV).logsumexp(1)
 
 
-def cross_entropy(logits_TV, targets_TK, weights_K, softcap, scale, dtype=None, mode="reference",
-                  copying: Copying | None = None):
-    """Soft-capped cross entropy, sum over k of weights[k] * loss with target k (none where it is -1).
-
-    Returns the loss of each row (T,) float32 and its gradient by the logits (T, V), divided by `scale`, (),
-    in `dtype` (None: the logits'). The kernel never writes float32 logits.
-    copying: for target 0, whose probability is then that of the mixture.
-    """
-    dtype = dtype or logits_TV.dtype
-    slot, *masses = copying or (0, None, None)
+def log_sum(logits_TV, mode: str = "reference"):
+    """Log of the sum of each row's exponentials after the soft cap: (T,), at least float32."""
     if mode == "reference":
-        return cross_entropy_region(logits_TV, targets_TK, weights_K, softcap, scale, dtype, slot, *masses)
-    T, V = logits_TV.shape
-    loss_T = torch.empty(T, device=logits_TV.device)
-    grad_TV = torch.empty(T, V, dtype=dtype, device=logits_TV.device)
-    cross_entropy_kernel[T,](
-        logits_TV.contiguous(), targets_TK.contiguous(), weights_K.contiguous(), scale, *masses,
-        loss_T, grad_TV, V, SLOT=slot, K=targets_TK.size(1), HEIGHT=float(softcap.height),
-        SHIFT=float(softcap.shift), WIDTH=float(softcap.width), APPROXIMATE=logits_TV.is_cuda, BLOCK=4096,
-        num_warps=16,
-    )
-    return loss_T, grad_TV
+        return log_sum_region(logits_TV)
+    lse_T = torch.empty(len(logits_TV), device=logits_TV.device)
+    launch_softmax_kernel(logits_TV.contiguous(), lse_T)
+    return lse_T
+
+
+@region
+def gradient_region(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype):
+    q_TV = cap(logits_TV)
+    grad_TV = pulls_TK.sum(1, keepdim=True) * (q_TV - lse_T[:, None]).exp()
+    grad_TV = grad_TV.scatter_add(1, places_TK.clamp_min(0), -pulls_TK)
+    slope_TV = (1 - (q_TV / SOFTCAP.height).square()) * (SOFTCAP.height / SOFTCAP.width)
+    return (grad_TV * slope_TV / scale).to(dtype)
+
+
+def logits_gradient(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype, mode: str = "reference"):
+    """Gradient by the logits of cross entropies with columns places, (T, K), times pulls, (T, K): (T, V).
+
+    It is divided by `scale`, (), and in `dtype`. lse: log_sum. Where a place is -1, the pull is 0. The kernel
+    never writes float32 logits.
+    """
+    if mode == "reference":
+        return gradient_region(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype)
+    grad_TV = torch.empty(logits_TV.shape, dtype=dtype, device=logits_TV.device)
+    launch_softmax_kernel(logits_TV.contiguous(), lse_T, places_TK.contiguous(), pulls_TK.contiguous(), scale,
+                          grad_TV)
+    return grad_TV
+
+
+@region
+def loss_region(logits_TV, lse_T, targets_TK, weights_K, masses_T2=None, slot: int = 0):
+    """Cross entropy of each row, (T,), summed over k with weights[k], none where target k is -1.
+
+    masses_T2: of pointer_masses, or None. With c and s, the pointer's mass on copies of target 0 and on its
+    sink, that target's probability is a mixture, p(y) = q(y) A + a c (PR 379). Here q is the softmax, a its
+    mass on column `slot`, which is no token, and A = (1 - a (1 - s)) / (1 - a), so p sums to 1.
+    Also returns places and pulls, (T, K or K + 1) each, for logits_gradient, and the gradient by the masses.
+    """
+    weights_TK = weights_K * (targets_TK >= 0)
+    nll_TK = lse_T[:, None] - cap(logits_TV.gather(1, targets_TK.clamp_min(0)))
+    loss_T = (weights_TK * nll_TK).sum(1)
+    if masses_T2 is None:
+        return loss_T, targets_TK, weights_TK, None
+    c_T, s_T = masses_T2.unbind(1)
+    a_T = (cap(logits_TV[:, slot]) - lse_T).exp().clamp_max(1 - 1e-6)
+    kept_T = (1 - a_T * (1 - s_T)) / (1 - a_T)
+    inverse_T = nll_TK[:, 0].clamp_max(80).exp()  # 1 / q(y)
+    ratio_T = kept_T + a_T * c_T * inverse_T  # p(y) / q(y)
+    weight_T = weights_TK[:, 0]
+    share_T = weight_T / ratio_T  # log p has derivatives by log q, by log a, and by c and s:
+    slot_T = share_T * a_T * (s_T / (1 - a_T).square() + c_T * inverse_T)
+    mass_grads_T2 = -torch.stack([share_T * a_T * inverse_T, share_T * a_T / (1 - a_T)], dim=1)
+    pulls_T = torch.cat([(share_T * kept_T)[:, None], weights_TK[:, 1:], slot_T[:, None]], dim=1)
+    return loss_T - weight_T * ratio_T.log(), F.pad(targets_TK, (0, 1), value=slot), pulls_T, mass_grads_T2
 
 
 @jit
-def transpose_kernel(x, out, R, C, ROWS: constexpr, COLUMNS: constexpr):
-    r, c = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * COLUMNS
-    tile = load_tile(x, r, c, R, C, ROWS, COLUMNS)
-    store_tile(out, tile.T, c, r, C, R, COLUMNS, ROWS)
+def transpose_kernel(x, out, R, C, TILE: constexpr):
+    r = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
+    c = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[None]
+    inside = (r < R) & (c < C)
+    tile = tl.load(x + r * C + c, inside)
+    tl.store(out + (c * R + r).T, tile.T, inside.T)
 
 
 def transpose(x_RC, mode: str = "reference"):
@@ -793,164 +754,8 @@ def transpose(x_RC, mode: str = "reference"):
     out_CR = x_RC.new_empty(C, R)
     source, out = x_RC.contiguous().view(torch.uint8), out_CR.view(torch.uint8)
     grid = triton.cdiv(R, 128), triton.cdiv(C, 128)
-    transpose_kernel[grid](source, out, R, C, ROWS=128, COLUMNS=128, num_warps=8)
+    transpose_kernel[grid](source, out, R, C, TILE=128, num_warps=8)
     return out_CR
-
-
-@jit
-def polynomial_kernel(x, out, a, b, c, R: constexpr, TILE: constexpr, K_TILE: constexpr):
-    """Tile (i, j), i <= j, of a I + b X + c X X for a symmetric X, stored with its mirror image."""
-    i, j = tl.program_id(0), 0
-    while i > j:  # column j of the triangle has j + 1 tiles
-        j += 1
-        i -= j
-    matrix = tl.program_id(1).to(tl.int64) * R * R
-    x, out = x + matrix, out + matrix
-    acc = tl.zeros((TILE, TILE), tl.float32)
-    for k in range(0, R, K_TILE):
-        left = load_tile(x, i * TILE, k, R, R, TILE, K_TILE)
-        right = load_tile(x, j * TILE, k, R, R, TILE, K_TILE)
-        acc = tl.dot(left, right.T, acc, input_precision="ieee")
-    rows, columns = i * TILE + tl.arange(0, TILE)[:, None], j * TILE + tl.arange(0, TILE)[None]
-    acc = c * acc + b * load_tile(x, i * TILE, j * TILE, R, R, TILE, TILE).to(tl.float32)
-    y = (acc + tl.where(rows == columns, a, 0.0)).to(out.dtype.element_ty)
-    store_tile(out, y, i * TILE, j * TILE, R, R, TILE, TILE)
-    if i < j:
-        store_tile(out, y.T, j * TILE, i * TILE, R, R, TILE, TILE)
-
-
-def polynomial(x_NRR, a: float, b: float, c: float, mode: str = "reference"):
-    """a I + b X + c X X of each symmetric matrix: dense (N, R, R) in the dtype of x."""
-    if mode == "reference":
-        out_NRR = torch.baddbmm(x_NRR, x_NRR, x_NRR, beta=b, alpha=c)
-        out_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
-        return out_NRR
-    N, R, _ = x_NRR.shape
-    out_NRR = torch.empty_like(x_NRR, memory_format=torch.contiguous_format)
-    tiles = triton.cdiv(R, 128)
-    polynomial_kernel[tiles * (tiles + 1) // 2, N](
-        x_NRR.contiguous(), out_NRR, a, b, c, R=R, TILE=128, K_TILE=128 // x_NRR.element_size(), num_warps=4,
-        num_stages=3,
-    )
-    return out_NRR
-
-
-@jit
-def pointer_scores(q, k, targets, starts, row, column, T, window, TILE: constexpr):
-    """Tile of queries x keys: scores, -inf where a query may not look, and whether targets are the same."""
-    rows, columns = row + tl.arange(0, TILE), column + tl.arange(0, TILE)
-    back = rows[:, None] - columns[None]
-    inside = columns[None] >= tl.load(starts + rows, rows < T, other=0)[:, None]
-    scores = tl.dot(q, k.T, input_precision="ieee")
-    scores = tl.where(inside & (back > 0) & (back <= window), scores, -float("inf"))
-    own = tl.load(targets + rows, rows < T, other=0)
-    return scores, own[:, None] == tl.load(targets + columns, columns < T, other=0)[None]
-
-
-@jit
-def pointer_kernel(q, k, sink, targets, starts, masses, lse, window, T, E: constexpr, TILE: constexpr):
-    """A tile of queries: both masses, and the log of the exponentials' sum, which backward reads."""
-    row = tl.program_id(0) * TILE
-    rows = row + tl.arange(0, TILE)
-    queries = load_tile(q, row, 0, T, E, TILE, E)
-    sink_score = tl.load(sink).to(tl.float32)
-    top = tl.zeros((TILE,), tl.float32) + sink_score  # the largest score so far
-    total, copied = tl.zeros((TILE,), tl.float32) + 1, tl.zeros((TILE,), tl.float32)
-    first = tl.maximum(tl.load(starts + row), row - window) // TILE * TILE
-    for column in range(first, row + TILE, TILE):
-        keys = load_tile(k, column, 0, T, E, TILE, E)
-        scores, match = pointer_scores(queries, keys, targets, starts, row, column, T, window, TILE)
-        higher = tl.maximum(top, tl.max(scores, 1))
-        mass, shrink = tl.exp(scores - higher[:, None]), tl.exp(top - higher)
-        total = total * shrink + tl.sum(mass, 1)
-        copied = copied * shrink + tl.sum(tl.where(match, mass, 0.0), 1)
-        top = higher
-    tl.store(masses + 2 * rows, copied / total, rows < T)
-    tl.store(masses + 2 * rows + 1, tl.exp(sink_score - top) / total, rows < T)
-    tl.store(lse + rows, top + tl.log(total), rows < T)
-
-
-@jit
-def pointer_backward_kernel(q, k, targets, starts, ends, grads, mean, lse, out, window, T, KEYS: constexpr,
-                            E: constexpr, TILE: constexpr):
-    """A tile of the gradient by keys (KEYS) or queries. mean: over a query's masses, of their gradients."""
-    own = tl.program_id(0) * TILE
-    if KEYS:
-        lo, last = own, tl.minimum(own + TILE, T) - 1
-        hi = tl.minimum(tl.load(ends + last), last + window + 1)
-    else:
-        lo, hi = tl.maximum(tl.load(starts + own), own - window) // TILE * TILE, own + TILE
-    acc = tl.zeros((TILE, E), tl.float32)
-    for other in range(lo, hi, TILE):
-        row = other if KEYS else own
-        column = own if KEYS else other
-        queries = load_tile(q, row, 0, T, E, TILE, E)
-        keys = load_tile(k, column, 0, T, E, TILE, E)
-        scores, match = pointer_scores(queries, keys, targets, starts, row, column, T, window, TILE)
-        rows = row + tl.arange(0, TILE)
-        mass = tl.exp(scores - tl.load(lse + rows, rows < T, other=float("inf"))[:, None])
-        copy_grad = tl.load(grads + 2 * rows, rows < T, other=0.0)[:, None]
-        slope = tl.where(match, copy_grad, 0.0) - tl.load(mean + rows, rows < T, other=0.0)[:, None]
-        slope = (mass * slope).to(queries.dtype)
-        if KEYS:
-            acc = tl.dot(slope.T, queries, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(slope, keys, acc, input_precision="ieee")
-    store_tile(out, acc.to(out.dtype.element_ty), own, 0, T, E, TILE, E)
-
-
-class Pointer(torch.autograd.Function):
-    """pointer_masses by kernels, whose memory is linear in T."""
-
-    @staticmethod
-    def forward(ctx, q_TE, k_TE, sink, targets_T, starts_T, ends_T, window: int):
-        T, E = q_TE.shape
-        masses_T2, lse_T = torch.empty(T, 2, device=q_TE.device), torch.empty(T, device=q_TE.device)
-        q_TE, k_TE, targets_T = q_TE.contiguous(), k_TE.contiguous(), targets_T.contiguous()
-        pointer_kernel[triton.cdiv(T, POINTER_TILE),](
-            q_TE, k_TE, sink, targets_T, starts_T, masses_T2, lse_T, window, T, E=E, TILE=POINTER_TILE)
-        ctx.save_for_backward(q_TE, k_TE, targets_T, starts_T, ends_T, masses_T2, lse_T)
-        ctx.window = window
-        return masses_T2
-
-    @staticmethod
-    def backward(ctx, grad_T2):
-        q_TE, k_TE, targets_T, starts_T, ends_T, masses_T2, lse_T = ctx.saved_tensors
-        T, E = q_TE.shape
-        grad_T2 = grad_T2.contiguous()
-        mean_T = (masses_T2 * grad_T2).sum(1)
-        grads = torch.empty_like(q_TE), torch.empty_like(k_TE)
-        for keys, out_TE in enumerate(grads):
-            pointer_backward_kernel[triton.cdiv(T, POINTER_TILE),](
-                q_TE, k_TE, targets_T, starts_T, ends_T, grad_T2, mean_T, lse_T, out_TE, ctx.window, T,
-                KEYS=bool(keys), E=E, TILE=POINTER_TILE)
-        sink_grad = (masses_T2[:, 1] * (grad_T2[:, 1] - mean_T)).sum()
-        return *grads, sink_grad, None, None, None, None
-
-
-def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window: int, mode: str = "reference"):
-    """Attention as a distribution over earlier targets: (T, 2) float32, of which autograd knows the gradient.
-
-    Query t attends to positions i < t of its document, at most `window` back, and to a sink of score `sink`,
-    (). Scores are q.k, unscaled. Column 0: the mass on positions with the same target as t, column 1: the
-    sink's. Target i is token i + 1, so it is known at t. cu_seqlens: see Documents.
-    """
-    position = torch.arange(q_TE.size(0), device=q_TE.device, dtype=cu_seqlens.dtype)
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
-    starts_T, ends_T = cu_seqlens[document], cu_seqlens[document + 1]
-    if mode != "reference":
-        return Pointer.apply(q_TE, k_TE, sink, targets_T, starts_T, ends_T, window)
-    q_TE, k_TE = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_TE, k_TE))
-    out, block = [], 128  # queries at a time, so that memory is linear in T
-    for lo in range(0, q_TE.size(0), block):
-        own, read = slice(lo, lo + block), slice(max(0, lo - window), lo + block)
-        back = position[own, None] - position[read]
-        mask = (back > 0) & (back <= window) & (position[read] >= starts_T[own, None])
-        scores = (q_TE[own] @ k_TE[read].T).masked_fill(~mask, -math.inf)
-        masses = torch.cat([scores, sink.expand(len(scores), 1)], dim=1).softmax(1)
-        match = targets_T[read] == targets_T[own, None]
-        out.append(torch.stack([(masses[:, :-1] * match).sum(1), masses[:, -1]], dim=1))
-    return torch.cat(out)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1162,34 +967,20 @@ def attention_varlen(q_THE, k_THE, v_THE, docs, window: int):
 
 
 class Rotary(NamedTuple):
-    """Rotary tables of one stage, of which half the dims are stationary, and the attention scale."""
+    """Rotary tables, of which half the dims are stationary."""
 
     cos_PJ: Tensor               # (positions, E/2) float32; stationary dims have cos 1, sin 0
     sin_PJ: Tensor
-    scale: Tensor                # () float32, multiplies q
     offset_E: Tensor             # (E,) bool: dims that the key offset moves, the stationary ones
 
 
-def build_rotary(cfg, stage: int, positions: int, device) -> Rotary:
-    """Tables for `positions` tokens after the window changes of stages 1..`stage` (YaRN, arXiv 2309.00071).
-
-    The longer windows of the final validation are used without a change of tables.
-    """
+def build_rotary(cfg, positions: int, device) -> Rotary:
+    """Tables for `positions` tokens."""
     half = cfg.width // cfg.heads // 2
     moving = round(half * ROTARY_FRACTION)
-    frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, moving), torch.zeros(half - moving)]).double()
-    scale = cfg.attn_scale
-    for old, new in zip(cfg.stages[:stage], cfg.stages[1:]):
-        stretch = new.window_long / old.window_long
-        if new.window_long > YARN_WINDOW:
-            continue
-        turns = old.window_long * frequency / (2 * math.pi)
-        keep = ((turns - 1) / 31).clamp(0, 1)
-        frequency = frequency * (1 / stretch + keep * (1 - 1 / stretch))
-        scale *= 1 + 0.2 * math.log(stretch)
-    angle_PJ = torch.arange(positions).double()[:, None] * frequency
-    offset_E = (frequency == 0).repeat(2)
-    tables = angle_PJ.cos().float(), angle_PJ.sin().float(), torch.tensor(scale).float(), offset_E
+    frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, moving), torch.zeros(half - moving)])
+    angle_PJ = torch.arange(positions).double()[:, None] * frequency.double()
+    tables = angle_PJ.cos().float(), angle_PJ.sin().float(), (frequency == 0).repeat(2)
     return Rotary(*(table.to(device) for table in tables))
 
 
@@ -1203,25 +994,14 @@ def embed_region(embed_TD, gate_G, smear_lambda, edges_T):
     return norm(embed_TD + smear_lambda * gate_T1 * shift(embed_TD, edges_T))
 
 
-BIGRAM_SIGNS = 8192
-
-
 @region
 def bigram_region(tokens_T, edges_T, rows: int):
-    """Hashes of each token and the one before: its row of the table (record 62), of the signs (record 83).
+    """The row of each token and the one before in a hashed table (record 62); the last where none is before.
 
-    Where nothing is before, the last row and the first signs. Products wrap around as int32.
+    Products wrap around as int32.
     """
-    token_T, before_T = tokens_T.int(), shift(tokens_T, edges_T).int()
-    row_T = ((36313 * token_T) ^ (27191 * before_T)) % (rows - 1)
-    sign_T = (token_T ^ before_T) % BIGRAM_SIGNS
-    return row_T.masked_fill(edges_T, rows - 1).long(), sign_T.masked_fill(edges_T, 0).long()
-
-
-@region
-def sign_region(rows_TD, signs_SD, sign_T):
-    """Rows with their signs: pairs that share a row are told apart by them."""
-    return rows_TD * signs_SD[sign_T]
+    row_T = ((36313 * tokens_T.int()) ^ (27191 * shift(tokens_T, edges_T).int())) % (rows - 1)
+    return row_T.masked_fill(edges_T, rows - 1).long()
 
 
 @region
@@ -1232,7 +1012,8 @@ def late_region(x_TD):
 
 
 @region
-def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale, offset_E, edges_T, heads: int):
+def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale: float, offset_E, edges_T,
+               heads: int):
     """What attention reads: q, k, v with its value embeddings, (T, H, E) each, from the product (T, 3 D).
 
     value_TD: rows of value embeddings, or None. offset_E: dims of the key offset, or None for none.
@@ -1276,24 +1057,47 @@ def pointer_region(qk_TC, gain):
     return weighted(q_TE, gain * POINTER_WIDTH**-0.5).type_as(q_TE), k_TE
 
 
-def cap(logits):
-    """Soft-capped logits, float32."""
-    return SOFTCAP.height * torch.tanh((logits.float() + SOFTCAP.shift) / SOFTCAP.width)
-
-
 @region
-def loss_region(logits_TV, targets_T, masses_T2=None, slot: int = 0):
-    """Cross entropy of logits before the soft cap: (T,) float32, 0 where the target is -1.
+def copy_region(q_TBE, k_TBE, sink, own_TB, targets_TB, reach_TB, behind: int):
+    """pointer_masses of blocks of B queries, (blocks, B, 2). k and targets begin `behind` blocks earlier."""
+    blocks, B, _ = q_TBE.shape
+    keys_TJE = torch.cat([k_TBE[i : i + blocks] for i in range(behind + 1)], dim=1)
+    targets_TJ = torch.cat([targets_TB[i : i + blocks] for i in range(behind + 1)], dim=1)
+    position = torch.arange(behind * B + B, device=q_TBE.device, dtype=torch.int32)
+    back_BJ = position[-B:, None] - position
+    scores_TBJ = torch.bmm(q_TBE, keys_TJE.mT).to(sink.dtype)
+    scores_TBJ = scores_TBJ.masked_fill((back_BJ <= 0) | (back_BJ > reach_TB[:, :, None]), -math.inf)
+    top_TB = torch.maximum(scores_TBJ.amax(2), sink).detach()
+    masses_TBJ, sink_TB = (scores_TBJ - top_TB[:, :, None]).exp(), (sink - top_TB).exp()
+    copied_TB = (masses_TBJ * (targets_TJ[:, None] == own_TB[:, :, None])).sum(2)
+    return torch.stack([copied_TB, sink_TB], dim=2) / (masses_TBJ.sum(2) + sink_TB)[:, :, None]
 
-    masses_T2, slot: of Copying, if the distribution is a mixture.
+
+def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window: int):
+    """Attention as a distribution over earlier targets: (T, 2) float32, of which autograd knows the gradient.
+
+    Query t attends to positions i < t of its document, at most `window` back, and to a sink of score `sink`,
+    () float32. Scores are q.k, unscaled. Column 0: the mass on positions with the same target as t, column 1:
+    the sink's. Target i is token i + 1, so it is known at t. cu_seqlens: see Documents.
     """
-    capped_TV = cap(logits_TV)
-    nll_T = F.cross_entropy(capped_TV, targets_T, ignore_index=-1, reduction="none")
-    if masses_T2 is None:
-        return nll_T
-    a_T = (capped_TV[:, slot] - capped_TV.logsumexp(1)).exp().clamp_max(1 - 1e-6)
-    ratio_T, *_ = mixture(nll_T.clamp_max(80).exp(), a_T, *masses_T2.unbind(1))
-    return (nll_T - ratio_T.log()).masked_fill(targets_T < 0, 0)
+    T, behind = len(q_TE), -(-window // POINTER_BLOCK)
+    position = torch.arange(T, device=q_TE.device)
+    document = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
+    reach_T = (position - cu_seqlens[document]).clamp_max(window).int()
+
+    def blocks(x, before: int = 0):
+        padding = (0, 0) * (x.dim() - 1) + (before * POINTER_BLOCK, -T % POINTER_BLOCK)
+        return F.pad(x, padding).unflatten(0, (-1, POINTER_BLOCK))
+
+    q_TBE, own_TB, reach_TB = blocks(q_TE), blocks(targets_T), blocks(reach_T)
+    k_TBE, targets_TB = blocks(k_TE, behind), blocks(targets_T, behind)
+    count = max(1, POINTER_SCORES // (POINTER_BLOCK**2 * (behind + 1)))
+    masses = []
+    for lo in range(0, len(q_TBE), count):
+        own, read = slice(lo, lo + count), slice(lo, lo + count + behind)
+        masses.append(copy_region(
+            q_TBE[own], k_TBE[read], sink, own_TB[own], targets_TB[read], reach_TB[own], behind))
+    return torch.cat(masses).flatten(0, 1)[:T]
 
 
 def float8_product(a, b, a_scale, b_scale, dtype, fast=False):
@@ -1304,45 +1108,49 @@ def float8_product(a, b, a_scale, b_scale, dtype, fast=False):
     return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
 
 
-def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, copying):
+def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, masses_T2, slot: int):
     """head_step of tokens whose logits exist together. head: its compute_weights; grad_VD: its gradient.
 
     The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20)
     it is scaled to use the range.
     """
     mode = model.kernels
-    if not model.fp8:
-        (weight_VD,) = head
-        one = torch.ones((), device=x_TD.device)
+    weight_VD, *rest = head
+    if model.fp8:
+        weight_DV, scale = rest
+        x_scale, dtype = model.latent_scale, torch.float8_e5m2
+        x8_TD = float8_region(x_TD, x_scale)
+        logits_TV = float8_product(x8_TD, weight_VD.T, x_scale, scale, x_TD.dtype, fast=True)
+        steepest = max(1.0, SOFTCAP.height / SOFTCAP.width)
+        grad_scale = (weights_K.sum() * steepest).clamp_min(1e-30) * 2.0**-14
+    else:
         logits_TV = x_TD @ weight_VD.T
-        loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, SOFTCAP, one, None, mode,
-                                        copying)
-        add_product(grad_VD, grad_TV, x_TD)
-        return loss_T.sum(), grad_TV @ weight_VD
-    weight8_VD, weight8_DV, scale = head
-    x_scale = model.latent_scale
-    grad_scale = (weights_K.sum() * max(1.0, SOFTCAP.height / SOFTCAP.width)).clamp_min(1e-30) * 2.0**-14
-    x8_TD = float8_region(x_TD, x_scale)
-    logits_TV = float8_product(x8_TD, weight8_VD.T, x_scale, scale, x_TD.dtype, fast=True)
-    loss_T, grad_TV = cross_entropy(logits_TV, targets_TK, weights_K, SOFTCAP, grad_scale,
-                                    torch.float8_e5m2, mode, copying)
+        grad_scale, dtype = torch.ones((), device=x_TD.device), x_TD.dtype
+    lse_T = log_sum(logits_TV, mode)
+    loss_T, places_TK, pulls_TK, mass_grads_T2 = loss_region(
+        logits_TV, lse_T, targets_TK, weights_K, masses_T2, slot)
+    grad_TV = logits_gradient(logits_TV, lse_T, places_TK, pulls_TK, grad_scale, dtype, mode)
     del logits_TV
-    x_grad_TD = float8_product(grad_TV, weight8_DV.T, grad_scale, scale, x_TD.dtype)
-    x8_DT, grad_VT = transpose(x8_TD, mode), transpose(grad_TV, mode)
-    grad_VD += float8_product(grad_VT, x8_DT.T, grad_scale, x_scale, torch.float32)
-    return loss_T.sum(), x_grad_TD
+    if model.fp8:
+        x_grad_TD = float8_product(grad_TV, weight_DV.T, grad_scale, scale, x_TD.dtype)
+        x8_DT, grad_VT = transpose(x8_TD, mode), transpose(grad_TV, mode)
+        grad_VD += float8_product(grad_VT, x8_DT.T, grad_scale, x_scale, torch.float32)
+    else:
+        x_grad_TD = grad_TV @ weight_VD
+        add_product(grad_VD, grad_TV, x_TD)
+    return loss_T.sum(), x_grad_TD, mass_grads_T2
 
 
-def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, copying: Copying | None = None):
-    """Loss of head k (0: the main one) on latents, (), and their gradient, (T, D).
+def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, masses_T2=None):
+    """Loss of head k (0: the main one) on latents, (), its gradient by them, (T, D), and by the masses.
 
     The head's own gradient is added in place. Chunks are backpropagated at once, so only LOSS_CHUNK tokens
-    have logits at a time. copying: see cross_entropy.
+    have logits at a time. masses_T2: of pointer_masses, or None.
     columns_S: distinct tokens, int64, among which the loss chooses (record 92, PR 360); None: all. Other
     targets give no loss.
     """
     head_grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
-    head, grad_VD = model.compute_weights["head", k], head_grad_VD
+    head, grad_VD, slot = model.compute_weights["head", k], head_grad_VD, model.cfg.vocab_size
     if columns_S is not None:
         V, S = len(grad_VD), len(columns_S)
         places = torch.full((V + 1,), -1, device=x_TD.device)  # the last is that of no target, -1
@@ -1351,17 +1159,17 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, copyin
         weight_SD = head[0].view(torch.uint8)[columns_S].view(head[0].dtype)  # not every float8 has indexing
         rest = (transpose(weight_SD, model.kernels), head[2]) if model.fp8 else ()
         head = weight_SD, *rest
-        grad_VD = grad_VD.new_zeros(S, grad_VD.size(1))
-    losses, x_grads = [], []
+        grad_VD, slot = grad_VD.new_zeros(S, grad_VD.size(1)), 0
+    results = []
     for lo in range(0, x_TD.size(0), LOSS_CHUNK):
         chunk = slice(lo, lo + LOSS_CHUNK)
-        own = copying and Copying(copying.slot, copying.masses_T2[chunk], copying.grads_T2[chunk])
-        loss, x_grad_TD = head_chunk(model, x_TD[chunk], head, grad_VD, targets_TK[chunk], weights_K, own)
-        losses.append(loss)
-        x_grads.append(x_grad_TD)
+        masses = None if masses_T2 is None else masses_T2[chunk]
+        results.append(head_chunk(
+            model, x_TD[chunk], head, grad_VD, targets_TK[chunk], weights_K, masses, slot))
     if columns_S is not None:
         head_grad_VD.index_add_(0, columns_S, grad_VD)
-    return sum(losses), torch.cat(x_grads)
+    losses, x_grads, mass_grads = zip(*results)
+    return sum(losses), torch.cat(x_grads), None if masses_T2 is None else torch.cat(mass_grads)
 
 
 class GPT(nn.Module):
@@ -1373,18 +1181,12 @@ class GPT(nn.Module):
         self.cfg, self.dtype, self.kernels, self.fp8 = cfg, dtype, kernels, fp8
         self.attention = attention_reference if attention == "reference" else attention_varlen
         self.compute_weights, self.graphs = {}, None
-        self.prefix_V = None  # of every token, for prefix_weight: set before training
         self.tap_layers = {layer.skip_from for layer in cfg.layers} | {cfg.backout_from}
         for row in parameter_table(cfg):
             self.register_parameter(row.name, nn.Parameter(torch.zeros(row.shape)) if row.used else None)
         scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # 2: smear-MTP adds two latents up
         self.register_buffer("latent_scale", scale, persistent=False)
         self.register_buffer("grad_scale", torch.ones(()), persistent=False)
-        if cfg.bigram_rows:  # +-1 by a seed of their own: they aren't saved
-            random = torch.Generator().manual_seed(0)
-            signs = torch.randint(2, (BIGRAM_SIGNS, cfg.width), generator=random, device="cpu")
-            signs = (2 * signs - 1).to(self.embed.device, torch.int8)
-            self.register_buffer("bigram_signs", signs, persistent=False)
 
     @torch.no_grad()
     def initialise(self, seed: int):
@@ -1436,7 +1238,7 @@ class GPT(nn.Module):
                 value_TD = sum(own_values[1:], own_values[0]) if own_values else None
                 offset_E = rotary.offset_E if layer.key_offset else None
                 q_THE, k_THE, v_THE = qkv_region(
-                    qkv_TC, v_lambdas[a], value_TD, rotary.cos_PJ, rotary.sin_PJ, rotary.scale, offset_E,
+                    qkv_TC, v_lambdas[a], value_TD, rotary.cos_PJ, rotary.sin_PJ, cfg.attn_scale, offset_E,
                     edges_T, cfg.heads)
                 y_THE = self.attention(q_THE, k_THE, v_THE, docs, windows[layer.window])
                 y_TD = gate_region(y_THE, lead_TG, attn_gates[a], out_lambdas[a])
@@ -1510,9 +1312,8 @@ class GPT(nn.Module):
         """What each token and the one before look up together: (T, D)."""
         if not self.cfg.bigram_rows:
             return None
-        row_T, sign_T = bigram_region(tokens_T, edges_T, self.cfg.bigram_rows)
-        rows_TD = Lookup.apply(row_T, self.bigram_embed, self.dtype)
-        return sign_region(rows_TD, self.bigram_signs, sign_T)
+        row_T = bigram_region(tokens_T, edges_T, self.cfg.bigram_rows)
+        return Lookup.apply(row_T, self.bigram_embed, self.dtype)
 
     def stream_weights(self) -> list[tuple]:
         """Of each layer: what mix_region multiplies the stream, a skip connection, x0 and bigrams with."""
@@ -1535,14 +1336,17 @@ class GPT(nn.Module):
         if not self.cfg.pointer:
             return None
         q_TE, k_TE = self.pointer_heads(x_TD)
-        return pointer_masses(q_TE, k_TE, self.pointer_sink, targets_T, docs.cu_seqlens,
-                              min(window, docs.longest), self.kernels)
+        window = min(window, docs.longest)
+        return pointer_masses(q_TE, k_TE, self.pointer_sink, targets_T, docs.cu_seqlens, window)
 
     def token_losses(self, x_TD, targets_T, masses_T2, chunk: int):
         """Yields the cross entropies of `chunk` targets at a time, float32; 0 where a target is -1."""
         masses = itertools.repeat(None) if masses_T2 is None else masses_T2.split(chunk)
+        one = torch.ones(1, device=x_TD.device)
         for x, targets, own in zip(x_TD.split(chunk), targets_T.split(chunk), masses):
-            yield loss_region(self.products(x), targets, own, self.cfg.vocab_size)
+            logits_TV = self.products(x)
+            lse_T = log_sum(logits_TV)  # by plain torch: exactly
+            yield loss_region(logits_TV, lse_T, targets[:, None], one, own, self.cfg.vocab_size)[0]
 
     def products(self, x_TD):
         """Logits before the soft cap, (T, V), of final latents, in their dtype."""
@@ -1589,29 +1393,15 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(x_NRC, kernels: str = "reference"):
+def polar_express(x_NRC):
     """Nearly orthogonal factor, singular values about 1, of each matrix of Frobenius norm below 1."""
     tall = x_NRC.size(-2) > x_NRC.size(-1)
     x = x_NRC.mT if tall else x_NRC
     for a, b, c in POLAR_EXPRESS:
-        x = polynomial(x @ x.mT, a, b, c, kernels) @ x
+        square = x @ x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
-
-
-def orthogonalise(x_NRC, groups: tuple, kernels: str = "reference"):
-    """polar_express of each matrix, or of groups[i] row blocks of matrix i, renormalised as each is smaller.
-
-    By stack: an index list would have to be copied to the GPU.
-    """
-    if not groups:
-        return polar_express(x_NRC, kernels)
-    out = {}
-    for count in sorted(set(groups)):
-        own = [i for i, parts in enumerate(groups) if parts == count]
-        x = torch.stack([x_NRC[i] for i in own]).unflatten(1, (count, -1)).flatten(0, 1)
-        x = polar_express(x / (1.02 * frobenius(x) + 1e-12) if count > 1 else x, kernels)
-        out |= zip(own, x.unflatten(0, (-1, count)).flatten(1, 2))
-    return torch.stack([out[i] for i in range(len(out))])
 
 
 AVERAGE_BLEND = 0.5                   # share of the averaged weights in the final ones
@@ -1648,19 +1438,18 @@ def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2: float):
 
 
 def normuon_update(p_NRC, g_NRC, moments: dict, lr_N11, decay, mu, share: float, beta2: float,
-                   dtype: torch.dtype, kernels: str = "reference", groups: tuple = ()):
+                   dtype: torch.dtype):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
     Nesterov momentum, orthogonalisation, division of each row by its running RMS with the matrix's norm kept,
     and decoupled decay only where it does not oppose the update. A row is an output of Q, K, V, O and up, and
     an input of down, which is stored transposed. mu, decay: () float32; lr_N11: one per matrix.
     moments: "momentum", (N, R, C), "second", (N, R, 1), and "slow", as momentum, if there is a slow momentum;
-    share: its part in their sum (record 92). groups: see orthogonalise.
+    share: its part in their sum (record 92).
     """
     beta = scalar(0.85) if share else mu
     x_NRC = nesterov(g_NRC, moments["momentum"], moments.get("slow"), mu, beta, scalar(share), dtype)
-    x_NRC = orthogonalise(x_NRC, groups, kernels)
-    apply_update(p_NRC, x_NRC, moments["second"], lr_N11, decay, beta2)
+    apply_update(p_NRC, polar_express(x_NRC), moments["second"], lr_N11, decay, beta2)
 
 
 @region(dynamic=True)
@@ -1692,7 +1481,6 @@ class Row(NamedTuple):
     betas: tuple = (0.0, 0.95)   # of the moments; NorMuon's first is the schedule's momentum instead
     weight_decay: float = 0.0
     every: int = 1               # steps between updates; gradients add up meanwhile
-    groups: tuple = ()           # of rows, orthogonalised apart: as many for each matrix as lr; (): one
     copy_of: str = ""            # a row of the same shape, of which this is a copy, moments and all ..
     copy_until: int = 0          # .. until this step; its gradient is added to that row's
     averaged: bool = False       # over the last steps, see Optimizer.finish
@@ -1711,7 +1499,7 @@ class Part:
 
     def __init__(self, row, p, model, world):
         self.row, self.parameter, self.world = row, p, world
-        self.cfg, self.dtype, self.kernels = model.cfg, model.dtype, model.kernels
+        self.cfg, self.dtype = model.cfg, model.dtype
         self.units = len(self.as_units(p))
         self.per_rank = -(-self.units // world.size)  # the last ranks may have fewer
         self.lo, self.hi = 0, self.units
@@ -1783,7 +1571,6 @@ class NorMuon(Part):
 
     def make_moments(self, p_NRC) -> dict:
         layers = self.parameter.size(0)
-        self.groups = (self.row.groups * layers)[self.lo : self.hi]
         lr = torch.tensor(self.row.lr, device=p_NRC.device).repeat(layers)
         self.lr_N11 = lr[self.lo : self.hi].view(-1, 1, 1)
         moments = {"momentum": torch.zeros_like(p_NRC), "second": torch.zeros_like(p_NRC[..., :1])}
@@ -1797,7 +1584,7 @@ class NorMuon(Part):
             mixed = "slow" in self.moments and step >= self.cfg.slow_momentum * self.cfg.scheduled_steps
             share = SLOW_SHARE if mixed else 0.0
             normuon_update(p, grad, self.moments, lr_N11, decay, scalar(muon_momentum), share,
-                           self.row.betas[1], self.dtype, self.kernels, self.groups)
+                           self.row.betas[1], self.dtype)
 
 
 class Adam(Part):
@@ -1864,14 +1651,12 @@ def parameter_table(cfg) -> list[Row]:
     if cfg.untie_at:  # a copy of the head, at its rate and decay, until it gets a life of its own (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
         embed = head._replace(name="embed", start=normal(0.005), copy_of="head", copy_until=untied)
-    pairs_of_heads = cfg.heads // MUON_HEADS
     values = normal(cfg.value_std) if cfg.value_std else 0.0
     pairs = bool(cfg.bigram_rows)
     return [
         embed,
         head,
-        bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, start=uniform(std, 4),
-             groups=(pairs_of_heads, pairs_of_heads, 1, 1)),
+        bank("attn_bank", (A, 4, D, D), (cfg.attn_lr_ratio * muon,) * 4, start=uniform(std, 4)),
         bank("mlp_bank", (L, 2, MLP_RATIO * D, D), (2 * muon, 4 * muon), start=uniform(std, 1)),
         table("value_embeds", (cfg.value_tables * V, D), ratio=EMBED_LR_RATIO, decay=5, start=values,
               betas=(0.75, 0.95), used=cfg.value_tables > 0),
@@ -2251,8 +2036,7 @@ class StepPlan(NamedTuple):
     windows: dict                # "short", "long" -> tokens
     lr: float                    # multiplier on the table's learning rates
     momentum: float              # of NorMuon
-    weights: tuple               # of the losses of targets t+1, t+2, .. and, if `prefix`, of t+1's prefix
-    prefix: bool
+    weights: tuple               # of the losses of targets t+1, t+2, ..
 
     @property
     def kind(self) -> tuple:
@@ -2268,8 +2052,6 @@ def plan_step(cfg, step: int):
     stage = cfg.stages[index]
     done = (step - starts[index]) / (starts[index + 1] - starts[index])
     weights = tuple(a + (b - a) * done for a, b in stage.targets)
-    prefix = cfg.prefix_weight * min(1.0, max(0.0, 2 - 3 * step / cfg.scheduled_steps))
-    weights = (*weights, prefix) if prefix else weights
 
     left = max(0.0, 1 - step / cfg.scheduled_steps)
     fall = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0  # the learning rate's, from 1 to 0
@@ -2279,7 +2061,7 @@ def plan_step(cfg, step: int):
     cold = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
     momentum = 0.85 + 0.1 * max(0.0, min(1.0, warm, cold))
     short, long = cfg.val_windows if last else (stage.window_short, stage.window_long)
-    return StepPlan(stage, index, {"short": short, "long": long}, lr, momentum, weights, prefix > 0)
+    return StepPlan(stage, index, {"short": short, "long": long}, lr, momentum, weights)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2329,23 +2111,18 @@ def backward_micro_batch(model, batch, plan, rotary, weights):
     model.grad_scale.copy_(main_weights.sum() * 2.0**-8)
     x_TD = model(tokens[:-1], batch.docs, plan.windows, rotary)
     latent_TD = x_TD.detach()
-    count = len(plan.weights) - plan.prefix
-    targets_TK = multi_targets(tokens[1:], max(count, cfg.mtp_heads + 1))
-    own_TK = targets_TK[:, :count]
-    if plan.prefix:
-        own_TK = torch.cat([own_TK, model.prefix_V[tokens[1:], None]], dim=1)
-    outputs, copying = [x_TD], None
-    if cfg.pointer:
-        masses_T2 = model.copy_masses(x_TD, tokens[1:], batch.docs, POINTER_WINDOW[0])
-        slot = cfg.vocab_size if batch.columns is None else 0
-        copying = Copying(slot, masses_T2.detach(), torch.empty_like(masses_T2))
-        outputs.append(masses_T2)
-    loss, grad_TD = head_step(model, latent_TD, 0, own_TK, main_weights, batch.columns, copying)
+    targets_TK = multi_targets(tokens[1:], max(len(plan.weights), cfg.mtp_heads + 1))
+    own_TK = targets_TK[:, : len(plan.weights)]
+    masses_T2 = model.copy_masses(x_TD, tokens[1:], batch.docs, POINTER_WINDOW[0])
+    masses = None if masses_T2 is None else masses_T2.detach()
+    loss, grad_TD, mass_grads_T2 = head_step(
+        model, latent_TD, 0, own_TK, main_weights, batch.columns, masses)
     for k in range(1, cfg.mtp_heads + 1):
         further_T1 = targets_TK[:, k : k + 1]
-        _, more_TD = head_step(model, latent_TD, k, further_T1, auxiliary_weight, batch.columns)
+        _, more_TD, _ = head_step(model, latent_TD, k, further_T1, auxiliary_weight, batch.columns)
         grad_TD = grad_TD + more_TD
-    torch.autograd.backward(outputs, [grad_TD, *(copying[2:] if copying else ())])
+    outputs, grads = ([x_TD], [grad_TD]) if masses is None else ([x_TD, masses_T2], [grad_TD, mass_grads_T2])
+    torch.autograd.backward(outputs, grads)
     return loss
 
 
@@ -2763,6 +2540,7 @@ def warm_up(model, optimizer, val, world):
     cfg, device, generator = model.cfg, model.embed.device, np.random.default_rng(0)
     plans = map(partial(plan_step, cfg), range(cfg.total_steps))
     kinds = {plan.kind: plan for plan in plans}
+    rotary = build_rotary(cfg, val.positions, device)
     for plan in sorted(kinds.values(), key=most_memory_first):
         T, length = cfg.micro_tokens(plan.stage), min(512, plan.stage.max_doc)
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
@@ -2770,7 +2548,6 @@ def warm_up(model, optimizer, val, world):
         docs = to_documents(np.arange(0, T, length), T, plan.stage.max_doc)
         columns = choose_columns(cfg, plan.stage, tokens[:1], 0, device)  # all targets might be too many
         batch = MicroBatch(torch.from_numpy(tokens), docs, columns)
-        rotary = build_rotary(cfg, plan.stage_index, val.positions, device)
         for step in range(ADAM_EVERY):
             train_step(model, optimizer, [batch], plan, rotary, step)
         weights = loss_weights(cfg, plan, device)
@@ -2861,11 +2638,6 @@ def set_up(cfg, hardware, world):
              "validation data": val.sha256}
     check_ranks_agree(flags | facts, world)
     model = new_model(cfg, hardware)
-    if cfg.prefix_weight:
-        prefixes = load_token_table(cfg, "prefixes.npy")
-        require(prefixes is not None and (prefixes >= 0).any(), "--prefix_weight: needs prefixes.npy beside "
-                "the shards (data/token_tables.py writes it) and a token that begins with another; or give 0")
-        model.prefix_V = torch.from_numpy(prefixes).to(hardware.device)
     optimizer = Optimizer(model, optimizer_table(cfg), world)
     if hardware.compile:
         warm_up(model, optimizer, val, world)
@@ -2888,13 +2660,11 @@ def train(cfg, job) -> bool:
     clock = Clock(job.hardware, seconds)
     loader = iter(Loader(cfg, job.world, job.shards, device, start, position, read))
     steps = StepLog(log, clock, job)
-    stage, unsaved = None, ""
+    rotary = build_rotary(cfg, job.val.positions, device)
+    unsaved = ""
     for step in range(start, cfg.total_steps + 1):
         last = step == cfg.total_steps
         plan = plan_step(cfg, step)
-        if plan.stage_index != stage:
-            stage = plan.stage_index
-            rotary = build_rotary(cfg, stage, job.val.positions, device)
         validating = last or step % cfg.val_every == 0
         saving = cfg.save_every > 0 and step % cfg.save_every == 0
         if validating or saving or steps.stop or step == start:

@@ -93,7 +93,7 @@ class Bench:
     def prepare(self, plan: tg.StepPlan):
         rng = np.random.default_rng(plan.stage_index)
         longest = max(self.cfg.micro_tokens(stage) for stage in self.cfg.stages)
-        self.rotary = tg.build_rotary(self.cfg, plan.stage_index, longest, self.hardware.device)
+        self.rotary = tg.build_rotary(self.cfg, longest, self.hardware.device)
         batches = [synthetic_batch(self.cfg, plan.stage, rng) for _ in range(self.cfg.micro_batches)]
         device = self.hardware.device
         self.batches = [
@@ -156,7 +156,7 @@ class Bench:
         batch = synthetic_batch(self.cfg, self.cfg.stages[-1], rng)
         tokens = np.resize(batch.tokens.numpy(), self.cfg.val_chunk + 1)
         val, windows = tg.Validation(self.cfg, tokens), tg.plan_step(self.cfg, self.cfg.total_steps).windows
-        rotary = tg.build_rotary(self.cfg, len(self.cfg.stages) - 1, val.positions, self.hardware.device)
+        rotary = tg.build_rotary(self.cfg, val.positions, self.hardware.device)
         if self.model.graphs:
             self.model.graphs.release()
         val.run(self.model, windows, rotary, self.world)

@@ -53,15 +53,11 @@ def launch(cfg: t.Config, kernels: str, fp8: bool):
         grad_TD = h_TD.to(torch.float8_e5m2)
         t.mlp_backward(grad_TD, weight_FD.to(eight), r_TF, scale, cfg.leaky_slope, kernels)
     logits_TV = torch.zeros(16, cfg.padded_vocab, dtype=half)
+    lse_T = t.log_sum(logits_TV, kernels)
     for dtype in (half, torch.float8_e5m2) if fp8 else (half,):
-        for count in (1, 3):
-            targets_TK, weights_K = torch.zeros(16, count, dtype=torch.int64), torch.ones(count)
-            for copying in (None, t.Copying(cfg.vocab_size, *torch.zeros(2, 16, 2))):
-                t.cross_entropy(logits_TV, targets_TK, weights_K, t.SOFTCAP, scale, dtype, kernels, copying)
-    t.polynomial(torch.zeros(2, D, D, dtype=half), *t.POLAR_EXPRESS[0], kernels)
-    q_TE, k_TE = torch.zeros(2, T, 128, dtype=half).requires_grad_()
-    cu_seqlens, targets_T = torch.tensor([0, T], dtype=torch.int32), torch.zeros(T, dtype=torch.int64)
-    t.pointer_masses(q_TE, k_TE, scale, targets_T, cu_seqlens, 2048, kernels).sum().backward()
+        for count in (1, 4):
+            places_TK, pulls_TK = torch.zeros(16, count, dtype=torch.int64), torch.ones(16, count)
+            t.logits_gradient(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype, kernels)
 
 
 def compile_all(capability: int) -> list:

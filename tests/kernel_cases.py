@@ -6,6 +6,7 @@ double precision. It knows no device: the generator it draws from does.
 
 from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -45,7 +46,6 @@ SOFTCAPS = [t.Softcap(15.0, 0.0, 15.0), t.SOFTCAP]
 # Whether there are a delta, a skip connection, x0 and bigrams, where streams are mixed.
 STREAMS = [(True,) * 4, (False, True, True, True), (True, False, True, True), (True, False, True, False)]
 
-POLYNOMIAL_TILE = 128  # rows and columns that a program of the kernel computes
 MARGIN = 256  # elements: rows stay aligned, as the copy engine needs
 NAN = float("nan")
 
@@ -150,15 +150,23 @@ def targets_of(rng, T, V, K):
     return targets
 
 
+def cross_entropy(logits, targets, weights, softcap, scale, dtype, mode="reference", masses=None, slot=0):
+    """What head_chunk makes of logits: losses, their gradient over `scale` and that by the masses."""
+    with mock.patch.object(t, "SOFTCAP", softcap):
+        lse = t.log_sum(logits, mode)
+        loss, places, pulls, mass_grads = t.loss_region(logits, lse, targets, weights, masses, slot)
+        return loss, t.logits_gradient(logits, lse, places, pulls, scale, dtype, mode), mass_grads
+
+
 def check_cross_entropy(rng, T, V, weights, softcap, dtype, grad_dtype, mode, std=4.0):
     """Every element of the loss and of the gradient against what its exponentials may be wrong by."""
     logits, targets = normal(rng, T, V, dtype=dtype, std=std), targets_of(rng, T, V, len(weights))
     weights = within_nan(torch.tensor(weights, device=rng.device) / 512)
     scale = weights.sum() * 2.0**-14 if grad_dtype == torch.float8_e5m2 else weights.sum() * 0.75
     with poisoned():
-        loss, grad = t.cross_entropy(logits, targets, weights, softcap, scale, grad_dtype, mode)
-    wide = logits.double(), targets, weights.double(), softcap, scale.double(), torch.float64
-    expected_loss, expected = t.cross_entropy(*wide)
+        loss, grad, _ = cross_entropy(logits, targets, weights, softcap, scale, grad_dtype, mode)
+    expected_loss, expected, _ = cross_entropy(
+        logits.double(), targets, weights.double(), softcap, scale.double(), torch.float64)
     rough = APPROXIMATE if logits.is_cuda else EXACT
     assert loss.dtype == torch.float32 and loss.shape == (T,)
     assert grad.dtype == grad_dtype and grad.shape == (T, V) and grad.is_contiguous()
@@ -190,9 +198,8 @@ def check_copying(rng, T, V, weights, softcap, dtype, grad_dtype, mode):
     masses[:2, 0] = 0  # nothing to copy
     masses[1, 1] = 1
     with poisoned():
-        grads = torch.empty_like(masses)
-        copying = t.Copying(slot, masses, grads)
-        loss, grad = t.cross_entropy(logits, targets, weights, softcap, one, grad_dtype, mode, copying)
+        loss, grad, grads = cross_entropy(
+            logits, targets, weights, softcap, one, grad_dtype, mode, masses, slot)
     wide, c_s = logits.double().requires_grad_(), masses.double().requires_grad_()
     q = (softcap.height * torch.tanh((wide + softcap.shift) / softcap.width)).softmax(1)
     a, (c, s) = q[:, slot], c_s.unbind(1)
@@ -215,22 +222,6 @@ def check_transpose(rng, R, C, dtype, mode):
         y = t.transpose(x, mode)
     assert y.dtype == dtype and y.shape == (C, R) and y.is_contiguous()
     assert torch.equal(y.view(torch.uint8), x.view(torch.uint8).T)
-
-
-def check_polynomial(rng, N, R, coefficients, dtype, mode):
-    """The kernel stores each tile above the diagonal twice: its mirror image has the same bits on any device.
-
-    It computes both halves of a tile on the diagonal. A GPU sums them in the same order. The interpreter
-    multiplies with numpy, and whether both halves get the same bits there depends on the BLAS.
-    """
-    x = normal(rng, N, R, R, std=R**-0.5)
-    x = within_nan((x + x.mT).to(dtype))
-    with poisoned():
-        y = t.polynomial(x, *coefficients, mode)
-    check(y, t.polynomial(x.double(), *coefficients), dtype)
-    tile = torch.arange(R, device=x.device) // POLYNOMIAL_TILE
-    mirrored = torch.ones_like(x[0], dtype=torch.bool) if x.is_cuda else tile[:, None] != tile
-    assert torch.equal(y[:, mirrored], y.mT[:, mirrored])
 
 
 def check_lookup(rng, V, D, N, dtype):
@@ -306,23 +297,23 @@ def naive_masses(q, k, sink, targets, cu_seqlens, window):
 def pointer_inputs(rng, T, E, few, dtype):
     """Queries and keys whose scores are of size 2, a sink, and few different targets."""
     q, k = normal(rng, T, E, dtype=dtype, std=2 * E**-0.5), normal(rng, T, E, dtype=dtype)
-    return q, k, normal(rng, 1)[0], integers(rng, 0, few, T)
+    sink = normal(rng, 1)[0].to(torch.promote_types(dtype, torch.float32))
+    return q, k, sink, integers(rng, 0, few, T)
 
 
-def check_pointer(rng, lengths, E, window, few, dtype, mode):
+def check_pointer(rng, lengths, E, window, few, dtype):
     """Masses, and gradients of all that has one, by a direction for each mass."""
     T, ends = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
     *floating, targets = pointer_inputs(rng, T, E, few, dtype)
     cu_seqlens, direction = ends.to(rng.device, torch.int32), normal(rng, T, 2)
     narrow, wide = ([x.detach().to(kind or x.dtype).requires_grad_() for x in floating]
                     for kind in (None, torch.float64))  # fmt: skip
-    with poisoned():
-        masses = t.pointer_masses(*narrow, targets, cu_seqlens, window, mode)
-        masses.backward(direction)
+    masses = t.pointer_masses(*narrow, targets, cu_seqlens, window)
+    masses.backward(direction)
     _, expected = naive_masses(*wide, targets, cu_seqlens, window)
     expected.backward(direction.double())
     rough = 1e-10 if dtype == torch.float64 else EXACT
-    check(masses.detach(), expected.detach(), torch.promote_types(dtype, torch.float32), floor=rough)
+    check(masses.detach().contiguous(), expected.detach(), torch.promote_types(dtype, torch.float32), floor=rough)
     for x, w in zip(narrow, wide, strict=True):
         assert x.grad.dtype == x.dtype and x.grad.shape == x.shape
         size = w.grad.norm() if x.dim() else direction.norm()  # the sink's is a sum that cancels

@@ -165,7 +165,7 @@ def logits_of(model, x_TD):
 def latents_of_window(model, tokens, window):
     inputs = torch.from_numpy(tokens[window.lo : window.hi])
     docs = t.Documents(torch.tensor([0, len(inputs)], dtype=torch.int32), len(inputs))
-    rotary = t.build_rotary(model.cfg, len(model.cfg.stages) - 1, len(inputs), CPU.device)
+    rotary = t.build_rotary(model.cfg, len(inputs), CPU.device)
     return model(inputs, docs, final_windows(model.cfg), rotary)
 
 
@@ -683,7 +683,7 @@ def reference_sgd(tokens, cfg, options, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=options.sgd_lr, momentum=options.sgd_momentum)
     chunk = options.sgd_chunk
     count = math.ceil((len(tokens) - 1) / chunk)
-    rotary = t.build_rotary(cfg, len(cfg.stages) - 1, 200, CPU.device)
+    rotary = t.build_rotary(cfg, 200, CPU.device)
     for i in range(count):
         states.append({name: p.detach().clone() for name, p in model.named_parameters()})
         optimizer.param_groups[0]["lr"] = options.sgd_lr * (1 + math.cos(math.pi * i / count)) / 2
@@ -887,7 +887,7 @@ def latents(model, tokens, lengths, isolated):
     first = torch.zeros(len(tokens), dtype=torch.bool)
     first[cu_seqlens[:-1].long()] = True
     docs = t.Documents(cu_seqlens, max(lengths), first if isolated else None)
-    rotary = t.build_rotary(model.cfg, 1, len(tokens), CPU.device)
+    rotary = t.build_rotary(model.cfg, len(tokens), CPU.device)
     with torch.no_grad():
         return model(tokens, docs, final_windows(model.cfg), rotary)
 
@@ -969,7 +969,7 @@ def test_at_temperature_0_each_token_is_the_likeliest_after_all_before_it(sample
     cfg, ids = sampler.model.cfg, [256, *b"ab"]
     for _ in range(6):
         tokens = torch.tensor([*ids, 0])
-        rotary = t.build_rotary(cfg, len(cfg.stages) - 1, 100, CPU.device)
+        rotary = t.build_rotary(cfg, 100, CPU.device)
         x_TD = sampler.model(tokens[:-1], t.cut_at_bos(tokens, 256).docs, final_windows(cfg), rotary)
         ids.append(int(logits_of(sampler.model, x_TD)[-1, :257].argmax()))
     assert 256 not in ids[1:]
@@ -980,7 +980,7 @@ def test_a_sample_is_drawn_from_the_mixture_with_copies_that_losses_are_of():
     model, ids = make_model(replace(SMALL, vocab_size=257, pointer=True)), torch.tensor([256, *b"abcabcab"])
     docs = t.Documents(torch.tensor([0, 9], dtype=torch.int32), 9)
     with torch.no_grad():
-        x_TD = model(ids, docs, final_windows(model.cfg), t.build_rotary(model.cfg, 0, 9, CPU.device))
+        x_TD = model(ids, docs, final_windows(model.cfg), t.build_rotary(model.cfg, 9, CPU.device))
         found = ev.next_token_logits(model, x_TD, ids[1:])
         expected = mixed(model, logits_of(model, x_TD), x_TD, ids)[-1]
         found, expected = found[:257].softmax(0), expected[:257].softmax(0)

@@ -69,7 +69,7 @@ def test_mlp_forward_and_backward_equal_float64(rng, mode, slope, shape):
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.5), (1.0, 0.5, 0.25)], ids=len)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy_and_its_gradient_equal_float64(rng, dtype, weights, softcap, grad_dtype):
-    cases.check_cross_entropy(rng, 7, 9095, weights, softcap, dtype, grad_dtype, "pointer")
+    cases.check_cross_entropy(rng, 7, 9095, weights, softcap, dtype, grad_dtype, "large")
 
 
 @pytest.mark.parametrize("softcap", cases.SOFTCAPS, ids=str)
@@ -77,7 +77,7 @@ def test_cross_entropy_and_its_gradient_equal_float64(rng, dtype, weights, softc
     (5, 4096, (1.0,), 4), (3, 3, (1.0, 0.5), 4), (3, 4097, (1.0, 0.5), 4), (6, 131, (1.0, 0.0), 4),
     (9, 131, (1.0, 0.5, 0.0), 40), (1, 7, (0.5,), 4)])  # fmt: skip
 def test_cross_entropy_at_block_ends_with_weight_zero_and_large_logits(rng, T, V, weights, spread, softcap):
-    cases.check_cross_entropy(rng, T, V, weights, softcap, torch.float32, torch.float32, "pointer", spread)
+    cases.check_cross_entropy(rng, T, V, weights, softcap, torch.float32, torch.float32, "large", spread)
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float8_e5m2], ids=str)
@@ -86,7 +86,8 @@ def test_rows_without_a_target_have_loss_and_gradient_zero(rng, softcap, grad_dt
     logits, targets, weights = cases.normal(rng, 4, 300), torch.full((4, 2), -1), torch.tensor([1, 0.5])
     targets[2, 1] = 299
     with poisoned():
-        loss, grad = t.cross_entropy(logits, targets, weights, softcap, torch.ones(()), grad_dtype, "pointer")
+        loss, grad, _ = cases.cross_entropy(
+            logits, targets, weights, softcap, torch.ones(()), grad_dtype, "large")
     assert loss.ne(0).tolist() == [False, False, True, False]
     assert grad.float().ne(0).any(1).tolist() == [False, False, True, False]
 
@@ -96,7 +97,7 @@ def test_cross_entropy_is_that_of_torch_and_its_gradient_that_of_autograd(rng, s
     """Kernel and reference compute the gradient by one formula; this is another."""
     logits, targets = cases.normal(rng, 9, 300, std=4), cases.targets_of(rng, 9, 300, 2)
     weights, scale = torch.tensor([1, 0.5]), torch.tensor(0.5)
-    loss, grad = t.cross_entropy(logits, targets, weights, softcap, scale, None, "pointer")
+    loss, grad, _ = cases.cross_entropy(logits, targets, weights, softcap, scale, torch.float32, "large")
     wide = logits.double().requires_grad_()
     height, shift, width = softcap
     capped = height * torch.tanh((wide + shift) / width)
@@ -109,8 +110,8 @@ def test_cross_entropy_is_that_of_torch_and_its_gradient_that_of_autograd(rng, s
 @pytest.mark.parametrize("softcap", cases.SOFTCAPS, ids=str)
 @pytest.mark.parametrize("weights", [(1.0,), (0.5, 1.0, 0.25)], ids=len)
 @pytest.mark.parametrize("mode, dtype, grad_dtype", [
-    ("reference", torch.float64, torch.float64), ("pointer", torch.float32, torch.float32),
-    ("pointer", torch.float16, torch.float8_e5m2)], ids=str)  # fmt: skip
+    ("reference", torch.float64, torch.float64), ("large", torch.float32, torch.float32),
+    ("large", torch.float16, torch.float8_e5m2)], ids=str)  # fmt: skip
 def test_cross_entropy_of_a_mixture_with_copies_is_that_of_its_formula(rng, mode, dtype, grad_dtype, weights,
                                                                        softcap):
     cases.check_copying(rng, 9, 4500, weights, softcap, dtype, grad_dtype, mode)
@@ -119,28 +120,7 @@ def test_cross_entropy_of_a_mixture_with_copies_is_that_of_its_formula(rng, mode
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("R, C", [(1, 1), (3, 300), (131, 129), (128, 256), (259, 37)])
 def test_transpose_keeps_every_bit(rng, R, C, dtype):
-    cases.check_transpose(rng, R, C, dtype, "pointer")
-
-
-@pytest.mark.parametrize("coefficients", [(8.16, -22.5, 15.9), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("N, R", [(3, 1), (2, 37), (1, 128), (2, 131), (1, 300)])
-def test_polynomial_equals_float64_and_its_tiles_mirror_each_other_to_the_bit(rng, N, R, dtype, coefficients):
-    cases.check_polynomial(rng, N, R, coefficients, dtype, "pointer")
-
-
-def test_polynomial_takes_matrices_that_are_not_next_to_each_other(rng):
-    x = cases.normal(rng, 5, 40, 40)
-    x = (x + x.mT)[::2, 3:, 3:]
-    with poisoned():
-        y = t.polynomial(x, 2.0, -1.5, 0.5, "pointer")
-    cases.check(y, t.polynomial(x.double(), 2.0, -1.5, 0.5), torch.float32)
-
-
-@pytest.mark.parametrize("wide, tall", [(37, 150), (150, 37)])
-def test_polar_express_is_the_same_with_kernels(rng, wide, tall):
-    x = cases.normal(rng, 2, wide, tall, std=0.01)
-    assert cases.error(t.polar_express(x, "pointer"), t.polar_express(x).double()) < 1e-4
+    cases.check_transpose(rng, R, C, dtype, "large")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,16 +140,19 @@ def test_mixed_streams_have_the_gradients_of_float64(rng, present, reads):
     cases.check_mixing(rng, 129, 72, present, reads)
 
 
-# Several tiles of 64 in a document, windows shorter than that, and documents of no tokens, as a graph's.
+# Several blocks in a document, windows shorter than that, and documents of no tokens, as a graph's.
 POINTERS = [((1,), 16, 10), ((150,), 16, 1), ((5, 0, 64, 70, 1, 0, 0), 32, 40), ((130, 3, 64, 0), 128, 1000)]
 
 
+@pytest.mark.parametrize("scores", [2**27, 1], ids=["at once", "in turn"])
 @pytest.mark.parametrize("lengths, E, window", POINTERS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-def test_pointer_masses_and_their_gradients_are_those_of_a_dense_formula(rng, dtype, lengths, E, window):
-    """By the reference in float64, by the kernels else."""
-    mode = "reference" if dtype == torch.float64 else "pointer"
-    cases.check_pointer(rng, lengths, E, window, 5, dtype, mode)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_pointer_masses_and_their_gradients_are_those_of_a_dense_formula(
+    rng, dtype, lengths, E, window, scores, monkeypatch
+):
+    monkeypatch.setattr(t, "POINTER_BLOCK", 64)
+    monkeypatch.setattr(t, "POINTER_SCORES", scores)
+    cases.check_pointer(rng, lengths, E, window, 5, dtype)
 
 
 # Bytes of shared memory that a block can have, by compute capability (CUDA programming guide): an A100 and an
@@ -187,7 +170,6 @@ def test_kernels_compile_and_fit_without_the_gpu(tmp_path, capabilities):
     compiled = json.loads(done.stdout)
     assert list(compiled) == [*map(str, capabilities)]
     for capability, launches in zip(capabilities, compiled.values()):
-        kernels = {"cross_entropy_kernel", "polynomial_kernel", "pointer_kernel", "pointer_backward_kernel"}
-        kernels |= {"mlp_kernel", "transpose_kernel"} if capability >= 89 else set()
+        kernels = {"softmax_kernel"} | ({"mlp_kernel", "transpose_kernel"} if capability >= 89 else set())
         assert {name for name, _ in launches} == kernels
         assert max(taken for _, taken in launches) <= SHARED_MEMORY[capability]

@@ -145,8 +145,6 @@ def test_normuon_equals_a_plain_implementation_per_matrix(shape, shares):
 
 def test_grouped_rows_of_q_and_k_are_orthogonalised_by_themselves_and_v_and_o_whole():
     table = optimizer_table(replace(narrow("short"), heads=4))
-    groups = {row.name: row.groups for row in table}
-    assert groups["attn_bank"] == (2, 2, 1, 1) and {*groups.values()} == {(), (2, 2, 1, 1)}
     cfg = replace(SMALL, heads=4, muon_weight_decay=0.0)
     model, optimizer = small_optimizer(cfg)
     add_gradients(model, random_gradients(model, torch.Generator().manual_seed(9)))

@@ -115,7 +115,7 @@ def test_without_cooldown_and_extension_the_last_stage_runs_to_the_end():
 
 
 def whole_and_final(cfg, count):
-    return final_windows(cfg), build_rotary(cfg, len(cfg.stages) - 1, count, torch.device("cpu"))
+    return final_windows(cfg), build_rotary(cfg, count, torch.device("cpu"))
 
 
 def nats_by_hand(model, cfg, tokens):
