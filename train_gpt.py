@@ -282,11 +282,11 @@ TRACKS = {
         SHORT, track="race300", scheduled_steps=290, extension_steps=10, val_tokens=2_097_152, val_every=100,
     ),
     "short": SHORT,
-    "medium": replace(
-        SHORT, track="medium", layers=MEDIUM_LAYERS, stages=MEDIUM_STAGES, width=1024, heads=8,
-        scheduled_steps=4700, backout_from=11, cooldown=0.7, val_windows=(1408, 3456), muon_lr=0.015,
-        muon_weight_decay=0.018, adam_lr=0.004, lr_floor=0.1, slow_momentum=1.0, average=0.0,
-        value_std=0.0, prefix_weight=0.0, bigram_ratio=0.0, untie_at=0.0, pointer=False,
+    "medium": Config(
+        track="medium", data="data/fineweb10B", layers=MEDIUM_LAYERS, stages=MEDIUM_STAGES,
+        scheduled_steps=4700, extension_steps=40, val_tokens=10_485_760, val_every=250, width=1024, heads=8,
+        backout_from=11, cooldown=0.7, val_windows=(1408, 3456), muon_lr=0.015, muon_weight_decay=0.018,
+        adam_lr=0.004,
     ),
 }
 
