@@ -25,7 +25,6 @@ import json
 import math
 import os
 import platform
-import queue
 import shutil
 import signal
 import subprocess
@@ -36,6 +35,7 @@ import time
 STARTED = time.time()  # before torch is imported: that is part of the launch
 # ruff: noqa: E402
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, partial, wraps
@@ -2179,44 +2179,35 @@ def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device):
     return pinned(np.append(needed, others[: stage.columns - len(needed)]), device)
 
 
-class Loader:
-    """Batches from step `first` on, read ahead: (this rank's micro-batches, position after, `read` after).
+def load_batches(cfg, world, shards, device, first: int = 0, position: tuple = (0, 0), read: str = ""):
+    """Generates, for each step from `first` on: this rank's micro-batches, position after, `read` after.
 
     Micro-batches are dealt in turn to the ranks, each of which walks the whole stream: the same micro-batches
     at every world size.
     """
+    stream = DocumentStream(shards, cfg, position)
+    for step in range(first, cfg.total_steps):
+        stage = plan_step(cfg, step).stage
+        packed, read = read_step(stream, step, read)
+        own = []
+        for i in range(world.rank, cfg.micro_batches, world.size):
+            tokens, starts = packed[i]
+            docs = to_documents(starts, len(tokens) - 1, stage.max_doc)
+            columns = choose_columns(cfg, stage, tokens[1:], step * cfg.micro_batches + i, device)
+            own.append(MicroBatch(pinned(tokens.astype(np.int64), device), docs, columns))
+        yield own, stream.position, read
 
-    def __init__(self, cfg, world, shards, device, first: int = 0, position: tuple = (0, 0), read: str = ""):
-        self.cfg, self.world, self.device, self.read = cfg, world, device, read
-        self.stream = DocumentStream(shards, cfg, position)
-        self.steps = range(first, cfg.total_steps)
-        self.queue = queue.Queue(maxsize=2)
-        threading.Thread(target=self.fill, daemon=True).start()
 
-    def fill(self):
-        try:
-            for step in self.steps:
-                self.queue.put(self.batch(step))
-        except BaseException as error:  # handed to the consumer, which raises it
-            self.queue.put(error)
+def read_ahead(batches):
+    """A function that returns a generator's next item, or raises its error; a thread works 3 items ahead."""
+    reader = ThreadPoolExecutor(1)
+    ahead = [reader.submit(next, batches) for _ in range(3)]
 
-    def batch(self, step: int):
-        stage, own = plan_step(self.cfg, step).stage, []
-        packed, self.read = read_step(self.stream, step, self.read)
-        for i, (tokens, starts) in enumerate(packed):
-            if i % self.world.size == self.world.rank:
-                docs = to_documents(starts, len(tokens) - 1, stage.max_doc)
-                turn = step * self.cfg.micro_batches + i
-                columns = choose_columns(self.cfg, stage, tokens[1:], turn, self.device)
-                own.append(MicroBatch(pinned(tokens.astype(np.int64), self.device), docs, columns))
-        return own, self.stream.position, self.read
+    def take():
+        ahead.append(reader.submit(next, batches))
+        return ahead.pop(0).result()
 
-    def __iter__(self):
-        for _ in self.steps:
-            item = self.queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+    return take
 
 
 def check_supply(cfg, world, shards):
@@ -2886,7 +2877,7 @@ def train(cfg, job) -> bool:
     log = Log(cfg, job.world)
     log_header(log, job)
     clock = Clock(job.hardware, seconds)
-    loader = iter(Loader(cfg, job.world, job.shards, device, start, position, read))
+    next_batches = read_ahead(load_batches(cfg, job.world, job.shards, device, start, position, read))
     steps = StepLog(log, clock, job)
     stage, unsaved = None, ""
     for step in range(start, cfg.total_steps + 1):
@@ -2921,7 +2912,7 @@ def train(cfg, job) -> bool:
                 log.line(f"first step {time.time() - STARTED:.1f} s after the start of this process")
             clock.resume()
         if not last:
-            batches, position, read = next(loader)  # waits only if the loader isn't ahead
+            batches, position, read = next_batches()  # waits only if the reader isn't ahead
             report = train_step(model, optimizer, batches, plan, rotary, step, job.asked.is_set())
             steps.add(step + 1, report, plan)
     log.line(f"training tokens: sha256:{read}")

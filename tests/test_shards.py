@@ -11,8 +11,8 @@ import torch
 
 from small import BOS, SMALL, random_tokens, write_shard, write_split
 from train_gpt import (
-    DocumentStream, Loader, Shards, Stage, UserError, Validation, World, check_config,
-    check_supply, choose_columns, find_shards, pack, plan_step,
+    DocumentStream, Shards, Stage, UserError, Validation, World, check_config,
+    check_supply, choose_columns, find_shards, load_batches, pack, plan_step, read_ahead,
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def micro_batches(cfg, shards, world=World()):
     """[(tokens, starts of the pieces)] that a rank gets, and whether the data lasted for the schedule."""
     out, complete = [], True
     try:
-        for own, *_ in Loader(cfg, world, shards, torch.device("cpu")):
+        for own, *_ in load_batches(cfg, world, shards, torch.device("cpu")):
             out += [plain(batch) for batch in own]
     except UserError as error:
         assert "training tokens" in str(error)
@@ -187,11 +187,11 @@ def test_restart_from_a_saved_position_gives_the_same_continuation_at_every_step
     cfg = data_config(document_rest=rest, epochs=3)
     shards = shards_of(tmp_path, cfg, np.split(random_tokens(np.random.default_rng(3), 1500), [401, 777]))
     device = torch.device("cpu")
-    whole = list(Loader(cfg, World(), shards, device))
+    whole = list(load_batches(cfg, World(), shards, device))
     assert len(whole) == 20 and whole[-1][1][0] >= 1
     for step in range(1, 20):
         position, read = json.loads(json.dumps(whole[step - 1][1:]))
-        rest_of_run = list(Loader(cfg, World(), shards, device, step, tuple(position), read))
+        rest_of_run = list(load_batches(cfg, World(), shards, device, step, tuple(position), read))
         assert [rest for _, *rest in rest_of_run] == [rest for _, *rest in whole[step:]]
         for (found, *_), (expected, *_) in zip(rest_of_run, whole[step:]):
             assert list(map(plain, found)) == list(map(plain, expected))
@@ -202,7 +202,7 @@ def test_columns_hold_all_targets_and_walk_through_the_vocabulary_the_same_at_ev
     stages = tuple(stage._replace(columns=64) for stage in data_config().stages)
     cfg, device = data_config(stages=stages, epochs=3), torch.device("cpu")
     shards = shards_of(tmp_path, cfg, [random_tokens(np.random.default_rng(3), 1500)])
-    loader = Loader(cfg, World(), shards, device)
+    loader = load_batches(cfg, World(), shards, device)
     batches, positions, _ = zip(*loader)
     whole = [batch for own in batches for batch in own]
     for turn, batch in enumerate(whole):
@@ -211,8 +211,8 @@ def test_columns_hold_all_targets_and_walk_through_the_vocabulary_the_same_at_ev
         others = [token for token in (np.arange(384) + 20_011 * turn) % 384 if token not in targets]
         assert columns == [*sorted(targets, reverse=True), *others[: 64 - len(targets)]]
     assert {token for batch in whole[:10] for token in batch.columns.tolist()} == set(range(384))
-    rests = [(Loader(cfg, World(rank, 2), shards, device), whole[rank::2]) for rank in range(2)]
-    rests += [(Loader(cfg, World(), shards, device, 7, positions[6]), whole[14:])]
+    rests = [(load_batches(cfg, World(rank, 2), shards, device), whole[rank::2]) for rank in range(2)]
+    rests += [(load_batches(cfg, World(), shards, device, 7, positions[6]), whole[14:])]
     for loader, expected in rests:
         found = [batch for own, *_ in loader for batch in own]
         for batch, other in zip(found, expected, strict=True):
@@ -274,16 +274,33 @@ def test_too_few_tokens_names_document_rest_where_tokens_were_skipped(tmp_path, 
     assert ("--document_rest=keep: 531 tokens" in str(caught.value)) == told
 
 
-def test_error_in_the_loaders_thread_reaches_the_consumer(tmp_path):
+def test_reader_keeps_the_order_and_is_three_items_ahead_at_most():
+    made = []
+
+    def items():
+        for i in range(8):
+            made.append(i)
+            yield i
+
+    take, taken = read_ahead(items()), []
+    for i in range(8):
+        taken.append(take())
+        assert len(made) <= i + 4
+    assert taken == made == list(range(8))
+    with pytest.raises(StopIteration):
+        take()
+
+
+def test_error_in_the_readers_thread_reaches_the_consumer(tmp_path):
     cfg = data_config()
     tokens = random_tokens(np.random.default_rng(5), 900)
     first, second = write_split(tmp_path, "train", [tokens, tokens])
     second.write_bytes(b"")
-    loader = Loader(cfg, World(), Shards([first, second], cfg), torch.device("cpu"))
-    loader.queue.get = partial(loader.queue.get, timeout=100)  # rather than to wait for ever
+    take = read_ahead(load_batches(cfg, World(), Shards([first, second], cfg), torch.device("cpu")))
     got = 0
     with pytest.raises(UserError, match=second.name):
-        for _ in loader:
+        while True:
+            take()
             got += 1
     assert got > 2
 
