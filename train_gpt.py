@@ -385,12 +385,13 @@ def check_config(cfg):
     return cfg
 
 
+def tuples(value):
+    """JSON's lists, of lists, as the tuples that were written."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
 def config_from_json(values: dict):
     """The Config whose vars() were written as JSON. Raises KeyError or TypeError on anything else."""
-
-    def tuples(value):
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
     values = {name: tuples(value) for name, value in values.items()}
     values["layers"] = tuple(Layer(*row) for row in values["layers"])
     values["stages"] = tuple(Stage(*row) for row in values["stages"])
@@ -2536,7 +2537,7 @@ def check_finite(tensors: dict, path):
 
 def read_checkpoint(path, tensors: bool = False):
     """Tensors, if wanted, and metadata: "config" and, but for an export, "progress". Raises UserError."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = Path(path).expanduser()
     try:
@@ -2545,9 +2546,8 @@ def read_checkpoint(path, tensors: bool = False):
             found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
         meta["config"] = config_from_json(meta["config"])
         if "progress" in meta:
-            step, position, *rest = meta["progress"]
-            meta["progress"] = Progress(step, tuple(position), *rest)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            meta["progress"] = Progress(*tuples(meta["progress"]))
+    except Exception as error:  # whatever the file holds
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:120]}"
         raise UserError(f"{path}: not a checkpoint of this script: {reason}") from None
     check_finite(found, path)
