@@ -508,7 +508,7 @@ def region(function=None, **options):
     """
     if function is None:
         return partial(region, **options)
-    token_arguments = [i for i, name in enumerate(inspect.signature(function).parameters) if "_T" in name]
+    names = inspect.signature(function).parameters
     compiled = cache(lambda: torch.compile(function, fullgraph=True, **options))
 
     @wraps(function)
@@ -516,9 +516,9 @@ def region(function=None, **options):
         if not region.compile or torch.compiler.is_compiling():  # the latter: within another region
             return function(*arguments)
         torch._dynamo.config.recompile_limit = 64  # for all kinds of layers; backward's thread has its own
-        for i in token_arguments:
-            if arguments[i] is not None and arguments[i].size(0) > 1:  # a single row is compiled for itself
-                torch._dynamo.mark_dynamic(arguments[i], 0)
+        for name, x in zip(names, arguments):
+            if "_T" in name and x is not None and x.size(0) > 1:  # a single row is compiled for itself
+                torch._dynamo.mark_dynamic(x, 0)
         return compiled()(*arguments)
 
     return call
