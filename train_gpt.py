@@ -492,9 +492,8 @@ def choose_hardware(cfg, world):
     if cfg.fa3 and hopper and importlib.util.find_spec("flash_attn_interface") is not None:
         attention = "fa3"
         torch.nn.attention.activate_flash_attention_impl("FA3")
-    sizes = cfg.width, *map(cfg.micro_tokens, cfg.stages)
-    fits = capability >= (8, 9) and not any(size % 16 for size in sizes)
-    fp8 = cfg.fp8 and kernels != "reference" and fits
+    fits = math.gcd(16, cfg.width, *map(cfg.micro_tokens, cfg.stages)) == 16
+    fp8 = cfg.fp8 and kernels != "reference" and capability >= (8, 9) and fits
     dtype = torch.bfloat16 if modern else torch.float32
     graphs = cfg.graphs and cfg.compile and modern
     return Hardware(device, dtype, cfg.compile, kernels, attention, fp8, graphs)
