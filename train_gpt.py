@@ -2036,9 +2036,9 @@ def find_shards(cfg, split: str):
 
 def open_shard(path, cfg):
     """A checked shard's tokens, uint16 in a memory map, and its documents' starts. Raises UserError."""
-    header = np.fromfile(path, "<i4", 256)
-    known = len(header) == 256 and header[:2].tolist() == [20240520, 1]
-    require(known and path.stat().st_size == 1024 + 2 * int(header[2]) > 1024,
+    size = path.stat().st_size - 1024  # bytes behind the header
+    header = np.fromfile(path, "<i4", 3).tolist()
+    require(size > 0 and header == [20240520, 1, size / 2],
             f"{path}: not a complete token shard of version 1: fetch or make it again")
     tokens = np.memmap(path, "<u2", "r", offset=1024)
     require(tokens.max() < cfg.vocab_size, f"{path}: token {tokens.max()}, but the vocabulary has "
