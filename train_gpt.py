@@ -2743,17 +2743,13 @@ def write_plot(folder) -> str:
     return str(folder / "loss.png")
 
 
-def most_memory_first(plan) -> tuple:
-    """Sort key; 0 columns are all."""
-    return -plan.stage.batch_tokens, plan.stage.columns
-
-
 def warm_up(model, optimizer, val, world):
     """Run, and so compile, each kind of step and a validation chunk. Changes weights and optimizer state."""
     cfg, device, generator = model.cfg, model.embed.device, np.random.default_rng(0)
-    plans = map(partial(plan_step, cfg), range(cfg.total_steps))
+    plans = [plan_step(cfg, step) for step in range(cfg.total_steps)]
     kinds = {plan.kind: plan for plan in plans}
-    for plan in sorted(kinds.values(), key=most_memory_first):
+    # Those that need most memory come first; 0 columns are all.
+    for plan in sorted(kinds.values(), key=lambda plan: (-plan.stage.batch_tokens, plan.stage.columns)):
         T, length = cfg.micro_tokens(plan.stage), min(512, plan.stage.max_doc)
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
         tokens[::length] = cfg.bos
