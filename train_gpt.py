@@ -2050,13 +2050,15 @@ def open_shard(path, cfg):
 
 
 class Shards:
-    """Training shards as one array of tokens, each opened and checked when first used."""
+    """A sequence of (tokens, document starts) of training shards, each opened and checked when first used."""
 
     def __init__(self, paths, cfg):
         self.paths, self.cfg, self.opened = paths, cfg, {}
-        # 1,024 bytes of header, 2 a token; at least 1, so that an empty file is opened, and refused, as well.
-        counts = [max(1, (path.stat().st_size - 1024) // 2) for path in paths]
-        self.edges = [0, *itertools.accumulate(counts)]  # shard i: edges[i] to edges[i + 1]
+
+    def __getitem__(self, i: int):
+        if i not in self.opened:
+            self.opened[i] = open_shard(self.paths[i], self.cfg)
+        return self.opened[i]
 
     def sha256(self) -> str:
         """Of names, sizes and document starts of the shards opened so far: those that the schedule needs."""
@@ -2065,66 +2067,56 @@ class Shards:
             digest.update(f"{self.paths[i].name} {len(tokens)} ".encode() + starts.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def __getitem__(self, i: int):
-        """Tokens of shard i and where its documents start."""
-        if i not in self.opened:
-            self.opened[i] = open_shard(self.paths[i], self.cfg)
-        return self.opened[i]
-
-    def next_start(self, offset: int) -> int:
-        """Where the first document from token `offset` on starts; where the tokens end if there is none."""
-        for i in range(bisect.bisect_right(self.edges, offset) - 1, len(self.paths)):
-            starts = self[i][1]
-            following = np.searchsorted(starts, offset - self.edges[i])
-            if following < len(starts):
-                return self.edges[i] + int(starts[following])
-        return self.edges[-1]
-
-    def read(self, lo: int, hi: int) -> np.ndarray:
-        """Tokens lo to hi - 1."""
-        some = range(bisect.bisect_right(self.edges, lo) - 1, bisect.bisect_left(self.edges, hi))
-        return np.concatenate([self[i][0][max(lo - self.edges[i], 0) : hi - self.edges[i]] for i in some])
+    def documents(self):
+        """Generates what lies before the first document, or nothing, then each document, in file order."""
+        document = np.empty(0, "<u2")
+        for tokens, starts in self:
+            document = np.append(document, tokens[: starts[0]])  # which runs over the shard's end
+            tokens = np.asarray(tokens)  # parts of a memory map are made slowly
+            for lo, hi in itertools.pairwise([*starts.tolist(), len(tokens)]):
+                yield document
+                document = tokens[lo:hi]
+        yield document
 
 
 class DocumentStream:
-    """Pieces of documents in file order; a document that runs over a shard's end is read on in the next.
+    """Pieces of documents, epoch after epoch."""
 
-    position: epoch and offset of the next unread token.
-    """
-
-    def __init__(self, shards, cfg, position: tuple = (0, 0)):
-        self.shards, self.cfg, self.position, self.end = shards, cfg, position, shards.edges[-1]
+    def __init__(self, shards, cfg):
+        self.cfg, self.documents = cfg, self.all_documents(shards)
+        self.rest = ()  # of the document that was read last
+        self.epoch, self.offset = 0, 0  # of the next unread token
         self.skipped = 0  # tokens of long documents
-        require(position[1] <= self.end, f"training goes on at token {position[1]:,} of {self.end:,}: "
-                "are the shards those that it began with?")
+        self.sha256 = ""  # of the tokens read so far: see read_step
 
-    def advance(self, limit: int):
-        """First and end of the next piece, at most `limit` tokens. Raises UserError after the last epoch."""
-        epoch, lo = self.position
-        if lo == self.end:
-            epoch, lo = epoch + 1, 0
-        lo = lo or self.shards.next_start(0)
-        require(epoch < self.cfg.epochs, f"{self.end:,} training tokens don't last for {epoch} epochs: add "
-                "shards, raise --epochs or lower --scheduled_steps" + self.skipped_advice())
-        end = self.shards.next_start(lo + 1)
-        hi = min(lo + limit, end)
-        self.skipped += end - hi
-        self.position = epoch, end if self.cfg.document_rest == "skip" else hi
-        return lo, hi
+    def all_documents(self, shards):
+        """Generates them. Raises UserError after the last epoch."""
+        for epoch in range(self.cfg.epochs):
+            documents = shards.documents()
+            self.epoch, self.offset = epoch, len(next(documents))
+            yield from documents
+        keep = f"; or --document_rest=keep: {self.skipped:,} tokens of cut documents were skipped"
+        raise UserError(f"{self.offset:,} training tokens don't last for {self.cfg.epochs} epochs: add "
+                        f"shards, raise --epochs or lower --scheduled_steps{keep if self.skipped else ''}")
 
-    def skipped_advice(self) -> str:
-        if self.cfg.document_rest == "keep" or not self.skipped:
-            return ""
-        return f"; or --document_rest=keep: {self.skipped:,} tokens of cut documents were skipped"
+    def piece(self, limit: int):
+        """The next one, of at most `limit` tokens."""
+        document = self.rest if len(self.rest) else next(self.documents)
+        piece, self.rest = document[:limit], document[limit:]
+        self.offset += len(piece)
+        if self.cfg.document_rest == "skip":
+            self.skipped += len(self.rest)
+            self.offset += len(self.rest)
+            self.rest = ()
+        return piece
 
-    def spans(self, tokens: int, max_doc: int):
-        """First and end of each piece of a micro-batch: exactly tokens + 1 tokens."""
-        spans, room = [], tokens + 1
+    def pieces(self, tokens: int, max_doc: int):
+        """Those of a micro-batch: exactly tokens + 1 tokens."""
+        pieces, room = [], tokens + 1
         while room:
-            lo, hi = self.advance(min(max_doc, room))
-            spans.append((lo, hi))
-            room -= hi - lo
-        return spans
+            pieces.append(self.piece(min(max_doc, room)))
+            room -= len(pieces[-1])
+        return pieces
 
 
 class MicroBatch(NamedTuple):
@@ -2135,22 +2127,23 @@ class MicroBatch(NamedTuple):
 
 def pack(stream, tokens: int, max_doc: int):
     """Exactly tokens + 1 tokens of documents, whole or cut, and where they start among the first `tokens`."""
-    pieces = [stream.shards.read(lo, hi) for lo, hi in stream.spans(tokens, max_doc)]
+    pieces = stream.pieces(tokens, max_doc)
     starts = np.cumsum([0, *map(len, pieces)])
     return np.concatenate(pieces), starts[starts < tokens]
 
 
-def read_step(stream, step: int, read: str):
-    """What `pack` gives for each micro-batch of a step, and the sha256 of `read` and these tokens.
+def read_step(stream, step: int):
+    """What `pack` gives for each micro-batch of a step.
 
-    read: what that was for the step before, "" for none: so it stands for all tokens and their batches.
+    Updates stream.sha256: that of the step before and these tokens, so of all tokens and their batches.
     """
     cfg, stage = stream.cfg, plan_step(stream.cfg, step).stage
     packed = [pack(stream, cfg.micro_tokens(stage), stage.max_doc) for _ in range(cfg.micro_batches)]
-    digest = hashlib.sha256(read.encode())
+    digest = hashlib.sha256(stream.sha256.encode())
     for tokens, _ in packed:
         digest.update(tokens)
-    return packed, digest.hexdigest()
+    stream.sha256 = digest.hexdigest()
+    return packed
 
 
 def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None):
@@ -2179,23 +2172,23 @@ def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device):
     return pinned(np.append(needed, others[: stage.columns - len(needed)]), device)
 
 
-def load_batches(cfg, world, shards, device, first: int = 0, position: tuple = (0, 0), read: str = ""):
-    """Generates, for each step from `first` on: this rank's micro-batches, position after, `read` after.
+def load_batches(stream, world, device, first: int = 0):
+    """Generates, for each step from `first` on: this rank's micro-batches, position and sha256 after them.
 
     Micro-batches are dealt in turn to the ranks, each of which walks the whole stream: the same micro-batches
     at every world size.
     """
-    stream = DocumentStream(shards, cfg, position)
+    cfg = stream.cfg
     for step in range(first, cfg.total_steps):
         stage = plan_step(cfg, step).stage
-        packed, read = read_step(stream, step, read)
+        packed = read_step(stream, step)
         own = []
         for i in range(world.rank, cfg.micro_batches, world.size):
             tokens, starts = packed[i]
             docs = to_documents(starts, len(tokens) - 1, stage.max_doc)
             columns = choose_columns(cfg, stage, tokens[1:], step * cfg.micro_batches + i, device)
             own.append(MicroBatch(pinned(tokens.astype(np.int64), device), docs, columns))
-        yield own, stream.position, read
+        yield own, (stream.epoch, stream.offset), stream.sha256
 
 
 def read_ahead(batches):
@@ -2218,16 +2211,18 @@ def check_supply(cfg, world, shards):
     for step in range(cfg.total_steps):
         stage = plan_step(cfg, step).stage
         for _ in range(cfg.micro_batches):
-            stream.spans(cfg.micro_tokens(stage), stage.max_doc)
+            stream.pieces(cfg.micro_tokens(stage), stage.max_doc)
 
 
-def check_continuation(cfg, shards, progress):
-    """Read again what a resumed run has read. Raises UserError if that is something else now."""
-    stream, read = DocumentStream(shards, cfg), ""
+def begin_stream(cfg, shards, progress):
+    """The stream after what a resumed run has read. Raises UserError if that is something else now."""
+    stream = DocumentStream(shards, cfg)
     for step in range(progress.step):
-        _, read = read_step(stream, step, read)
-    require(progress.read in ("", read), f"{cfg.resume}: its run has read other training tokens than those "
-            f"first in {shards.paths[0].parent}: give their folder as --data=, or leave --resume out")
+        read_step(stream, step)
+    require(progress.read in ("", stream.sha256), f"{cfg.resume}: its run has read other training tokens "
+            f"than those first in {shards.paths[0].parent}: give their folder as --data=, or leave --resume "
+            "out")
+    return stream
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2493,7 +2488,7 @@ class Progress(NamedTuple):
     """How far a run is."""
 
     step: int = 0                # steps done
-    position: tuple = (0, 0)     # epoch and offset of the next unread token
+    position: tuple = (0, 0)     # epoch and offset of the next unread training token, for readers
     train_seconds: float = 0.0
     read: str = ""               # sha256 of the training tokens so far, see read_step; "": unknown
     val_sha256: str = ""         # of the validation tokens
@@ -2841,7 +2836,7 @@ def set_up(cfg, hardware, world):
         require("progress" in meta, f"{cfg.resume}: an export, which can't be trained on: give a checkpoint")
         progress = meta["progress"]
         require(progress.step < cfg.total_steps, f"{cfg.resume}: is at step {progress.step}: nothing left")
-        check_continuation(cfg, shards, progress)
+        begin_stream(cfg, shards, progress)  # so that other tokens are refused before anything is compiled
     flags = vars(replace(cfg, data="", log_folder="", resume=""))  # paths may differ between hosts
     facts = {"train_gpt.py": source().split()[1], "checkpoint": progress, "training data": shards.sha256(),
              "validation data": val.sha256}
@@ -2872,7 +2867,8 @@ def train(cfg, job) -> bool:
     log = Log(cfg, job.world)
     log_header(log, job)
     clock = Clock(job.hardware, seconds)
-    next_batches = read_ahead(load_batches(cfg, job.world, job.shards, device, start, position, read))
+    stream = begin_stream(cfg, job.shards, job.progress)
+    next_batches = read_ahead(load_batches(stream, job.world, device, start))
     steps = StepLog(log, clock, job)
     stage, unsaved = None, ""
     for step in range(start, cfg.total_steps + 1):

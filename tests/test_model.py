@@ -316,7 +316,8 @@ def test_batch_documents_windows_rate_and_targets_change_at_one_step():
         cfg = replace(CFG, stages=GROWING, data=folder, micro_batches=2, cooldown=0.0)
         model = t.build_model(cfg, CPU)
         model.attention, optimizer = attention, t.Optimizer(model, t.optimizer_table(cfg), t.World())
-        loader = t.load_batches(cfg, t.World(), t.Shards(t.find_shards(cfg, "train"), cfg), CPU.device)
+        stream = t.DocumentStream(t.Shards(t.find_shards(cfg, "train"), cfg), cfg)
+        loader = t.load_batches(stream, t.World(), CPU.device)
         for step, (batches, *_) in enumerate(loader):
             plan = t.plan_step(cfg, step)
             t.train_step(model, optimizer, batches, plan, build_rotary(cfg, 64, plan.stage_index), step)
