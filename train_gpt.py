@@ -2600,19 +2600,19 @@ class Clock:
     """Training time in seconds: runs in steps and their data loading; `log_header` says when it doesn't."""
 
     def __init__(self, hardware, seconds: float):
-        self.hardware, self.seconds, self.since = hardware, seconds, None
+        self.hardware, self.seconds = hardware, seconds  # when it was paused last
 
     def resume(self):
         self.hardware.synchronize()
-        self.since = time.perf_counter()
+        self.zero = time.perf_counter() - self.seconds
 
     def pause(self):
-        """Stop, if it runs. Waits for the GPU: pausing in every step would slow training."""
+        """Waits for the GPU: pausing in every step would slow training."""
         self.hardware.synchronize()
-        self.seconds, self.since = self.read(), None
+        self.seconds = self.read()
 
     def read(self) -> float:
-        return self.seconds + (time.perf_counter() - self.since if self.since is not None else 0.0)
+        return time.perf_counter() - self.zero
 
 
 class Log:
@@ -2680,7 +2680,7 @@ class StepLog:
 
     def __init__(self, log, clock, job):
         self.log, self.clock, self.job = log, clock, job
-        self.queued, self.before, self.stop = [], clock.read(), False
+        self.queued, self.before, self.stop = [], clock.seconds, False
 
     def add(self, step: int, report: dict, plan):
         """Queue the line of `step` (1, 2, ..) and print the one before it. report: see train_step."""
@@ -2883,7 +2883,8 @@ def train(cfg, job) -> bool:
             steps.flush()  # a GPU's report is read here at last
             if last:
                 optimizer.finish()
-            clock.pause()
+            if step > start:
+                clock.pause()
             check_ranks_agree({"training tokens": read}, job.world)
             if model.graphs:
                 model.graphs.release()  # what follows needs the memory
