@@ -2657,8 +2657,8 @@ def machine(device) -> str:
     """Hashes of this rank's GPU and of the host's boot: times of others don't compare."""
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "none"
     boot = Path("/proc/sys/kernel/random/boot_id")
-    facts = gpu, boot.read_text() if boot.exists() else platform.node()
-    return "gpu:{} boot:{}".format(*(hashlib.sha256(fact.encode()).hexdigest()[:12] for fact in facts))
+    facts = {"gpu": gpu, "boot": boot.read_text() if boot.exists() else platform.node()}
+    return " ".join(f"{name}:{hashlib.sha256(fact.encode()).hexdigest()[:12]}" for name, fact in facts.items())
 
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
