@@ -2518,9 +2518,10 @@ def remove_leftovers(root):
     for folder in root.glob(f"*/checkpoint_*.{platform.node()}.*.tmp"):
         try:
             os.kill(int(folder.suffixes[-2][1:]), 0)
-        except OSError as error:
-            if isinstance(error, ProcessLookupError):  # else it lives, and is another user's
-                shutil.rmtree(folder, ignore_errors=True)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:  # it lives, and is another user's
+            pass
 
 
 def check_finite(tensors: dict, path):
