@@ -2263,7 +2263,7 @@ def plan_step(cfg, step: int):
 
     warm = step / max(cfg.momentum_warmup, 1)
     cold = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
-    momentum = 0.85 + 0.1 * max(0.0, min(1.0, warm, cold))
+    momentum = 0.85 + 0.1 * min(1.0, warm, cold)
     short, long = cfg.val_windows if last else (stage.window_short, stage.window_long)
     return StepPlan(stage, index, {"short": short, "long": long}, lr, momentum, weights, prefix > 0)
 
