@@ -2161,14 +2161,13 @@ def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device):
     V = cfg.padded_vocab
     if not 0 < stage.columns < V:
         return None
-    is_target_V = np.bincount(targets, minlength=V) > 0
+    needed = np.flatnonzero(np.bincount(targets))[::-1]
     if cfg.pointer:
-        is_target_V[cfg.vocab_size] = True
-    needed = np.flatnonzero(is_target_V)[::-1]  # the pointer's slot comes first
+        needed = np.append(cfg.vocab_size, needed)  # its slot comes first
     if len(needed) > stage.columns:
         return None
     window = np.roll(np.arange(V), -turn * COLUMN_STEP % V)
-    others = window[~is_target_V[window]]
+    others = np.setdiff1d(window, needed, assume_unique=True)  # in the window's order
     return pinned(np.append(needed, others[: stage.columns - len(needed)]), device)
 
 
