@@ -2658,7 +2658,8 @@ def machine(device) -> str:
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "none"
     boot = Path("/proc/sys/kernel/random/boot_id")
     facts = {"gpu": gpu, "boot": boot.read_text() if boot.exists() else platform.node()}
-    return " ".join(f"{name}:{hashlib.sha256(fact.encode()).hexdigest()[:12]}" for name, fact in facts.items())
+    return " ".join(f"{name}:{hashlib.sha256(fact.encode()).hexdigest()[:12]}"
+                    for name, fact in facts.items())
 
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
@@ -2907,8 +2908,8 @@ def train(cfg, job) -> bool:
             batches, position, read = next_batches()  # waits only if the reader isn't ahead
             report = train_step(model, optimizer, batches, plan, rotary, step, job.asked.is_set())
             steps.add(step + 1, report, plan)
-    log.line(f"training tokens: sha256:{read}")
-    log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")  # 0 without a GPU
+    memory = torch.cuda.max_memory_allocated() // 2**20  # 0 without a GPU
+    log.line(f"training tokens: sha256:{read}\npeak memory: {memory} MiB")
     if log.active:
         log.line(f"plot: {write_plot(log.folder)}\nlog: {log.folder / 'log.txt'}")
     require(not unsaved, f"{unsaved}; --resume=auto goes on from the one before")
