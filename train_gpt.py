@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -101,67 +102,63 @@ class Softcap(NamedTuple):
     width: float
 
 
-def flag(default, help: str, least: float = 0, choices: tuple = ()):
-    """A field of Config that is also a command-line flag: its help, smallest value and choices."""
-    return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
-
-
 @dataclass(frozen=True)
 class Config:
+    """Each field but the tuples is a command-line flag; the comment behind it is what --help says."""
+
     # run
-    track: str = flag("tiny", "decides the other defaults", choices=("tiny", "race300", "short", "medium"))
-    seed: int = flag(0, "of the initial weights")
-    runs: int = flag(1, "train this many times with seeds seed, seed + 1, .. after one compilation", 1)
-    resume: str = flag("", "checkpoint to continue, or auto: the last one of an unfinished run like this")
-    save_every: int = flag(0, "steps between checkpoints; 0: only at the end; -1: never", -1)
-    log_folder: str = flag("", "folder of the logs; by default logs/ beside this file")
+    track: str = "tiny"                # decides the other defaults
+    seed: int = 0                      # of the initial weights
+    runs: int = 1                      # train this often, with seeds seed, seed + 1, .. after one compilation
+    resume: str = ""                   # checkpoint to continue, or auto: the last of an unfinished equal run
+    save_every: int = 0                # steps between checkpoints; 0: only at the end; -1: never
+    log_folder: str = ""               # folder of the logs; by default logs/ beside this file
     # hardware: each is used where there is one
-    compile: bool = flag(True, "torch.compile on a GPU")
-    kernels: bool = flag(True, "Triton kernels")
-    fa3: bool = flag(True, "FlashAttention 3, if flash_attn_interface is installed; else FlashAttention 2")
-    graphs: bool = flag(True, "CUDA graphs of the micro-batches")
-    fp8: bool = flag(True, "products of the head and of the MLPs in float8")
+    compile: bool = True               # torch.compile on a GPU
+    kernels: bool = True               # Triton kernels
+    fa3: bool = True                   # FlashAttention 3, if flash_attn_interface is installed; else 2
+    graphs: bool = True                # CUDA graphs of the micro-batches
+    fp8: bool = True                   # products of the head and of the MLPs in float8
     # data
-    data: str = flag("data/sample", "folder with NAME_train_000000.bin, NAME_val_000000.bin, ..")
-    vocab_size: int = flag(0, "tokens; 0: as many as the data's token_bytes.npy lists, or GPT-2's 50257")
-    document_rest: str = flag("skip", "what follows the cut of a long document", choices=("skip", "keep"))
-    epochs: int = flag(1, "passes over the training data that the schedule may use", 1)
-    micro_batches: int = flag(8, "micro-batches of a step over all ranks; more need less memory", 1)
-    val_tokens: int = flag(0, "validation tokens; 0: all")
-    val_chunk: int = flag(262_144, "tokens of one validation forward pass", 1)
-    val_every: int = flag(100, "steps between validations", 1)
+    data: str = "data/sample"          # folder with NAME_train_000000.bin, NAME_val_000000.bin, ..
+    vocab_size: int = 0                # tokens; 0: as many as token_bytes.npy beside the data has, or 50257
+    document_rest: str = "skip"        # what follows the cut of a long document
+    epochs: int = 1                    # passes over the training data that the schedule may use
+    micro_batches: int = 8             # micro-batches of a step over all ranks; more need less memory
+    val_tokens: int = 0                # validation tokens; 0: all
+    val_chunk: int = 262_144           # tokens of one validation forward pass
+    val_every: int = 100               # steps between validations
     # schedule
-    scheduled_steps: int = flag(100, "steps of the stage table and the cooldown", 1)
-    extension_steps: int = flag(0, "steps after these, at the final learning rate and the last windows")
-    cooldown: float = flag(0.55, "last fraction of scheduled_steps: the learning rate falls linearly")
-    lr_floor: float = flag(0.1, "what the stages' lr falls to")
-    momentum_warmup: int = flag(300, "steps in which Muon's momentum rises from 0.85 to 0.95")
-    momentum_cooldown: int = flag(50, "last steps, in which it falls back")
+    scheduled_steps: int = 100         # steps of the stage table and the cooldown
+    extension_steps: int = 0           # steps after these, at the final learning rate and the last windows
+    cooldown: float = 0.55             # last fraction of scheduled_steps: the learning rate falls linearly
+    lr_floor: float = 0.1              # what the stages' lr falls to
+    momentum_warmup: int = 300         # steps in which Muon's momentum rises from 0.85 to 0.95
+    momentum_cooldown: int = 50        # last steps, in which it falls back
     stages: tuple = ()
-    val_windows: tuple = (768, 2560)  # tokens that short and long layers look back, at the final validation
+    val_windows: tuple = (768, 2560)   # tokens that short and long layers look back, at the final validation
     # model
     layers: tuple = ()
-    width: int = flag(768, "width of the residual stream", 1)
-    heads: int = flag(6, "attention heads", 1)
-    attn_scale: float = flag(0.1, "attention's scale in the first stage")
-    value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
-    backout_from: int = flag(-1, "layer whose output later attention reads, and which is partly subtracted "
-                             "before the head; -1: none", -1)
-    smear_mtp: bool = flag(True, "smear-MTP: mix the previous position into the final latents (PR 151)")
-    leaky_slope: float = flag(0.5, "MLP activation LeakyReLU(slope) squared; 0 is ReLU squared")
-    bigram_ratio: float = flag(0.0, "rows of the hashed bigram table over the vocabulary; 0: off (record 62)")
-    untie_at: float = flag(0.0, "fraction of scheduled_steps with head and embedding tied (records 51, 53)")
-    pointer: bool = flag(False, "p(y) mixes in a copy distribution over the document (PR 379)")
+    width: int = 768                   # width of the residual stream
+    heads: int = 6                     # attention heads
+    attn_scale: float = 0.1            # attention's scale in the first stage
+    value_std: float = 0.0             # standard deviation of value embeddings at the start
+    backout_from: int = -1             # layer that later attention reads and the head partly not; -1: none
+    smear_mtp: bool = True             # smear-MTP: mix the previous position into the final latents (PR 151)
+    leaky_slope: float = 0.5           # MLP activation LeakyReLU(slope) squared; 0 is ReLU squared
+    bigram_ratio: float = 0.0          # rows of the hashed bigram table over vocabulary; 0: off (record 62)
+    untie_at: float = 0.0              # fraction of scheduled_steps with a tied head (records 51, 53)
+    pointer: bool = False              # p(y) mixes in a copy distribution over the document (PR 379)
     # loss
-    mtp_heads: int = flag(0, "auxiliary heads for t+2, t+3, ..: trained, not exported")
-    prefix_weight: float = flag(0.0, "weight of the loss of the next token's prefix, 0 after 2/3 (record 88)")
+    mtp_heads: int = 0                 # auxiliary heads for t+2, t+3, ..: trained, not exported
+    prefix_weight: float = 0.0         # weight of the loss of the next token's prefix, 0 from 2/3 (record 88)
     # optimizer: `parameter_table` has each parameter's own learning rate
-    muon_lr: float = flag(0.023, "learning rate of NorMuon: attention x attn_lr_ratio, MLP x 2 and x 4")
-    muon_weight_decay: float = flag(0.0276, "per step lr * this, both times the schedule's multiplier")
-    slow_momentum: float = flag(1.0, "fraction of scheduled_steps after which Muon mixes a slow momentum in")
-    average: float = flag(0.0, "last fraction of the steps, whose weights are averaged into the final ones")
-    attn_lr_ratio: float = flag(2.0, "learning rate of the attention matrices over muon_lr")
-    adam_lr: float = flag(0.008, "learning rate of tables, heads, gates and scalars")
+    muon_lr: float = 0.023             # learning rate of NorMuon: attention x attn_lr_ratio, MLP x 2 and x 4
+    muon_weight_decay: float = 0.0276  # per step lr * this, both times the schedule's multiplier
+    slow_momentum: float = 1.0         # fraction of scheduled_steps after which Muon mixes a slow momentum in
+    average: float = 0.0               # last fraction of steps whose weights are averaged in the final ones
+    attn_lr_ratio: float = 2.0         # learning rate of the attention matrices over muon_lr
+    adam_lr: float = 0.008             # learning rate of tables, heads, gates and scalars
 
     @property
     def padded_vocab(self) -> int:
@@ -312,6 +309,13 @@ POINTER_TILE = 64      # queries and keys that its kernels read at a time
 RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "runs")
 
 
+CHOICES = {"track": TRACKS, "document_rest": ("skip", "keep")}
+LEAST = {  # values of flags; others' is 0
+    "runs": 1, "save_every": -1, "epochs": 1, "micro_batches": 1, "val_chunk": 1, "val_every": 1,
+    "scheduled_steps": 1, "width": 1, "heads": 1, "backout_from": -1,
+}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
@@ -328,16 +332,17 @@ def parse_flags(argv) -> dict:
     parser = Parser(usage="train_gpt.py [--flag=value ..]", description=f"{__doc__}\nDefaults are tiny's.",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    flags = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
-    for name, field in flags.items():
-        options = {"type": field.type, "choices": field.metadata["choices"] or None}
+    helps = dict(re.findall(r"^    (\w+): \w+ = .*  # (.+)$", Path(__file__).read_text(), re.MULTILINE))
+    for field in dataclasses.fields(Config):
+        options = {"type": field.type, "choices": CHOICES.get(field.name)}
         if field.type is bool:
             options = {"type": on_or_off, "nargs": "?", "const": True}
-        default = getattr(TRACKS["tiny"], name)
-        parser.add_argument(f"--{name}", help=f"{field.metadata['help']} [{default}]", **options)
+        if field.type is not tuple:
+            default = getattr(TRACKS["tiny"], field.name)
+            parser.add_argument(f"--{field.name}", help=f"{helps[field.name]} [{default}]", **options)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        least = flags[name].metadata["least"]
+        least = LEAST.get(name, 0)
         require(isinstance(value, str) or least <= value < 1e12,
                 f"--{name}={value}: expected a number from {least} to 1e12")
     return given
