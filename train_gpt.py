@@ -2624,8 +2624,8 @@ class Log:
     """log.txt and metrics.jsonl in a folder of their own, and the console; silent except on rank 0."""
 
     def __init__(self, cfg, world):
-        self.active, self.folder = world.rank == 0, None
-        if not self.active:
+        self.folder = None
+        if world.rank:
             return
         folder = log_root(cfg) / f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
         try:
@@ -2641,13 +2641,13 @@ class Log:
         self.folder = folder
 
     def line(self, text: str, console: bool = True):
-        if self.active:
+        if self.folder:
             print(text, file=self.text)
             if console:
                 print(text, flush=True)
 
     def metric(self, **values):
-        if self.active:
+        if self.folder:
             print(json.dumps(values), file=self.metrics)
 
 
@@ -2718,7 +2718,7 @@ class StepLog:
         self.log.line(f"{line} train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms", console=False)
         self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
                         **speed, **report)
-        if self.log.active and step % max(cfg.val_every // 5, 1) == 0:
+        if self.log.folder and step % max(cfg.val_every // 5, 1) == 0:
             rates = [f"{name}:{value:,}" for name, value in speed.items()]
             print(line, *rates, f"eta:{now / step * (cfg.total_steps - step):.0f}s", flush=True)
         require(math.isfinite(loss), f"step {step}: the training loss is {loss}: lower the learning rates, "
@@ -2915,7 +2915,7 @@ def train(cfg, job) -> bool:
             steps.add(step + 1, report, plan)
     memory = torch.cuda.max_memory_allocated() // 2**20  # 0 without a GPU
     log.line(f"training tokens: sha256:{read}\npeak memory: {memory} MiB")
-    if log.active:
+    if log.folder:
         log.line(f"plot: {write_plot(log.folder)}\nlog: {log.folder / 'log.txt'}")
     require(not unsaved, f"{unsaved}; --resume=auto goes on from the one before")
     return steps.stop
