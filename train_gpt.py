@@ -491,10 +491,10 @@ def choose_hardware(cfg, world):
     capability = torch.cuda.get_device_capability(device)
     hopper, modern = capability[0] == 9, capability >= (8, 0)
     kernels = "reference"
-    if cfg.kernels and modern and triton is not None:
+    if cfg.kernels and modern and triton:
         kernels = "large" if capability[0] in (9, 10) else "small"
     attention = "fa2" if modern else "reference"
-    if cfg.fa3 and hopper and importlib.util.find_spec("flash_attn_interface") is not None:
+    if cfg.fa3 and hopper and importlib.util.find_spec("flash_attn_interface"):
         attention = "fa3"
         torch.nn.attention.activate_flash_attention_impl("FA3")
     fits = math.gcd(16, cfg.width, *map(cfg.micro_tokens, cfg.stages)) == 16
@@ -2734,7 +2734,7 @@ def write_plot(folder) -> str:
         figure = Figure()
         axes = figure.subplots()
         for key in ("train_loss", "val_loss"):
-            points = [(row["step"], row[key]) for row in rows if key in row and row["step"]]
+            points = [(row["step"], row[key]) for row in rows if key in row]
             axes.plot(*zip(*points), label=key)
         axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
