@@ -2115,11 +2115,12 @@ class DocumentStream:
             self.rest = ()
         return piece
 
-    def pieces(self, tokens: int, max_doc: int):
-        """Those of a micro-batch: exactly tokens + 1 tokens."""
-        pieces, room = [], tokens + 1
+    def pieces(self, step: int):
+        """Those of the next micro-batch, which belongs to this step: one token more than it has inputs."""
+        stage = plan_step(self.cfg, step).stage
+        pieces, room = [], self.cfg.micro_tokens(stage) + 1
         while room:
-            pieces.append(self.piece(min(max_doc, room)))
+            pieces.append(self.piece(min(stage.max_doc, room)))
             room -= len(pieces[-1])
         return pieces
 
@@ -2130,11 +2131,11 @@ class MicroBatch(NamedTuple):
     columns: Tensor | None = None  # (S,) int64: see choose_columns
 
 
-def pack(stream, tokens: int, max_doc: int):
-    """Exactly tokens + 1 tokens of documents, whole or cut, and where they start among the first `tokens`."""
-    pieces = stream.pieces(tokens, max_doc)
+def pack(stream, step: int):
+    """Tokens of a micro-batch of a step, one more than inputs, and where documents start among the inputs."""
+    pieces = stream.pieces(step)
     starts = np.cumsum([0, *map(len, pieces)])
-    return np.concatenate(pieces), starts[starts < tokens]
+    return np.concatenate(pieces), starts[starts < starts[-1] - 1]
 
 
 def read_step(stream, step: int):
@@ -2142,8 +2143,7 @@ def read_step(stream, step: int):
 
     Updates stream.sha256: that of the step before and these tokens, so of all tokens and their batches.
     """
-    cfg, stage = stream.cfg, plan_step(stream.cfg, step).stage
-    packed = [pack(stream, cfg.micro_tokens(stage), stage.max_doc) for _ in range(cfg.micro_batches)]
+    packed = [pack(stream, step) for _ in range(stream.cfg.micro_batches)]
     digest = hashlib.sha256(stream.sha256.encode())
     for tokens, _ in packed:
         digest.update(tokens)
@@ -2213,9 +2213,8 @@ def check_supply(cfg, world, shards):
             f"{world.size} processes don't divide --micro_batches={cfg.micro_batches}: start a divisor of it")
     stream = DocumentStream(shards, cfg)
     for step in range(cfg.total_steps):
-        stage = plan_step(cfg, step).stage
         for _ in range(cfg.micro_batches):
-            stream.pieces(cfg.micro_tokens(stage), stage.max_doc)
+            stream.pieces(step)
 
 
 def begin_stream(cfg, shards, progress):

@@ -67,11 +67,11 @@ def micro_batches(cfg, shards, world=World()):
 
 @pytest.mark.parametrize("rest", ["skip", "keep"])
 def test_pack_gives_exactly_n_plus_one_tokens_of_documents_cut_at_the_maximum(tmp_path, rest):
-    cfg = data_config(document_rest=rest)
+    cfg = data_config(document_rest=rest, stages=(Stage(0, 2 * 64, 24, 8, 8, 1.0),))
     shards = shards_of(tmp_path, cfg, [random_tokens(np.random.default_rng(0), 6000)])
     stream = DocumentStream(shards, cfg)
     for _ in range(25):
-        tokens, starts = pack(stream, 64, 24)
+        tokens, starts = pack(stream, 0)
         assert len(tokens) == 65 and tokens.dtype == np.uint16
         assert starts[0] == 0 and starts[-1] < 64
         assert np.diff([*starts, 64]).max() <= 24
@@ -96,9 +96,9 @@ def test_a_document_cut_by_the_maximum_is_skipped_or_kept(tmp_path):
 
 
 def test_a_piece_that_begins_with_the_last_target_starts_no_document(tmp_path):
-    cfg = data_config()
+    cfg = data_config(stages=(Stage(0, 2 * 4, 8, 8, 8, 1.0),))
     stream = DocumentStream(shards_of(tmp_path, cfg, [np.array([BOS, 1, 2, 3, BOS, 1, 2, 3])]), cfg)
-    tokens, starts = pack(stream, 4, 8)
+    tokens, starts = pack(stream, 0)
     assert (tokens.tolist(), starts.tolist()) == ([BOS, 1, 2, 3, BOS], [0])
 
 

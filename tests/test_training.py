@@ -414,7 +414,8 @@ def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(runs, g
     """Each of 64 tokens: 63 documents are fewer than 64 and their end."""
     counts = iter([1, 63, 64, 2])
 
-    def pack_letters(stream, tokens, max_doc):
+    def pack_letters(stream, step):
+        tokens = SMALL.micro_tokens(plan_step(stream.cfg, step).stage)
         starts = np.arange(next(counts, 3))
         letters = np.full(tokens + 1, 97, np.uint16)
         letters[starts] = BOS
@@ -433,7 +434,8 @@ def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(runs, g
 def test_micro_batch_with_more_targets_than_columns_has_all_and_no_graph(runs, graphs, monkeypatch):
     """If all have, the stage's columns change nothing."""
 
-    def pack_letters(stream, tokens, max_doc):
+    def pack_letters(stream, step):
+        tokens = SMALL.micro_tokens(plan_step(stream.cfg, step).stage)
         letters = 97 + np.arange(tokens + 1, dtype=np.uint16) % next(counts)
         letters[0] = BOS
         return letters, np.zeros(1, np.int64)
