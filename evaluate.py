@@ -633,7 +633,7 @@ def evaluate(path: Path, model: AdaptedGPT, options: Options, hardware: Hardware
         log.metric(method=method, **row)
     log.line(result_table(rows))
     nats.pop("packed", None)
-    if log.active and "stride" in nats and len(nats) > 1:
+    if log.folder and "stride" in nats and len(nats) > 1:
         log.line(f"plot: {plot_gains(log.folder, documents, nats)}")
     log.line(f"log: {log.folder}")
 

@@ -25,7 +25,7 @@ import json
 import math
 import os
 import platform
-import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +36,7 @@ import time
 STARTED = time.time()  # before torch is imported: that is part of the launch
 # ruff: noqa: E402
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, partial, wraps
@@ -101,66 +102,62 @@ class Softcap(NamedTuple):
     width: float
 
 
-def flag(default, help: str, least: float = 0, choices: tuple = ()):
-    """A field of Config that is also a command-line flag: its help, smallest value and choices."""
-    return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
-
-
 @dataclass(frozen=True)
 class Config:
+    """Each field but the tuples is a command-line flag; the comment behind it is what --help says."""
+
     # run
-    track: str = flag("tiny", "decides the other defaults", choices=("tiny", "race300", "short", "medium"))
-    seed: int = flag(0, "of the initial weights")
-    runs: int = flag(1, "train this many times with seeds seed, seed + 1, .. after one compilation", 1)
-    resume: str = flag("", "checkpoint to continue, or auto: the last one of an unfinished run like this")
-    save_every: int = flag(0, "steps between checkpoints; 0: only at the end; -1: never", -1)
-    log_folder: str = flag("", "folder of the logs; by default logs/ beside this file")
+    track: str = "tiny"                # decides the other defaults
+    seed: int = 0                      # of the initial weights
+    runs: int = 1                      # train this often, with seeds seed, seed + 1, .. after one compilation
+    resume: str = ""                   # checkpoint to continue, or auto: the last of an unfinished equal run
+    save_every: int = 0                # steps between checkpoints; 0: only at the end; -1: never
+    log_folder: str = ""               # folder of the logs; by default logs/ beside this file
     # hardware: each is used where there is one
-    compile: bool = flag(True, "torch.compile on a GPU")
-    kernels: bool = flag(True, "Triton kernels")
-    fa3: bool = flag(True, "FlashAttention 3, if flash_attn_interface is installed; else FlashAttention 2")
-    graphs: bool = flag(True, "CUDA graphs of the micro-batches")
-    fp8: bool = flag(True, "products of the head and of the MLPs in float8")
+    compile: bool = True               # torch.compile on a GPU
+    kernels: bool = True               # Triton kernels
+    fa3: bool = True                   # FlashAttention 3, if flash_attn_interface is installed; else 2
+    graphs: bool = True                # CUDA graphs of the micro-batches
+    fp8: bool = True                   # products of the head and of the MLPs in float8
     # data
-    data: str = flag("data/sample", "folder with NAME_train_000000.bin, NAME_val_000000.bin, ..")
-    vocab_size: int = flag(0, "tokens; 0: as many as the data's token_bytes.npy lists, or GPT-2's 50257")
-    document_rest: str = flag("skip", "what follows the cut of a long document", choices=("skip", "keep"))
-    epochs: int = flag(1, "passes over the training data that the schedule may use", 1)
-    micro_batches: int = flag(8, "micro-batches of a step over all ranks; more need less memory", 1)
-    val_tokens: int = flag(0, "validation tokens; 0: all")
-    val_chunk: int = flag(262_144, "tokens of one validation forward pass", 1)
-    val_every: int = flag(100, "steps between validations", 1)
+    data: str = "data/sample"          # folder with NAME_train_000000.bin, NAME_val_000000.bin, ..
+    vocab_size: int = 0                # tokens; 0: as many as token_bytes.npy beside the data has, or 50257
+    document_rest: str = "skip"        # what follows the cut of a long document
+    epochs: int = 1                    # passes over the training data that the schedule may use
+    micro_batches: int = 8             # micro-batches of a step over all ranks; more need less memory
+    val_tokens: int = 0                # validation tokens; 0: all
+    val_chunk: int = 262_144           # tokens of one validation forward pass
+    val_every: int = 100               # steps between validations
     # schedule
-    scheduled_steps: int = flag(100, "steps of the stage table and the cooldown", 1)
-    extension_steps: int = flag(0, "steps after these, at the final learning rate and the last windows")
-    cooldown: float = flag(0.55, "last fraction of scheduled_steps: the learning rate falls linearly")
-    lr_floor: float = flag(0.1, "what the stages' lr falls to")
-    momentum_warmup: int = flag(300, "steps in which Muon's momentum rises from 0.85 to 0.95")
-    momentum_cooldown: int = flag(50, "last steps, in which it falls back")
+    scheduled_steps: int = 100         # steps of the stage table and the cooldown
+    extension_steps: int = 0           # steps after these, at the final learning rate and the last windows
+    cooldown: float = 0.55             # last fraction of scheduled_steps: the learning rate falls linearly
+    lr_floor: float = 0.1              # what the stages' lr falls to
+    momentum_warmup: int = 300         # steps in which Muon's momentum rises from 0.85 to 0.95
+    momentum_cooldown: int = 50        # last steps, in which it falls back
     stages: tuple = ()
-    val_windows: tuple = (768, 2560)  # tokens that short and long layers look back, at the final validation
+    val_windows: tuple = (768, 2560)   # tokens that short and long layers look back, at the final validation
     # model
     layers: tuple = ()
-    width: int = flag(768, "width of the residual stream", 1)
-    heads: int = flag(6, "attention heads", 1)
-    attn_scale: float = flag(0.115, "attention's scale: of scores of normed queries and keys")
-    value_std: float = flag(0.0, "standard deviation of value embeddings at the start")
-    backout_from: int = flag(-1, "layer whose output later attention reads, and which is partly subtracted "
-                             "before the head; -1: none", -1)
-    smear_mtp: bool = flag(True, "smear-MTP: mix the previous position into the final latents (PR 151)")
-    leaky_slope: float = flag(0.5, "MLP activation LeakyReLU(slope) squared; 0 is ReLU squared")
-    bigram_ratio: float = flag(0.0, "rows of the hashed bigram table over the vocabulary; 0: off (record 62)")
-    untie_at: float = flag(0.0, "fraction of scheduled_steps with head and embedding tied (records 51, 53)")
-    pointer: bool = flag(False, "p(y) mixes in a copy distribution over the document (PR 379)")
+    width: int = 768                   # width of the residual stream
+    heads: int = 6                     # attention heads
+    attn_scale: float = 0.115          # attention's scale: what multiplies normed queries
+    value_std: float = 0.0             # standard deviation of value embeddings at the start
+    backout_from: int = -1             # layer that later attention reads and the head partly not; -1: none
+    smear_mtp: bool = True             # smear-MTP: mix the previous position into the final latents (PR 151)
+    leaky_slope: float = 0.5           # MLP activation LeakyReLU(slope) squared; 0 is ReLU squared
+    bigram_ratio: float = 0.0          # rows of the hashed bigram table over vocabulary; 0: off (record 62)
+    untie_at: float = 0.0              # fraction of scheduled_steps with a tied head (records 51, 53)
+    pointer: bool = False              # p(y) mixes in a copy distribution over the document (PR 379)
     # loss
-    mtp_heads: int = flag(0, "auxiliary heads for t+2, t+3, ..: trained, not exported")
+    mtp_heads: int = 0                 # auxiliary heads for t+2, t+3, ..: trained, not exported
     # optimizer: `parameter_table` has each parameter's own learning rate
-    muon_lr: float = flag(0.023, "learning rate of NorMuon: attention x attn_lr_ratio, MLP x 2 and x 4")
-    muon_weight_decay: float = flag(0.0276, "per step lr * this, both times the schedule's multiplier")
-    slow_momentum: float = flag(1.0, "fraction of scheduled_steps after which Muon mixes a slow momentum in")
-    average: float = flag(0.0, "last fraction of the steps, whose weights are averaged into the final ones")
-    attn_lr_ratio: float = flag(2.0, "learning rate of the attention matrices over muon_lr")
-    adam_lr: float = flag(0.008, "learning rate of tables, heads, gates and scalars")
+    muon_lr: float = 0.023             # learning rate of NorMuon: attention x attn_lr_ratio, MLP x 2 and x 4
+    muon_weight_decay: float = 0.0276  # per step lr * this, both times the schedule's multiplier
+    slow_momentum: float = 1.0         # fraction of scheduled_steps after which Muon mixes a slow momentum in
+    average: float = 0.0               # last fraction of steps whose weights are averaged in the final ones
+    attn_lr_ratio: float = 2.0         # learning rate of the attention matrices over muon_lr
+    adam_lr: float = 0.008             # learning rate of tables, heads, gates and scalars
 
     @property
     def padded_vocab(self) -> int:
@@ -281,11 +278,11 @@ TRACKS = {
         SHORT, track="race300", scheduled_steps=290, extension_steps=10, val_tokens=2_097_152, val_every=100,
     ),
     "short": SHORT,
-    "medium": replace(
-        SHORT, track="medium", layers=MEDIUM_LAYERS, stages=MEDIUM_STAGES, width=1024, heads=8,
-        scheduled_steps=4700, backout_from=11, cooldown=0.7, val_windows=(1408, 3456), muon_lr=0.015,
-        muon_weight_decay=0.018, adam_lr=0.004, lr_floor=0.1, slow_momentum=1.0, average=0.0,
-        value_std=0.0, bigram_ratio=0.0, untie_at=0.0, pointer=False,
+    "medium": Config(
+        track="medium", data="data/fineweb10B", layers=MEDIUM_LAYERS, stages=MEDIUM_STAGES,
+        scheduled_steps=4700, extension_steps=40, val_tokens=10_485_760, val_every=250, width=1024, heads=8,
+        backout_from=11, cooldown=0.7, val_windows=(1408, 3456), muon_lr=0.015, muon_weight_decay=0.018,
+        adam_lr=0.004,
     ),
 }
 
@@ -310,6 +307,13 @@ POINTER_SCORES = 2**27  # that exist at a time
 RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "runs")
 
 
+CHOICES = {"track": TRACKS, "document_rest": ("skip", "keep")}
+LEAST = {  # values of flags; others' is 0
+    "runs": 1, "save_every": -1, "epochs": 1, "micro_batches": 1, "val_chunk": 1, "val_every": 1,
+    "scheduled_steps": 1, "width": 1, "heads": 1, "backout_from": -1,
+}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
@@ -326,16 +330,17 @@ def parse_flags(argv) -> dict:
     parser = Parser(usage="train_gpt.py [--flag=value ..]", description=f"{__doc__}\nDefaults are tiny's.",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    flags = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
-    for name, field in flags.items():
-        options = {"type": field.type, "choices": field.metadata["choices"] or None}
+    helps = dict(re.findall(r"^    (\w+): \w+ = .*  # (.+)$", Path(__file__).read_text(), re.MULTILINE))
+    for field in dataclasses.fields(Config):
+        options = {"type": field.type, "choices": CHOICES.get(field.name)}
         if field.type is bool:
             options = {"type": on_or_off, "nargs": "?", "const": True}
-        default = getattr(TRACKS["tiny"], name)
-        parser.add_argument(f"--{name}", help=f"{field.metadata['help']} [{default}]", **options)
+        if field.type is not tuple:
+            default = getattr(TRACKS["tiny"], field.name)
+            parser.add_argument(f"--{field.name}", help=f"{helps[field.name]} [{default}]", **options)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        least = flags[name].metadata["least"]
+        least = LEAST.get(name, 0)
         require(isinstance(value, str) or least <= value < 1e12,
                 f"--{name}={value}: expected a number from {least} to 1e12")
     return given
@@ -382,12 +387,13 @@ def check_config(cfg):
     return cfg
 
 
+def tuples(value):
+    """JSON's lists, of lists, as the tuples that were written."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
 def config_from_json(values: dict):
     """The Config whose vars() were written as JSON. Raises KeyError or TypeError on anything else."""
-
-    def tuples(value):
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
     values = {name: tuples(value) for name, value in values.items()}
     values["layers"] = tuple(Layer(*row) for row in values["layers"])
     values["stages"] = tuple(Stage(*row) for row in values["stages"])
@@ -482,15 +488,14 @@ def choose_hardware(cfg, world):
     capability = torch.cuda.get_device_capability(device)
     hopper, modern = capability[0] == 9, capability >= (8, 0)
     kernels = "reference"
-    if cfg.kernels and modern and triton is not None:
+    if cfg.kernels and modern and triton:
         kernels = "large" if capability[0] in (9, 10) else "small"
     attention = "fa2" if modern else "reference"
-    if cfg.fa3 and hopper and importlib.util.find_spec("flash_attn_interface") is not None:
+    if cfg.fa3 and hopper and importlib.util.find_spec("flash_attn_interface"):
         attention = "fa3"
         torch.nn.attention.activate_flash_attention_impl("FA3")
-    sizes = cfg.width, *map(cfg.micro_tokens, cfg.stages)
-    fits = capability >= (8, 9) and not any(size % 16 for size in sizes)
-    fp8 = cfg.fp8 and kernels != "reference" and fits
+    fits = math.gcd(16, cfg.width, *map(cfg.micro_tokens, cfg.stages)) == 16
+    fp8 = cfg.fp8 and kernels != "reference" and capability >= (8, 9) and fits
     dtype = torch.bfloat16 if modern else torch.float32
     graphs = cfg.graphs and cfg.compile and modern
     return Hardware(device, dtype, cfg.compile, kernels, attention, fp8, graphs)
@@ -504,7 +509,7 @@ def region(function=None, **options):
     """
     if function is None:
         return partial(region, **options)
-    token_arguments = [i for i, name in enumerate(inspect.signature(function).parameters) if "_T" in name]
+    names = inspect.signature(function).parameters
     compiled = cache(lambda: torch.compile(function, fullgraph=True, **options))
 
     @wraps(function)
@@ -512,9 +517,9 @@ def region(function=None, **options):
         if not region.compile or torch.compiler.is_compiling():  # the latter: within another region
             return function(*arguments)
         torch._dynamo.config.recompile_limit = 64  # for all kinds of layers; backward's thread has its own
-        for i in token_arguments:
-            if arguments[i] is not None and arguments[i].size(0) > 1:  # a single row is compiled for itself
-                torch._dynamo.mark_dynamic(arguments[i], 0)
+        for name, x in zip(names, arguments):
+            if "_T" in name and x is not None and x.size(0) > 1:  # a single row is compiled for itself
+                torch._dynamo.mark_dynamic(x, 0)
         return compiled()(*arguments)
 
     return call
@@ -1821,9 +1826,9 @@ def find_shards(cfg, split: str):
 
 def open_shard(path, cfg):
     """A checked shard's tokens, uint16 in a memory map, and its documents' starts. Raises UserError."""
-    header = np.fromfile(path, "<i4", 256)
-    known = len(header) == 256 and header[:2].tolist() == [20240520, 1]
-    require(known and path.stat().st_size == 1024 + 2 * int(header[2]) > 1024,
+    size = path.stat().st_size - 1024  # bytes behind the header
+    header = np.fromfile(path, "<i4", 3).tolist()
+    require(size > 0 and header == [20240520, 1, size / 2],
             f"{path}: not a complete token shard of version 1: fetch or make it again")
     tokens = np.memmap(path, "<u2", "r", offset=1024)
     require(tokens.max() < cfg.vocab_size, f"{path}: token {tokens.max()}, but the vocabulary has "
@@ -1835,13 +1840,15 @@ def open_shard(path, cfg):
 
 
 class Shards:
-    """Training shards as one array of tokens, each opened and checked when first used."""
+    """A sequence of (tokens, document starts) of training shards, each opened and checked when first used."""
 
     def __init__(self, paths, cfg):
         self.paths, self.cfg, self.opened = paths, cfg, {}
-        # 1,024 bytes of header, 2 a token; at least 1, so that an empty file is opened, and refused, as well.
-        counts = [max(1, (path.stat().st_size - 1024) // 2) for path in paths]
-        self.edges = [0, *itertools.accumulate(counts)]  # shard i: edges[i] to edges[i + 1]
+
+    def __getitem__(self, i: int):
+        if i not in self.opened:
+            self.opened[i] = open_shard(self.paths[i], self.cfg)
+        return self.opened[i]
 
     def sha256(self) -> str:
         """Of names, sizes and document starts of the shards opened so far: those that the schedule needs."""
@@ -1850,66 +1857,57 @@ class Shards:
             digest.update(f"{self.paths[i].name} {len(tokens)} ".encode() + starts.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def __getitem__(self, i: int):
-        """Tokens of shard i and where its documents start."""
-        if i not in self.opened:
-            self.opened[i] = open_shard(self.paths[i], self.cfg)
-        return self.opened[i]
-
-    def next_start(self, offset: int) -> int:
-        """Where the first document from token `offset` on starts; where the tokens end if there is none."""
-        for i in range(bisect.bisect_right(self.edges, offset) - 1, len(self.paths)):
-            starts = self[i][1]
-            following = np.searchsorted(starts, offset - self.edges[i])
-            if following < len(starts):
-                return self.edges[i] + int(starts[following])
-        return self.edges[-1]
-
-    def read(self, lo: int, hi: int) -> np.ndarray:
-        """Tokens lo to hi - 1."""
-        some = range(bisect.bisect_right(self.edges, lo) - 1, bisect.bisect_left(self.edges, hi))
-        return np.concatenate([self[i][0][max(lo - self.edges[i], 0) : hi - self.edges[i]] for i in some])
+    def documents(self):
+        """Generates what lies before the first document, or nothing, then each document, in file order."""
+        document = np.empty(0, "<u2")
+        for tokens, starts in self:
+            document = np.append(document, tokens[: starts[0]])  # which runs over the shard's end
+            tokens = np.asarray(tokens)  # parts of a memory map are made slowly
+            for lo, hi in itertools.pairwise([*starts.tolist(), len(tokens)]):
+                yield document
+                document = tokens[lo:hi]
+        yield document
 
 
 class DocumentStream:
-    """Pieces of documents in file order; a document that runs over a shard's end is read on in the next.
+    """Pieces of documents, epoch after epoch."""
 
-    position: epoch and offset of the next unread token.
-    """
-
-    def __init__(self, shards, cfg, position: tuple = (0, 0)):
-        self.shards, self.cfg, self.position, self.end = shards, cfg, position, shards.edges[-1]
+    def __init__(self, shards, cfg):
+        self.cfg, self.documents = cfg, self.all_documents(shards)
+        self.rest = ()  # of the document that was read last
+        self.epoch, self.offset = 0, 0  # of the next unread token
         self.skipped = 0  # tokens of long documents
-        require(position[1] <= self.end, f"training goes on at token {position[1]:,} of {self.end:,}: "
-                "are the shards those that it began with?")
+        self.sha256 = ""  # of the tokens read so far: see read_step
 
-    def advance(self, limit: int):
-        """First and end of the next piece, at most `limit` tokens. Raises UserError after the last epoch."""
-        epoch, lo = self.position
-        if lo == self.end:
-            epoch, lo = epoch + 1, 0
-        lo = lo or self.shards.next_start(0)
-        require(epoch < self.cfg.epochs, f"{self.end:,} training tokens don't last for {epoch} epochs: add "
-                "shards, raise --epochs or lower --scheduled_steps" + self.skipped_advice())
-        end = self.shards.next_start(lo + 1)
-        hi = min(lo + limit, end)
-        self.skipped += end - hi
-        self.position = epoch, end if self.cfg.document_rest == "skip" else hi
-        return lo, hi
+    def all_documents(self, shards):
+        """Generates them. Raises UserError after the last epoch."""
+        for epoch in range(self.cfg.epochs):
+            documents = shards.documents()
+            self.epoch, self.offset = epoch, len(next(documents))
+            yield from documents
+        keep = f"; or --document_rest=keep: {self.skipped:,} tokens of cut documents were skipped"
+        raise UserError(f"{self.offset:,} training tokens don't last for {self.cfg.epochs} epochs: add "
+                        f"shards, raise --epochs or lower --scheduled_steps{keep if self.skipped else ''}")
 
-    def skipped_advice(self) -> str:
-        if self.cfg.document_rest == "keep" or not self.skipped:
-            return ""
-        return f"; or --document_rest=keep: {self.skipped:,} tokens of cut documents were skipped"
+    def piece(self, limit: int):
+        """The next one, of at most `limit` tokens."""
+        document = self.rest if len(self.rest) else next(self.documents)
+        piece, self.rest = document[:limit], document[limit:]
+        self.offset += len(piece)
+        if self.cfg.document_rest == "skip":
+            self.skipped += len(self.rest)
+            self.offset += len(self.rest)
+            self.rest = ()
+        return piece
 
-    def spans(self, tokens: int, max_doc: int):
-        """First and end of each piece of a micro-batch: exactly tokens + 1 tokens."""
-        spans, room = [], tokens + 1
+    def pieces(self, step: int):
+        """Those of the next micro-batch, which belongs to this step: one token more than it has inputs."""
+        stage = plan_step(self.cfg, step).stage
+        pieces, room = [], self.cfg.micro_tokens(stage) + 1
         while room:
-            lo, hi = self.advance(min(max_doc, room))
-            spans.append((lo, hi))
-            room -= hi - lo
-        return spans
+            pieces.append(self.piece(min(stage.max_doc, room)))
+            room -= len(pieces[-1])
+        return pieces
 
 
 class MicroBatch(NamedTuple):
@@ -1918,24 +1916,24 @@ class MicroBatch(NamedTuple):
     columns: Tensor | None = None  # (S,) int64: see choose_columns
 
 
-def pack(stream, tokens: int, max_doc: int):
-    """Exactly tokens + 1 tokens of documents, whole or cut, and where they start among the first `tokens`."""
-    pieces = [stream.shards.read(lo, hi) for lo, hi in stream.spans(tokens, max_doc)]
+def pack(stream, step: int):
+    """Tokens of a micro-batch of a step, one more than inputs, and where documents start among the inputs."""
+    pieces = stream.pieces(step)
     starts = np.cumsum([0, *map(len, pieces)])
-    return np.concatenate(pieces), starts[starts < tokens]
+    return np.concatenate(pieces), starts[starts < starts[-1] - 1]
 
 
-def read_step(stream, step: int, read: str):
-    """What `pack` gives for each micro-batch of a step, and the sha256 of `read` and these tokens.
+def read_step(stream, step: int):
+    """What `pack` gives for each micro-batch of a step.
 
-    read: what that was for the step before, "" for none: so it stands for all tokens and their batches.
+    Updates stream.sha256: that of the step before and these tokens, so of all tokens and their batches.
     """
-    cfg, stage = stream.cfg, plan_step(stream.cfg, step).stage
-    packed = [pack(stream, cfg.micro_tokens(stage), stage.max_doc) for _ in range(cfg.micro_batches)]
-    digest = hashlib.sha256(read.encode())
+    packed = [pack(stream, step) for _ in range(stream.cfg.micro_batches)]
+    digest = hashlib.sha256(stream.sha256.encode())
     for tokens, _ in packed:
         digest.update(tokens)
-    return packed, digest.hexdigest()
+    stream.sha256 = digest.hexdigest()
+    return packed
 
 
 def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None):
@@ -1953,55 +1951,45 @@ def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device):
     V = cfg.padded_vocab
     if not 0 < stage.columns < V:
         return None
-    is_target_V = np.bincount(targets, minlength=V) > 0
+    needed = np.flatnonzero(np.bincount(targets))[::-1]
     if cfg.pointer:
-        is_target_V[cfg.vocab_size] = True
-    needed = np.flatnonzero(is_target_V)[::-1]  # the pointer's slot comes first
+        needed = np.append(cfg.vocab_size, needed)  # its slot comes first
     if len(needed) > stage.columns:
         return None
     window = np.roll(np.arange(V), -turn * COLUMN_STEP % V)
-    others = window[~is_target_V[window]]
+    others = np.setdiff1d(window, needed, assume_unique=True)  # in the window's order
     return pinned(np.append(needed, others[: stage.columns - len(needed)]), device)
 
 
-class Loader:
-    """Batches from step `first` on, read ahead: (this rank's micro-batches, position after, `read` after).
+def load_batches(stream, world, device, first: int = 0):
+    """Generates, for each step from `first` on: this rank's micro-batches, position and sha256 after them.
 
     Micro-batches are dealt in turn to the ranks, each of which walks the whole stream: the same micro-batches
     at every world size.
     """
+    cfg = stream.cfg
+    for step in range(first, cfg.total_steps):
+        stage = plan_step(cfg, step).stage
+        packed = read_step(stream, step)
+        own = []
+        for i in range(world.rank, cfg.micro_batches, world.size):
+            tokens, starts = packed[i]
+            docs = to_documents(starts, len(tokens) - 1, stage.max_doc)
+            columns = choose_columns(cfg, stage, tokens[1:], step * cfg.micro_batches + i, device)
+            own.append(MicroBatch(pinned(tokens.astype(np.int64), device), docs, columns))
+        yield own, (stream.epoch, stream.offset), stream.sha256
 
-    def __init__(self, cfg, world, shards, device, first: int = 0, position: tuple = (0, 0), read: str = ""):
-        self.cfg, self.world, self.device, self.read = cfg, world, device, read
-        self.stream = DocumentStream(shards, cfg, position)
-        self.steps = range(first, cfg.total_steps)
-        self.queue = queue.Queue(maxsize=2)
-        threading.Thread(target=self.fill, daemon=True).start()
 
-    def fill(self):
-        try:
-            for step in self.steps:
-                self.queue.put(self.batch(step))
-        except BaseException as error:  # handed to the consumer, which raises it
-            self.queue.put(error)
+def read_ahead(batches):
+    """A function that returns a generator's next item, or raises its error; a thread works 3 items ahead."""
+    reader = ThreadPoolExecutor(1)
+    ahead = [reader.submit(next, batches) for _ in range(3)]
 
-    def batch(self, step: int):
-        stage, own = plan_step(self.cfg, step).stage, []
-        packed, self.read = read_step(self.stream, step, self.read)
-        for i, (tokens, starts) in enumerate(packed):
-            if i % self.world.size == self.world.rank:
-                docs = to_documents(starts, len(tokens) - 1, stage.max_doc)
-                turn = step * self.cfg.micro_batches + i
-                columns = choose_columns(self.cfg, stage, tokens[1:], turn, self.device)
-                own.append(MicroBatch(pinned(tokens.astype(np.int64), self.device), docs, columns))
-        return own, self.stream.position, self.read
+    def take():
+        ahead.append(reader.submit(next, batches))
+        return ahead.pop(0).result()
 
-    def __iter__(self):
-        for _ in self.steps:
-            item = self.queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+    return take
 
 
 def check_supply(cfg, world, shards):
@@ -2010,18 +1998,19 @@ def check_supply(cfg, world, shards):
             f"{world.size} processes don't divide --micro_batches={cfg.micro_batches}: start a divisor of it")
     stream = DocumentStream(shards, cfg)
     for step in range(cfg.total_steps):
-        stage = plan_step(cfg, step).stage
         for _ in range(cfg.micro_batches):
-            stream.spans(cfg.micro_tokens(stage), stage.max_doc)
+            stream.pieces(step)
 
 
-def check_continuation(cfg, shards, progress):
-    """Read again what a resumed run has read. Raises UserError if that is something else now."""
-    stream, read = DocumentStream(shards, cfg), ""
+def begin_stream(cfg, shards, progress):
+    """The stream after what a resumed run has read. Raises UserError if that is something else now."""
+    stream = DocumentStream(shards, cfg)
     for step in range(progress.step):
-        _, read = read_step(stream, step, read)
-    require(progress.read in ("", read), f"{cfg.resume}: its run has read other training tokens than those "
-            f"first in {shards.paths[0].parent}: give their folder as --data=, or leave --resume out")
+        read_step(stream, step)
+    require(progress.read in ("", stream.sha256), f"{cfg.resume}: its run has read other training tokens "
+            f"than those first in {shards.paths[0].parent}: give their folder as --data=, or leave --resume "
+            "out")
+    return stream
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2059,7 +2048,7 @@ def plan_step(cfg, step: int):
 
     warm = step / max(cfg.momentum_warmup, 1)
     cold = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
-    momentum = 0.85 + 0.1 * max(0.0, min(1.0, warm, cold))
+    momentum = 0.85 + 0.1 * min(1.0, warm, cold)
     short, long = cfg.val_windows if last else (stage.window_short, stage.window_long)
     return StepPlan(stage, index, {"short": short, "long": long}, lr, momentum, weights)
 
@@ -2279,7 +2268,7 @@ class Progress(NamedTuple):
     """How far a run is."""
 
     step: int = 0                # steps done
-    position: tuple = (0, 0)     # epoch and offset of the next unread token
+    position: tuple = (0, 0)     # epoch and offset of the next unread training token, for readers
     train_seconds: float = 0.0
     read: str = ""               # sha256 of the training tokens so far, see read_step; "": unknown
     val_sha256: str = ""         # of the validation tokens
@@ -2309,9 +2298,10 @@ def remove_leftovers(root):
     for folder in root.glob(f"*/checkpoint_*.{platform.node()}.*.tmp"):
         try:
             os.kill(int(folder.suffixes[-2][1:]), 0)
-        except OSError as error:
-            if isinstance(error, ProcessLookupError):  # else it lives, and is another user's
-                shutil.rmtree(folder, ignore_errors=True)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:  # it lives, and is another user's
+            pass
 
 
 def check_finite(tensors: dict, path):
@@ -2322,7 +2312,7 @@ def check_finite(tensors: dict, path):
 
 def read_checkpoint(path, tensors: bool = False):
     """Tensors, if wanted, and metadata: "config" and, but for an export, "progress". Raises UserError."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = Path(path).expanduser()
     try:
@@ -2331,9 +2321,8 @@ def read_checkpoint(path, tensors: bool = False):
             found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
         meta["config"] = config_from_json(meta["config"])
         if "progress" in meta:
-            step, position, *rest = meta["progress"]
-            meta["progress"] = Progress(step, tuple(position), *rest)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            meta["progress"] = Progress(*tuples(meta["progress"]))
+    except Exception as error:  # whatever the file holds
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:120]}"
         raise UserError(f"{path}: not a checkpoint of this script: {reason}") from None
     check_finite(found, path)
@@ -2392,27 +2381,27 @@ class Clock:
     """Training time in seconds: runs in steps and their data loading; `log_header` says when it doesn't."""
 
     def __init__(self, hardware, seconds: float):
-        self.hardware, self.seconds, self.since = hardware, seconds, None
+        self.hardware, self.seconds = hardware, seconds  # when it was paused last
 
     def resume(self):
         self.hardware.synchronize()
-        self.since = time.perf_counter()
+        self.zero = time.perf_counter() - self.seconds
 
     def pause(self):
-        """Stop, if it runs. Waits for the GPU: pausing in every step would slow training."""
+        """Waits for the GPU: pausing in every step would slow training."""
         self.hardware.synchronize()
-        self.seconds, self.since = self.read(), None
+        self.seconds = self.read()
 
     def read(self) -> float:
-        return self.seconds + (time.perf_counter() - self.since if self.since is not None else 0.0)
+        return time.perf_counter() - self.zero
 
 
 class Log:
     """log.txt and metrics.jsonl in a folder of their own, and the console; silent except on rank 0."""
 
     def __init__(self, cfg, world):
-        self.active, self.folder = world.rank == 0, None
-        if not self.active:
+        self.folder = None
+        if world.rank:
             return
         folder = log_root(cfg) / f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.track}-seed{cfg.seed}"
         try:
@@ -2428,13 +2417,13 @@ class Log:
         self.folder = folder
 
     def line(self, text: str, console: bool = True):
-        if self.active:
+        if self.folder:
             print(text, file=self.text)
             if console:
                 print(text, flush=True)
 
     def metric(self, **values):
-        if self.active:
+        if self.folder:
             print(json.dumps(values), file=self.metrics)
 
 
@@ -2449,8 +2438,9 @@ def machine(device) -> str:
     """Hashes of this rank's GPU and of the host's boot: times of others don't compare."""
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "none"
     boot = Path("/proc/sys/kernel/random/boot_id")
-    facts = gpu, boot.read_text() if boot.exists() else platform.node()
-    return "gpu:{} boot:{}".format(*(hashlib.sha256(fact.encode()).hexdigest()[:12] for fact in facts))
+    facts = {"gpu": gpu, "boot": boot.read_text() if boot.exists() else platform.node()}
+    return " ".join(f"{name}:{hashlib.sha256(fact.encode()).hexdigest()[:12]}"
+                    for name, fact in facts.items())
 
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
@@ -2472,7 +2462,7 @@ class StepLog:
 
     def __init__(self, log, clock, job):
         self.log, self.clock, self.job = log, clock, job
-        self.queued, self.before, self.stop = [], clock.read(), False
+        self.queued, self.before, self.stop = [], clock.seconds, False
 
     def add(self, step: int, report: dict, plan):
         """Queue the line of `step` (1, 2, ..) and print the one before it. report: see train_step."""
@@ -2504,7 +2494,7 @@ class StepLog:
         self.log.line(f"{line} train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms", console=False)
         self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
                         **speed, **report)
-        if self.log.active and step % max(cfg.val_every // 5, 1) == 0:
+        if self.log.folder and step % max(cfg.val_every // 5, 1) == 0:
             rates = [f"{name}:{value:,}" for name, value in speed.items()]
             print(line, *rates, f"eta:{now / step * (cfg.total_steps - step):.0f}s", flush=True)
         require(math.isfinite(loss), f"step {step}: the training loss is {loss}: lower the learning rates, "
@@ -2520,7 +2510,7 @@ def write_plot(folder) -> str:
         figure = Figure()
         axes = figure.subplots()
         for key in ("train_loss", "val_loss"):
-            points = [(row["step"], row[key]) for row in rows if key in row and row["step"]]
+            points = [(row["step"], row[key]) for row in rows if key in row]
             axes.plot(*zip(*points), label=key)
         axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
@@ -2530,18 +2520,14 @@ def write_plot(folder) -> str:
     return str(folder / "loss.png")
 
 
-def most_memory_first(plan) -> tuple:
-    """Sort key; 0 columns are all."""
-    return -plan.stage.batch_tokens, plan.stage.columns
-
-
 def warm_up(model, optimizer, val, world):
     """Run, and so compile, each kind of step and a validation chunk. Changes weights and optimizer state."""
     cfg, device, generator = model.cfg, model.embed.device, np.random.default_rng(0)
-    plans = map(partial(plan_step, cfg), range(cfg.total_steps))
+    plans = [plan_step(cfg, step) for step in range(cfg.total_steps)]
     kinds = {plan.kind: plan for plan in plans}
     rotary = build_rotary(cfg, val.positions, device)
-    for plan in sorted(kinds.values(), key=most_memory_first):
+    # Those that need most memory come first; 0 columns are all.
+    for plan in sorted(kinds.values(), key=lambda plan: (-plan.stage.batch_tokens, plan.stage.columns)):
         T, length = cfg.micro_tokens(plan.stage), min(512, plan.stage.max_doc)
         tokens = generator.integers(0, cfg.vocab_size, T + 1)
         tokens[::length] = cfg.bos
@@ -2632,7 +2618,7 @@ def set_up(cfg, hardware, world):
         require("progress" in meta, f"{cfg.resume}: an export, which can't be trained on: give a checkpoint")
         progress = meta["progress"]
         require(progress.step < cfg.total_steps, f"{cfg.resume}: is at step {progress.step}: nothing left")
-        check_continuation(cfg, shards, progress)
+        begin_stream(cfg, shards, progress)  # so that other tokens are refused before anything is compiled
     flags = vars(replace(cfg, data="", log_folder="", resume=""))  # paths may differ between hosts
     facts = {"train_gpt.py": source().split()[1], "checkpoint": progress, "training data": shards.sha256(),
              "validation data": val.sha256}
@@ -2658,7 +2644,8 @@ def train(cfg, job) -> bool:
     log = Log(cfg, job.world)
     log_header(log, job)
     clock = Clock(job.hardware, seconds)
-    loader = iter(Loader(cfg, job.world, job.shards, device, start, position, read))
+    stream = begin_stream(cfg, job.shards, job.progress)
+    next_batches = read_ahead(load_batches(stream, job.world, device, start))
     steps = StepLog(log, clock, job)
     rotary = build_rotary(cfg, job.val.positions, device)
     unsaved = ""
@@ -2671,7 +2658,8 @@ def train(cfg, job) -> bool:
             steps.flush()  # a GPU's report is read here at last
             if last:
                 optimizer.finish()
-            clock.pause()
+            if step > start:
+                clock.pause()
             check_ranks_agree({"training tokens": read}, job.world)
             if model.graphs:
                 model.graphs.release()  # what follows needs the memory
@@ -2691,12 +2679,12 @@ def train(cfg, job) -> bool:
                 log.line(f"first step {time.time() - STARTED:.1f} s after the start of this process")
             clock.resume()
         if not last:
-            batches, position, read = next(loader)  # waits only if the loader isn't ahead
+            batches, position, read = next_batches()  # waits only if the reader isn't ahead
             report = train_step(model, optimizer, batches, plan, rotary, step, job.asked.is_set())
             steps.add(step + 1, report, plan)
-    log.line(f"training tokens: sha256:{read}")
-    log.line(f"peak memory: {torch.cuda.max_memory_allocated() // 2**20} MiB")  # 0 without a GPU
-    if log.active:
+    memory = torch.cuda.max_memory_allocated() // 2**20  # 0 without a GPU
+    log.line(f"training tokens: sha256:{read}\npeak memory: {memory} MiB")
+    if log.folder:
         log.line(f"plot: {write_plot(log.folder)}\nlog: {log.folder / 'log.txt'}")
     require(not unsaved, f"{unsaved}; --resume=auto goes on from the one before")
     return steps.stop

@@ -18,7 +18,7 @@ from train_gpt import Config, UserError, World, choose_hardware, parse_config
 sys.path.insert(0, str(SCRIPT.parent / "records"))
 from runs import parse_log  # noqa: E402
 
-FLAGS = [field for field in dataclasses.fields(Config) if field.metadata]
+FLAGS = [field for field in dataclasses.fields(Config) if field.type is not tuple]
 
 
 @pytest.fixture
@@ -213,11 +213,16 @@ def test_help_says_what_each_of_at_most_60_flags_does(cli):
     assert (code, error) == (0, "")
     listed = re.findall(r"^  --(\w+)", out, re.M)
     assert listed == [field.name for field in FLAGS] and len(listed) <= 60
-    letters = "".join(out.split())
+    letters, source = "".join(out.split()), SCRIPT.read_text()
     for field in FLAGS:
+        line = rf"^    {field.name}: {field.type.__name__} = \S.*?  # (.{{10,}})$"
+        (comment,) = re.findall(line, source, re.M)
         default = getattr(train_gpt.TRACKS["tiny"], field.name)
-        assert len(field.metadata["help"]) > 10
-        assert "".join(f"{field.metadata['help']} [{default}]".split()) in letters
+        assert "".join(f"{comment} [{default}]".split()) in letters
+
+
+def test_limits_of_flags_are_of_fields_that_exist():
+    assert {*train_gpt.CHOICES, *train_gpt.LEAST} <= {field.name for field in FLAGS}
 
 
 def test_fields_that_are_no_flags_are_the_tables():

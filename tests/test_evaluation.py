@@ -1302,7 +1302,7 @@ def script(*argv, env=()):
 
 def test_script_takes_the_trainer_that_made_the_checkpoint(trained, cli, tmp_path):
     """One whose configuration has a field that this trainer's doesn't."""
-    own, field = tmp_path / "mine.py", '    track: str = flag("tiny",'
+    own, field = tmp_path / "mine.py", '    track: str = "tiny" '
     own.write_text(open(t.__file__).read().replace(field, f"    extra: int = 7\n{field}"))
     tensors, meta = t.read_checkpoint(str(trained[0]), tensors=True)
     path = tmp_path / "checkpoint.safetensors"

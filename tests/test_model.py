@@ -302,7 +302,7 @@ def first_windows(plan):
 GROWING = t.Stage(0.0, 64, 32, 4, 8, 1.0, ((1, 1), (1, 1))), t.Stage(0.5, 128, 48, 8, 16, 1.5)
 
 
-@mechanism("stages", Loader__batch={"step": 0}, backward_micro_batch={"plan": first_windows},
+@mechanism("stages", read_step={"step": 0}, backward_micro_batch={"plan": first_windows},
            plan_step={"step": 0})  # fmt: skip
 def test_batch_documents_windows_rate_and_targets_change_at_one_step():
     seen, windows = [], set()
@@ -316,7 +316,8 @@ def test_batch_documents_windows_rate_and_targets_change_at_one_step():
         cfg = replace(CFG, stages=GROWING, data=folder, micro_batches=2, cooldown=0.0)
         model = t.build_model(cfg, CPU)
         model.attention, optimizer = attention, t.Optimizer(model, t.optimizer_table(cfg), t.World())
-        loader = t.Loader(cfg, t.World(), t.Shards(t.find_shards(cfg, "train"), cfg), CPU.device)
+        stream = t.DocumentStream(t.Shards(t.find_shards(cfg, "train"), cfg), cfg)
+        loader = t.load_batches(stream, t.World(), CPU.device)
         for step, (batches, *_) in enumerate(loader):
             plan = t.plan_step(cfg, step)
             t.train_step(model, optimizer, batches, plan, build_rotary(cfg, 64), step)

@@ -1,9 +1,7 @@
 """Tests of the trainer's data: shards, document streams, batches of ranks, and what the schedule needs."""
 
 import hashlib
-import json
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +9,8 @@ import torch
 
 from small import BOS, SMALL, random_tokens, write_shard, write_split
 from train_gpt import (
-    DocumentStream, Loader, Shards, Stage, UserError, Validation, World, check_config,
-    check_supply, choose_columns, find_shards, pack, plan_step,
+    DocumentStream, Progress, Shards, Stage, UserError, Validation, World, begin_stream, check_config,
+    check_supply, choose_columns, find_shards, load_batches, pack, plan_step, read_ahead,
 )  # fmt: skip
 
 
@@ -59,7 +57,7 @@ def micro_batches(cfg, shards, world=World()):
     """[(tokens, starts of the pieces)] that a rank gets, and whether the data lasted for the schedule."""
     out, complete = [], True
     try:
-        for own, *_ in Loader(cfg, world, shards, torch.device("cpu")):
+        for own, *_ in load_batches(DocumentStream(shards, cfg), world, torch.device("cpu")):
             out += [plain(batch) for batch in own]
     except UserError as error:
         assert "training tokens" in str(error)
@@ -69,11 +67,11 @@ def micro_batches(cfg, shards, world=World()):
 
 @pytest.mark.parametrize("rest", ["skip", "keep"])
 def test_pack_gives_exactly_n_plus_one_tokens_of_documents_cut_at_the_maximum(tmp_path, rest):
-    cfg = data_config(document_rest=rest)
+    cfg = data_config(document_rest=rest, stages=(Stage(0, 2 * 64, 24, 8, 8, 1.0),))
     shards = shards_of(tmp_path, cfg, [random_tokens(np.random.default_rng(0), 6000)])
     stream = DocumentStream(shards, cfg)
     for _ in range(25):
-        tokens, starts = pack(stream, 64, 24)
+        tokens, starts = pack(stream, 0)
         assert len(tokens) == 65 and tokens.dtype == np.uint16
         assert starts[0] == 0 and starts[-1] < 64
         assert np.diff([*starts, 64]).max() <= 24
@@ -84,7 +82,7 @@ def test_pack_gives_exactly_n_plus_one_tokens_of_documents_cut_at_the_maximum(tm
 
 
 def next_piece(stream, limit):
-    return stream.shards.read(*stream.advance(limit)).tolist()
+    return stream.piece(limit).tolist()
 
 
 def test_a_document_cut_by_the_maximum_is_skipped_or_kept(tmp_path):
@@ -98,9 +96,9 @@ def test_a_document_cut_by_the_maximum_is_skipped_or_kept(tmp_path):
 
 
 def test_a_piece_that_begins_with_the_last_target_starts_no_document(tmp_path):
-    cfg = data_config()
+    cfg = data_config(stages=(Stage(0, 2 * 4, 8, 8, 8, 1.0),))
     stream = DocumentStream(shards_of(tmp_path, cfg, [np.array([BOS, 1, 2, 3, BOS, 1, 2, 3])]), cfg)
-    tokens, starts = pack(stream, 4, 8)
+    tokens, starts = pack(stream, 0)
     assert (tokens.tolist(), starts.tolist()) == ([BOS, 1, 2, 3, BOS], [0])
 
 
@@ -183,18 +181,20 @@ def test_a_world_that_does_not_divide_the_micro_batches_is_refused(tmp_path, siz
 
 
 @pytest.mark.parametrize("rest", ["skip", "keep"])
-def test_restart_from_a_saved_position_gives_the_same_continuation_at_every_step(tmp_path, rest):
+def test_restart_at_any_step_gives_the_same_continuation(tmp_path, rest):
     cfg = data_config(document_rest=rest, epochs=3)
     shards = shards_of(tmp_path, cfg, np.split(random_tokens(np.random.default_rng(3), 1500), [401, 777]))
     device = torch.device("cpu")
-    whole = list(Loader(cfg, World(), shards, device))
+    whole = list(load_batches(DocumentStream(shards, cfg), World(), device))
     assert len(whole) == 20 and whole[-1][1][0] >= 1
     for step in range(1, 20):
-        position, read = json.loads(json.dumps(whole[step - 1][1:]))
-        rest_of_run = list(Loader(cfg, World(), shards, device, step, tuple(position), read))
+        stream = begin_stream(cfg, shards, Progress(step, read=whole[step - 1][2]))
+        rest_of_run = list(load_batches(stream, World(), device, step))
         assert [rest for _, *rest in rest_of_run] == [rest for _, *rest in whole[step:]]
         for (found, *_), (expected, *_) in zip(rest_of_run, whole[step:]):
             assert list(map(plain, found)) == list(map(plain, expected))
+    with pytest.raises(UserError, match="other training tokens"):
+        begin_stream(cfg, shards, Progress(2, read=whole[2][2]))
 
 
 def test_columns_hold_all_targets_and_walk_through_the_vocabulary_the_same_at_every_world_size(tmp_path):
@@ -202,8 +202,7 @@ def test_columns_hold_all_targets_and_walk_through_the_vocabulary_the_same_at_ev
     stages = tuple(stage._replace(columns=64) for stage in data_config().stages)
     cfg, device = data_config(stages=stages, epochs=3), torch.device("cpu")
     shards = shards_of(tmp_path, cfg, [random_tokens(np.random.default_rng(3), 1500)])
-    loader = Loader(cfg, World(), shards, device)
-    batches, positions, _ = zip(*loader)
+    batches, *_ = zip(*load_batches(DocumentStream(shards, cfg), World(), device))
     whole = [batch for own in batches for batch in own]
     for turn, batch in enumerate(whole):
         columns, targets = batch.columns.tolist(), set(batch.tokens[1:].tolist())
@@ -211,10 +210,10 @@ def test_columns_hold_all_targets_and_walk_through_the_vocabulary_the_same_at_ev
         others = [token for token in (np.arange(384) + 20_011 * turn) % 384 if token not in targets]
         assert columns == [*sorted(targets, reverse=True), *others[: 64 - len(targets)]]
     assert {token for batch in whole[:10] for token in batch.columns.tolist()} == set(range(384))
-    rests = [(Loader(cfg, World(rank, 2), shards, device), whole[rank::2]) for rank in range(2)]
-    rests += [(Loader(cfg, World(), shards, device, 7, positions[6]), whole[14:])]
-    for loader, expected in rests:
-        found = [batch for own, *_ in loader for batch in own]
+    cases = [(World(rank, 2), 0, whole[rank::2]) for rank in range(2)] + [(World(), 7, whole[14:])]
+    for world, first, expected in cases:
+        stream = begin_stream(cfg, shards, Progress(first))
+        found = [batch for own, *_ in load_batches(stream, world, device, first) for batch in own]
         for batch, other in zip(found, expected, strict=True):
             assert torch.equal(batch.tokens, other.tokens) and torch.equal(batch.columns, other.columns)
 
@@ -238,7 +237,7 @@ def test_each_epoch_reads_the_same_pieces_again(tmp_path):
     with pytest.raises(UserError, match="3 epochs"):
         while True:
             piece = next_piece(stream, 24)
-            epochs.setdefault(stream.position[0], []).append(piece)
+            epochs.setdefault(stream.epoch, []).append(piece)
     assert list(epochs) == [0, 1, 2] and epochs[0] == epochs[1] == epochs[2]
 
 
@@ -270,20 +269,38 @@ def test_too_few_tokens_names_document_rest_where_tokens_were_skipped(tmp_path, 
     stream = DocumentStream(shards_of(tmp_path, cfg, [np.tile([BOS, *[1] * length], 3)]), cfg)
     with pytest.raises(UserError, match="1 epochs") as caught:
         while True:
-            stream.advance(24)
+            stream.piece(24)
     assert ("--document_rest=keep: 531 tokens" in str(caught.value)) == told
 
 
-def test_error_in_the_loaders_thread_reaches_the_consumer(tmp_path):
+def test_reader_keeps_the_order_and_is_three_items_ahead_at_most():
+    made = []
+
+    def items():
+        for i in range(8):
+            made.append(i)
+            yield i
+
+    take, taken = read_ahead(items()), []
+    for i in range(8):
+        taken.append(take())
+        assert len(made) <= i + 4
+    assert taken == made == list(range(8))
+    with pytest.raises(StopIteration):
+        take()
+
+
+def test_error_in_the_readers_thread_reaches_the_consumer(tmp_path):
     cfg = data_config()
     tokens = random_tokens(np.random.default_rng(5), 900)
     first, second = write_split(tmp_path, "train", [tokens, tokens])
     second.write_bytes(b"")
-    loader = Loader(cfg, World(), Shards([first, second], cfg), torch.device("cpu"))
-    loader.queue.get = partial(loader.queue.get, timeout=100)  # rather than to wait for ever
+    stream = DocumentStream(Shards([first, second], cfg), cfg)
+    take = read_ahead(load_batches(stream, World(), torch.device("cpu")))
     got = 0
     with pytest.raises(UserError, match=second.name):
-        for _ in loader:
+        while True:
+            take()
             got += 1
     assert got > 2
 
@@ -334,7 +351,7 @@ def test_shards_are_memory_maps_opened_when_they_are_needed(tmp_path):
     assert isinstance(shards[0][0], np.memmap) and not shards[0][0].flags.writeable
     for path in shards.paths:
         path.unlink()
-    assert shards.read(0, 600).tolist() == tokens[:600].tolist()  # what is mapped stays
+    assert shards[0][0].tolist() == tokens.tolist()  # what is mapped stays
 
 
 def mutated(rng, data, within):
@@ -422,15 +439,3 @@ def test_bytes_of_the_validation_text_are_those_of_its_targets(tmp_path):
     np.save(tmp_path / "token_bytes.npy", sizes[:-1])
     with pytest.raises(UserError, match="token_bytes.npy.* 257"):
         Validation.load(cfg)
-
-
-@pytest.mark.parametrize("offset, fits", [(2, True), (4, True), (5, True), (6, False), (10**9, False)])
-def test_position_beyond_the_shards_is_refused(tmp_path, offset, fits):
-    shards = shards_of(tmp_path, SMALL, [np.array([BOS, 1, 2]), np.array([BOS, 3])])
-    begin = partial(DocumentStream, shards, replace(SMALL, epochs=2))
-    if fits:
-        span = begin((0, offset)).advance(1)
-        assert span == ((0, 1) if offset == 5 else (offset, offset + 1))  # or the next epoch's first
-    else:
-        with pytest.raises(UserError, match=f"{offset:,}.* 5"):
-            begin((0, offset))

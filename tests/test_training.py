@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from small import BOS, CPU, SMALL, final_windows, random_tokens, train_gpt, write_corpus
 from train_gpt import (
-    TRACKS, GPT, Loader, Optimizer, Progress, UserError, Validation, World, build_rotary, cap,
+    TRACKS, GPT, Optimizer, Progress, UserError, Validation, World, build_rotary, cap,
     optimizer_table, plan_step, read_checkpoint,
 )  # fmt: skip
 from training import STEP_SAVERS, Runs, assert_equal, fork_ranks, metrics_of, randomise, run_main, weights_of
@@ -414,7 +414,8 @@ def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(runs, g
     """Each of 64 tokens: 63 documents are fewer than 64 and their end."""
     counts = iter([1, 63, 64, 2])
 
-    def pack_letters(stream, tokens, max_doc):
+    def pack_letters(stream, step):
+        tokens = SMALL.micro_tokens(plan_step(stream.cfg, step).stage)
         starts = np.arange(next(counts, 3))
         letters = np.full(tokens + 1, 97, np.uint16)
         letters[starts] = BOS
@@ -433,7 +434,8 @@ def test_micro_batch_with_more_documents_than_a_graph_holds_runs_plainly(runs, g
 def test_micro_batch_with_more_targets_than_columns_has_all_and_no_graph(runs, graphs, monkeypatch):
     """If all have, the stage's columns change nothing."""
 
-    def pack_letters(stream, tokens, max_doc):
+    def pack_letters(stream, step):
+        tokens = SMALL.micro_tokens(plan_step(stream.cfg, step).stage)
         letters = 97 + np.arange(tokens + 1, dtype=np.uint16) % next(counts)
         letters[0] = BOS
         return letters, np.zeros(1, np.int64)
@@ -494,14 +496,18 @@ TIMED = {(train_gpt, "train_step"): 100, (train_gpt, "backward_micro_batch"): 1,
 
 def test_clock_runs_in_training_and_only_there(runs, monkeypatch):
     """What is slow shows in a digit of its own, where it is timed: 1 of 4 micro-batches as 4."""
-    time, iterate = Time(monkeypatch), Loader.__iter__
+    time, read_ahead = Time(monkeypatch), train_gpt.read_ahead
 
-    def slow_iterate(loader):
-        for item in iterate(loader):
+    def slow_read_ahead(batches):
+        take = read_ahead(batches)
+
+        def slow_take():
             time.now += 1000
-            yield item
+            return take()
 
-    monkeypatch.setattr(Loader, "__iter__", slow_iterate)
+        return slow_take
+
+    monkeypatch.setattr(train_gpt, "read_ahead", slow_read_ahead)
     for owner, name in UNTIMED:
         time.slow(owner, name, 1e6)
     for (owner, name), seconds in TIMED.items():
