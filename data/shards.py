@@ -313,6 +313,11 @@ def make_manifest(name, tokenizer, vocab_size, bos, writers, source):
 # --------------------------------------------------------------- command line
 
 
+def user_path(text):
+    """Returns the path that a user wrote. Shells leave the ~ of --out=~/x to the program."""
+    return Path(os.path.expanduser(text))
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 

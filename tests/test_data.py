@@ -557,6 +557,12 @@ def test_tokenize_parquet(tmp_path):
     run_script("tokenize_text.py", *arguments, "--field", "body")
     assert sorted(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == sorted(TEXTS)
     assert "'text'" in error_of("tokenize_text.py", *arguments, "--force")
+    parquet.write_table(pyarrow.table({"body": [*TEXTS, None]}), tmp_path / "x.parquet")
+    stdout, _ = run_script("tokenize_text.py", *arguments, "--field", "body", "--force")
+    assert "skipped 1 rows without text in 'body' (x.parquet: 1)" in stdout
+    assert len(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == len(TEXTS)
+    parquet.write_table(pyarrow.table({"body": pyarrow.array([None] * 3, "string")}), tmp_path / "x.parquet")
+    assert "none of 3 rows has text" in error_of("tokenize_text.py", *arguments, "--field", "body", "--force")
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     assert "x.parquet" in error_of("tokenize_text.py", *arguments, "--force")
 
@@ -856,3 +862,14 @@ def test_help_and_unknown_flags(script, arguments, tmp_path):
     stdout, stderr = run_script(script, "--help", cwd=tmp_path)
     assert stdout.startswith(f"usage: {script}") and not stderr
     assert "--nonsense" in error_of(script, *arguments, "--nonsense", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("script, arguments", [
+    ("sample.py", ["--out=~/out"]), ("fineweb.py", ["--out=~/out"]),
+    ("tokenize_text.py", ["~/in.txt", "--out=~/out"]),
+    ("token_tables.py", ["~/out", "--tokenizer=~/tiny.tiktoken"])])
+def test_a_tilde_is_the_home_folder(script, arguments, tmp_path, rank_file):
+    """Each names the folder in refusing its shard, which is another data set's and has no document."""
+    (tmp_path / "out").mkdir()
+    shards.write_shard(tmp_path / "out" / "mine_train_000000.bin", [1])
+    assert f"{tmp_path}/out" in error_of(script, *arguments, cwd="/", HOME=str(tmp_path))
