@@ -47,6 +47,19 @@ from runs import (
 RECORDS = Path(__file__).resolve().parent
 ROOT = RECORDS.parent
 FORMAT = 2  # from 2 on, log folders name the registration, and logs the machine
+FORMAT_1 = {  # the records that had been kept before: sha256 of all that record.json says
+    "2dd850cd9d609a8decfc4ab5ac1fd6830332b8568d2a2b6be34750affb145d37",  # 2026-11-23_december
+    "9fa0220d9a8bb53e8d4badae2ef4ba32529e73225e72050742d55c0fe3aeea40",  # 2026-11-23_december_again
+    "fa9cf5bbbfa4f44dd8523d6fd43d78e7503fb5bca0c478ac6b19af2e9689b33f",  # 2026-11-23_eleven_techniques
+    "26e354db4b38316f39fb851e91082989c46e4da30c31a5e25f80927a98cc58f2",  # 2026-11-23_fewer_passes
+    "a79158b4d33249e7ab4f3493c998945405e08e3ec37319d6391005e0c96943ce",  # 2026-11-23_plain
+    "64752e3d076fd8c5a59bab73f4573a0f5f9f7829233d88f9a82e89ee1432731c",  # 2026-11-23_without_bigrams
+    "1738277ade4cc22aa634bea2c8fec9f61995528c184704b6a74966d4e3b2e60a",  # 2026-11-23_without_drawn_output
+    "3063a575e50c7ffc662500be33fea068189e93e965c83d713525ceb8de687171",  # 2026-11-23_without_muon_pairs
+    "6af8706fe1faac529ee27249dcec6e4cab1a7776b99e5cf791af1fd4d9a75952",  # 2026-11-23_without_prefixes
+    "ede0ab0de96b275ad8acf8f8a9e28391364c9ee6445ef5ac6c10a2a809d3bf38",  # 2026-11-23_without_tied_head
+    "056bbd221542aa11fdc1a09664203101321b83f5e5bfc71e58b8525ea077325b",  # 2026-11-22_baseline
+}
 MARKER = "<!-- evidence: record.py generates everything below from the logs -->"
 
 
@@ -82,8 +95,7 @@ def registration(record: dict) -> str:
 
 def work_folder(record: dict, seed: int) -> str:
     """The folder that a run's log is written in first. The log names it, and so the registration."""
-    mark = f"{registration(record)[:12]}_" * (record["format"] > 1)
-    return f".run_{mark}seed{seed}"
+    return f".run_{registration(record)[:12]}_seed{seed}"
 
 
 def load_record(folder: Path) -> dict:
@@ -219,9 +231,10 @@ def check_starts(folder: Path, record: dict, rows: list[dict], runs: list[Run]):
         after = run.began - moment(row["started"])
         demand(run.path, "stamp of its folder", run.folder[:15], -1 <= after <= run.launch + 60,
                f"one soon after {row['started']}")
-        expect(run.path, "config.log_folder", run.config["log_folder"].rpartition("/")[2],
-               work_folder(record, row["seed"]))
-        demand(run.path, "machine", "none", record["format"] == 1 or "machine" in run.header, "a line of it")
+        if record["format"] > 1:
+            expect(run.path, "config.log_folder", run.config["log_folder"].rpartition("/")[2],
+                   work_folder(record, row["seed"]))
+            demand(run.path, "machine", "none", "machine" in run.header, "a line of it")
     for before, after in itertools.pairwise(runs):
         demand(after.path, "start", after.folder[:15],
                after.began >= before.began and not overlap(before, after),
@@ -243,8 +256,7 @@ def check_config(folder: Path, record: dict, run: Run):
     try:
         made = config_of(folder / "train_gpt.py", track, flags)
     except UserError as error:
-        print(f"{folder}: configuration not compared with the frozen script's: {error}")
-        return
+        raise Mismatch(str(error)) from None
     if plan["gpus"] > 1:
         elsewhere = elsewhere | {"micro_batches"}  # at least one each
     for name in sorted((made.keys() | run.config.keys()) - elsewhere):
@@ -308,7 +320,9 @@ def verify(folder: Path, readme: bool = True) -> dict:
         plan = record["plan"]
         links = [path.name for path in [folder, *folder.rglob("*")] if path.is_symlink()]
         expect(folder, "symbolic links", links, [])
-        expect(place, "known format", record["format"] in (1, FORMAT), True)
+        demand(place, "format", record["format"],
+               record["format"] == FORMAT or (record["format"] == 1 and record["sha256"] in FORMAT_1),
+               f"{FORMAT}: format 1 is left to the records that had it")
         if folder.resolve().parent.name.startswith("track_"):
             expect(folder, "place", "/".join(folder.resolve().parts[-2:]),
                    f"{TRACKS[record['track']].folder}/{record['date']}_{record['name']}")
@@ -443,7 +457,8 @@ def config_of(script: Path, track: str, flags: list[str] = ()) -> dict:
                          capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
     if run.returncode:
         reason = (run.stderr.strip() or "no reason given").splitlines()[-1]
-        raise UserError(f"{script}: refuses its flags: {reason.removeprefix('train_gpt.UserError: ')}")
+        raise UserError(f"{script}: can't be loaded, or refuses its flags: "
+                        f"{reason.removeprefix('train_gpt.UserError: ')}")
     return json.loads(run.stdout.splitlines()[-1])
 
 

@@ -444,6 +444,22 @@ def claim(folder):
     (folder / "README.md").write_text("It trains in 0.31 s.\n\n" + (folder / "README.md").read_text())
 
 
+def change_plan(folder, **changes):
+    """Registers the runs anew: their logs name the plan's sha256."""
+    stored = json.loads((folder / "record.json").read_text())
+    before = record.registration(stored)[:12]
+    stored["plan"] |= changes
+    (folder / "record.json").write_text(record.dump(stored))
+    in_logs(before, record.registration(stored)[:12])(folder)
+
+
+def unloadable(folder):
+    script, before = folder / "train_gpt.py", record.sha256((folder / "train_gpt.py").read_text())
+    script.write_text("import a_module_that_nobody_has\n")
+    change_plan(folder, source_sha256=record.sha256(script.read_text()))
+    in_logs(before, record.sha256(script.read_text()))(folder)
+
+
 def other_loss(match):
     return f"{match[1]}{float(match[2]) - 0.1:.4f}"
 
@@ -471,6 +487,8 @@ FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify 
     "no machine": (in_logs("machine: .*\n", ""), "machine"),
     "data without a hash": (in_logs("(data: text shards:9) sha256:.*", r"\1"), "data"),
     "a step back": (in_logs(r"(step:8/24 .*train_time:).*", r"\g<1>1ms step_avg:0.12ms"), "train_time"),
+    "the older format": (in_record(lambda row: row.update(format=1)), "format: found 1"),
+    "a script that nobody can load": (unloadable, "train_gpt.py: can't be loaded.*a_module_that_nobody_has"),
     "two headers": (in_logs("(config .*\n)", r"\1\1"), "one header"),
 }  # fmt: skip
 
