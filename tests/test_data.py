@@ -107,13 +107,14 @@ def test_random_headers_are_refused(tmp_path):
         values[:2] = np.where(random.random(2) < 0.5, (20240520, 1), values[:2])
         path.write_bytes(values.tobytes()[: random.integers(0, 1025)] + BODY)
         with pytest.raises(ValueError):
-            shards.check_shard(path)
+            shards.check_shard(path, vocab_size=257, bos=256)
 
 
-@pytest.mark.parametrize("tokens", [[], [-1], [65536], [[1, 2]]])
+@pytest.mark.parametrize("tokens", [[], [-1], [65536], [[1, 2]], np.broadcast_to(1, 2**31)],
+                         ids=["none", "negative", "17 bits", "rows", "2**31"])
 def test_tokens_that_do_not_fit_are_not_written(tmp_path, tokens):
     with pytest.raises(ValueError, match="x_train"):
-        shards.write_shard(tmp_path / "x_train_000000.bin", np.array(tokens, np.int64))
+        shards.write_shard(tmp_path / "x_train_000000.bin", np.asarray(tokens, np.int64))
     assert not os.listdir(tmp_path)
 
 
@@ -190,6 +191,9 @@ def test_manifest_finds_a_flipped_bit(tmp_path):
     content[-2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="flip_train_000000.bin.*sha256"):
+        shards.check_folder(tmp_path)
+    shards.write_manifest(tmp_path, manifest | {"vocab_size": 256})
+    with pytest.raises(ValueError, match="token 256 found"):
         shards.check_folder(tmp_path)
 
 
@@ -518,6 +522,8 @@ MISTAKES = {
     "bad processes": (["good.jsonl", "--processes", "0"], "--processes"),
     "bad name": (["good.jsonl", "--name", "a/b"], "--name"),
     "unknown flag": (["good.jsonl", "--nonsense"], "--nonsense"),
+    "one token a shard": (["good.jsonl", "--shard-tokens", "1"], "--shard-tokens must be from 2"),
+    "more than a header counts": (["good.jsonl", "--shard-tokens", str(2**31)], "--shard-tokens must be"),
     "shards too small": (["good.jsonl", "--shard-tokens", "10"], "larger shards"),
 }
 
@@ -537,6 +543,22 @@ def test_tokenize_mistakes_are_one_line(tmp_path, mistake):
                     cwd=tmp_path)
     assert expected in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_dies_is_said(monkeypatch):
+    import tokenize_text
+
+    monkeypatch.setattr(tokenize_text, "start_worker", os._exit)
+    encoded = tokenize_text.encode_all([(b"text", b"digest")], "bytes", load_tokenizer("bytes"), 2)
+    with pytest.raises(ValueError, match="a tokenizing process died"):
+        list(encoded)
+
+
+def test_shards_of_another_name_that_came_meanwhile_are_kept(tmp_path):
+    shards.write_shard(tmp_path / "mine_train_000000.bin", [256, 1])
+    with pytest.raises(ValueError, match="another data set"):
+        shards.publish(tmp_path / "stage", tmp_path, {"name": "text"})
+    assert os.listdir(tmp_path) == ["mine_train_000000.bin"]
 
 
 def test_tokenize_parquet_without_pyarrow(tmp_path):
