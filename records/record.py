@@ -95,8 +95,6 @@ def work_folder(record: dict, seed: int) -> str:
 
 def load_record(folder: Path) -> dict:
     """record.json of a folder. Raises UserError if there is none."""
-    if not (folder / "record.json").is_file():
-        raise UserError(f"{folder}: found no record.json in it: give the folder of a record")
     return read_json(read(folder / "record.json"), folder / "record.json")
 
 
@@ -561,7 +559,7 @@ def import_logs(options, flags):
 
 
 def race(options, flags):
-    """Two records whose runs alternate, so that a machine's drift meets both, and their comparison.
+    """Makes two records whose runs alternate, so that a machine's drift meets both, and compares them.
 
     With two numbers of runs, A's and B's, those that one has more come last.
     """
@@ -626,8 +624,9 @@ def find_paths(options, plan: dict) -> list[str]:
 def reproduce(options, flags):
     """Runs one seed of a record again and judges it.
 
-    Reproduced means: same script, configuration, data and validation tokens, and a loss that expected_loss
-    allows. Versions and hardware may differ, and are printed. Raises Mismatch if it isn't.
+    Reproduced means: same script, configuration, data and validation tokens, and a loss within the 99 %
+    prediction interval of the record's, or on tiny near the same seed's. Versions and hardware may differ,
+    and are printed.
     """
     record = verify(options.folder)
     old = parse_log(options.folder / record["runs"][0]["log"])
@@ -781,6 +780,7 @@ def comparison(a: Group, b: Group, threshold: float | None = None, slope: float 
 
 
 def compare(options, flags):
+    """Says whether B is better than the baseline A: final loss, training time, and both in seconds."""
     slope = options.seconds_per_loss
     if slope is not None and not 0 < slope < 1e6:
         raise UserError(f"--seconds_per_loss={slope}: expected a number above 0 and below a million")
@@ -790,6 +790,7 @@ def compare(options, flags):
 
 
 def plan(options, flags):
+    """Says how many runs a p-value below 0.01 takes."""
     spread, origin = options.sd, "given"
     if options.source:
         group = load_group(options.source)
@@ -827,7 +828,7 @@ def only_registered(folder: Path) -> str:
 
 
 def verify_all(options, flags):
-    """Each folder, then what they say of each other, and the tables beside them if all are verified."""
+    """Checks each folder (all records if none is given), what they say of each other, and the tables."""
     known = all_records(options.records)
     folders = options.folders or known
     seen, verified = {}, []
@@ -974,6 +975,7 @@ def draw_lambdas(runs: list[Run], path: Path):
 
 
 def plot(options, flags):
+    """Draws the losses of records or logs into one picture."""
     groups = [load_group(path) for path in options.folders]
     names = [f"{g.name} ({i})" if [h.name for h in groups].count(g.name) > 1 else g.name
              for i, g in enumerate(groups)]
@@ -998,39 +1000,47 @@ def one_or_two(text: str) -> list[int]:
     return numbers
 
 
+HELP = {
+    "runs": "how many; of race also A's and B's, as 3,5", "gpus": "of each run (1)",
+    "script": "to freeze (train_gpt.py of this repository)", "records": "where the tracks' folders are",
+    "commit": "commit the registration before the first run", "margin": "true distance to the target, nats",
+    "sd": "of the losses from run to run (modded-nanogpt's)", "from": "take the sd of this record or logs",
+    "threshold": "nats by which B shall be lower", "seconds_per_loss": "instead of the end of A's curve",
+    "data": "folder of shards, where the record's is missing", "seed": "to repeat (the record's first)",
+    "tokenizer": "FILE.tiktoken, where the record's is missing", "target": "loss to draw a line at",
+}  # fmt: skip
+
+
 def parser() -> Parser:
     top = Parser("record.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(name: str, function, *positional: str, **flags):
+    def command(name: str, function, *positional: str, needs=(), **flags):
         """Positional arguments are name or name:nargs. A flag has a type, or is a path with this default."""
-        sub = commands.add_parser(name)
+        sub = commands.add_parser(name, description=function.__doc__)
         sub.set_defaults(run=function)
         for argument in positional:
             dest, _, nargs = argument.partition(":")
             sub.add_argument(dest, type=str if dest == "name" else user_path, nargs=nargs or None)
         for flag, kind in flags.items():
-            has_type = callable(kind)
-            sub.add_argument(f"--{flag}", default=None if has_type else kind,
-                             type=kind if has_type else user_path)
+            given = {"type": kind} if callable(kind) else {"type": user_path, "default": kind}
+            sub.add_argument(f"--{flag}", help=HELP.get(flag), required=flag in needs, **given)
         return sub
 
-    sub = command("new", new, "name", script=user_path, gpus=at_least_one, records=RECORDS)
+    path = os.path.expanduser  # or the name of a tokenizer
+    sub = command("new", new, "name", runs=at_least_one, gpus=at_least_one, script=user_path, records=RECORDS,
+                  needs=["runs"])
     sub.add_argument("--track", choices=TRACKS, required=True)
-    sub.add_argument("--runs", type=at_least_one, required=True)
-    sub.add_argument("--commit", action="store_true")
-    sub = command("race", race, "a", "b", gpus=at_least_one, out=user_path)
+    sub.add_argument("--commit", action="store_true", help=HELP["commit"])
+    sub = command("race", race, "a", "b", runs=one_or_two, gpus=at_least_one, out=user_path, needs=["runs"])
     sub.add_argument("--track", choices=TRACKS, default="race300")
-    sub.add_argument("--runs", type=one_or_two, required=True)
-    sub = command("plan", plan, sd=float)
-    sub.add_argument("--margin", type=float, required=True)
-    sub.add_argument("--from", type=user_path, dest="source")
+    sub = command("plan", plan, margin=float, sd=float, needs=["margin"])
+    sub.add_argument("--from", type=user_path, dest="source", help=HELP["from"])
     command("import", import_logs, "logs:+", "name", records=RECORDS)
     command("verify", verify_all, "folders:*", records=RECORDS)
     command("refresh", refresh, "folders:+")
     command("compare", compare, "a", "b", threshold=float, seconds_per_loss=float)
     command("keep", keep, "folder", "name", records=RECORDS)
-    path = os.path.expanduser  # or the name of a tokenizer
     command("reproduce", reproduce, "folder", data=path, tokenizer=path, seed=int, gpus=at_least_one)
     command("table", table, file=RECORDS / "README.md", records=RECORDS)
     command("plot", plot, "folders:+", out=Path("plot.png"), target=float)

@@ -454,13 +454,13 @@ def claim(folder):
     (folder / "README.md").write_text("It trains in 0.31 s.\n\n" + (folder / "README.md").read_text())
 
 
-def change_plan(folder, **changes):
+def change_plan(folder, seeds=(0, 1, 2), **changes):
     """Registers the runs anew: their logs name the plan's sha256."""
     stored = json.loads((folder / "record.json").read_text())
     before = record.registration(stored)[:12]
     stored["plan"] |= changes
     (folder / "record.json").write_text(record.dump(stored))
-    in_logs(before, record.registration(stored)[:12])(folder)
+    in_logs(before, record.registration(stored)[:12], seeds)(folder)
 
 
 def at_once(folder):
@@ -503,6 +503,7 @@ FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify 
     "a start in Arabic digits": (in_record(lambda row: row["runs"][1].update(
         started=row["runs"][1]["started"].replace("0", "\u0660"))), "isn't ASCII"),
     "runs at once": (at_once, "start: found .*one after the 0 s of seed0.txt"),
+    "a row left out": (in_record(lambda row: row["runs"].pop()), "seeds of the runs"),
     "another plan": (in_record(lambda row: row["plan"].update(flags=["--smear=off"])), "config.log_folder"),
     "another configuration": (in_logs('"muon_lr": 0.03', '"muon_lr": 0.04'), "config.muon_lr"),
     "unregistered setting": (in_logs('"save_every": -1', '"save_every": -1, "trick": 1'), "config.trick"),
@@ -623,14 +624,14 @@ def test_new_goes_on_where_it_stopped(made, tmp_path, monkeypatch):
     first = (folder / "seed0.txt").stat()
     assert "1 of 3 runs done\nrecords verified: 0" in cli("verify", folder).out
     monkeypatch.delenv("FAIL")
-    monkeypatch.setenv("STOP", "2")
+    monkeypatch.setenv("STOP", "1")
     result = start(made, tmp_path)
     assert result.code == 1 and "order of step lines" in result.err
-    assert (folder / "seed2.txt").exists()
+    assert (folder / "seed1.txt").exists() and not (folder / "seed2.txt").exists()
     monkeypatch.delenv("STOP")
     assert start(made, tmp_path).code == 0
     stored = verify(folder)
-    assert [row["attempts"] for row in stored["runs"]] == [1, 2, 2]
+    assert [row["attempts"] for row in stored["runs"]] == [1, 3, 1]
     assert (folder / "seed0.txt").stat().st_mtime_ns == first.st_mtime_ns
     before = (folder / "record.json").read_bytes()
     assert start(made, tmp_path).code == 0  # nothing left to do
@@ -695,6 +696,8 @@ def test_imported_logs_are_marked(made, tmp_path, monkeypatch):
         with pytest.raises(Mismatch, match=f"late: {reason}: found|place: found"):
             record.check_logs(folder, record.load_record(folder), stored["runs"])
         (folder / "record.json").write_text(text)
+    change_plan(folder, [], runs=3)
+    assert "number of seeds: found 2, expected 3" in cli("verify", folder).err
     again = cli("import", *logs, "late", "--records", tmp_path / "records")
     assert again.code == 2 and "is there already" in again.err
     (logs[0] / "train_gpt.py").write_text("pass")
