@@ -260,15 +260,16 @@ def without_names(value):
 def check_author(folder: Path, record: dict, text: str):
     """Raises Mismatch if the author's text names a training time that is no record's.
 
-    A time is a number of seconds of at least half of this record's; a sign makes it a difference.
+    A time is one of at least half of this record's; a sign makes it a difference.
     """
     others = [other for other in map(load_record, all_records(RECORDS)) if "results" in other]
     own, *means = (statistics_of(each, "seconds")[0] for each in (record, *others))
     means += [own, *(row["seconds"] for row in record["runs"])]
-    for claim in re.findall(r"(?<![-+.\w])(\d+(?:\.\d+)?) ?(?:s|seconds)\b(?!\s+per\b)", text, re.ASCII):
-        digits = len(claim.partition(".")[2])
-        demand(folder / "README.md", "training time", f"{claim} s",
-               float(claim) < own / 2 or claim in {f"{mean:.{digits}f}" for mean in means},
+    claims = r"(?<![-+.\w])(\d+(?:\.\d+)?) ?(m)?(?:s|seconds|(min|minutes))\b(?!\s+per\b)"
+    for claim, thousandth, minutes in re.findall(claims, text, re.ASCII):
+        digits, unit = len(claim.partition(".")[2]), 60 if minutes else 1e-3 if thousandth else 1
+        demand(folder / "README.md", "training time", f"{float(claim) * unit:.6g} s",
+               float(claim) * unit < own / 2 or claim in {f"{mean / unit:.{digits}f}" for mean in means},
                f"a record's, as this one's {own:.2f} s")
 
 
@@ -287,9 +288,10 @@ def check_pictures(folder: Path, record: dict, runs: list[Run]):
         for name, draw in pictures_of(record, runs).items():
             draw(Path(place, name))
             with Image.open(folder / name) as found, Image.open(Path(place, name)) as drawn:
-                if found.info.get("Software") != drawn.info["Software"]:
-                    print(f"{folder / name}: not compared: by {found.info.get('Software')}, here is "
-                          f"{drawn.info['Software']}")
+                by = str(found.info.get("Software"))
+                demand(folder / name, "picture by", by, by.startswith("Matplotlib version"), "matplotlib")
+                if by != drawn.info["Software"]:
+                    print(f"{folder / name}: not compared: by {by}, here is {drawn.info['Software']}")
                     continue
                 pixels = [np.asarray(picture.convert("L"), float) for picture in (found, drawn)]
             same = pixels[0].shape == pixels[1].shape and (abs(pixels[0] - pixels[1]) > 25).mean() < 1e-4
@@ -319,6 +321,9 @@ def verify(folder: Path, readme: bool = True) -> dict:
         logs = sorted(path.name for path in folder.glob("*.txt"))
         expect(folder, "logs", logs, sorted(f"seed{seed}.txt" for seed in plan["seeds"]))
         runs = check_logs(folder, record, record["runs"])
+        known = {"README.md", "record.json", "train_gpt.py", *logs, *pictures_of(record, runs)}
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        expect(folder, "other files", sorted(files - known), [])
         rebuilt = complete(record, runs)
         expect_text(place, read(place), dump(rebuilt))
         if readme:

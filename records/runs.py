@@ -199,9 +199,16 @@ def parse_log(path: Path) -> Run:
     return Run(path, sha256(text), named, header, config, steps, validations, folder, launch)
 
 
+def named_once(pairs: list) -> dict:
+    """Of JSON's names and values. Raises ValueError: readers differ in which of two they take."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a name twice in {[name for name, _ in pairs]}")
+    return dict(pairs)
+
+
 def read_json(text: str, path: Path):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=named_once)
     except ValueError as error:
         raise Mismatch(f"{path}: not JSON: {error}") from None
 

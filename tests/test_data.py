@@ -507,7 +507,7 @@ def test_unreadable_text_is_refused_with_advice(tmp_path, kind):
 
 
 MISTAKES = {
-    "no file": (["missing.txt"], "missing.txt"),
+    "no file": (["missing.txt"], "missing.txt: no such file"),
     "empty folder": (["folder"], "no .txt"),
     "empty file": (["empty.txt"], "no text"),
     "not UTF-8": (["latin.txt"], "latin.txt"),
@@ -518,7 +518,9 @@ MISTAKES = {
     "bad rank file": (["good.jsonl", "--tokenizer", "bad.tiktoken"], "line 1"),
     "missing rank file": (["good.jsonl", "--tokenizer", "none.tiktoken"], "none.tiktoken"),
     "incomplete rank file": (["good.jsonl", "--tokenizer", "few.tiktoken"], "256 bytes"),
-    "bad fraction": (["good.jsonl", "--val-fraction", "2"], "--val-fraction"),
+    "fraction above 1": (["good.jsonl", "--val-fraction", "2"], "--val-fraction must be"),
+    "fraction below 0": (["good.jsonl", "--val-fraction=-.1"], "--val-fraction must be"),
+    "all for validation": (["one.txt", "--val-fraction=.999999"], "0 training and 1 validation"),
     "bad processes": (["good.jsonl", "--processes", "0"], "--processes"),
     "bad name": (["good.jsonl", "--name", "a/b"], "--name"),
     "unknown flag": (["good.jsonl", "--nonsense"], "--nonsense"),
@@ -543,6 +545,13 @@ def test_tokenize_mistakes_are_one_line(tmp_path, mistake):
                     cwd=tmp_path)
     assert expected in line
     assert not (tmp_path / "out").exists()
+
+
+def test_validation_may_be_left_out_and_a_file_empty(tmp_path):
+    source, empty = write_jsonl(tmp_path / "in.jsonl", TEXTS[:2]), write_jsonl(tmp_path / "none.jsonl", [])
+    run_script("tokenize_text.py", source, empty, "--out", tmp_path / "out", "--tokenizer", "bytes",
+               "--val-fraction", 0, "--processes", 1)
+    assert shards.check_folder(tmp_path / "out")["documents"] == {"train": 2, "val": 0}
 
 
 def test_a_process_that_dies_is_said(monkeypatch):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from small import SCRIPT, write_corpus
@@ -450,8 +451,11 @@ def link(folder):
     (folder / "seed1.txt").symlink_to(folder.parent / "outside.txt")
 
 
-def claim(folder):
-    (folder / "README.md").write_text("It trains in 0.31 s.\n\n" + (folder / "README.md").read_text())
+def claim(text):
+    def forge(folder):
+        path = folder / "README.md"
+        path.write_text(f"It trains in {text}.\n\n{path.read_text()}")
+    return forge
 
 
 def change_plan(folder, seeds=(0, 1, 2), **changes):
@@ -494,7 +498,9 @@ FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify 
     "Arabic digits": (in_logs("step:12/24", "step:\u0661\u0662/24"), "step line"),
     "symbolic link": (link, "symbolic links"),
     "resumed": (in_logs('"track"', '"resume": "x", "track"'), "config.resume"),
-    "author's claim": (claim, "training time"),
+    "author's claim": (claim("0.31 s"), "training time: found 0.31 s"),
+    "author's minutes": (claim("0.7 minutes"), "training time: found 42 s"),
+    "author's milliseconds": (claim("310 ms"), "training time: found 0.31 s"),
     "negative attempts": (in_record(lambda row: row["runs"][0].update(attempts=-3)), "attempts of seed 0"),
     "no attempts": (in_record(lambda row: row["runs"][0].update(attempts=0.5)), "attempts of seed 0"),
     "earlier": (in_record(lambda row: row["plan"].update(registered="2026-01-01T00:00:00Z")), "date"),
@@ -503,6 +509,9 @@ FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify 
     "a start in Arabic digits": (in_record(lambda row: row["runs"][1].update(
         started=row["runs"][1]["started"].replace("0", "\u0660"))), "isn't ASCII"),
     "runs at once": (at_once, "start: found .*one after the 0 s of seed0.txt"),
+    "another picture": (lambda folder: (folder / "loss2.png").touch(), "other files: found .'loss2.png'."),
+    "a faster script": (lambda folder: (folder / "fast.py").touch(), "other files: found .'fast.py'."),
+    "a rate twice": (in_logs("config {", 'config {"muon_lr": 0.5, '), "a name twice"),
     "a row left out": (in_record(lambda row: row["runs"].pop()), "seeds of the runs"),
     "another plan": (in_record(lambda row: row["plan"].update(flags=["--smear=off"])), "config.log_folder"),
     "another configuration": (in_logs('"muon_lr": 0.03', '"muon_lr": 0.04'), "config.muon_lr"),
@@ -540,7 +549,11 @@ def test_forgeries_sealed_anew_are_caught(folder, name):
 
 def test_pictures_of_others_are_caught(folder):
     shutil.copy(folder / "lambdas.png", folder / "loss.png")
-    with pytest.raises(Mismatch, match="loss.png: picture"):
+    with pytest.raises(Mismatch, match="loss.png: picture: found another"):
+        verify(folder)
+    with Image.open(folder / "lambdas.png") as picture:
+        picture.save(folder / "loss.png")
+    with pytest.raises(Mismatch, match="loss.png: picture by: found None"):
         verify(folder)
 
 
@@ -950,6 +963,11 @@ def test_modded_nanogpt_s_logs(tmp_path, folder):
     planned = cli("plan", "--margin=.001", "--from", tmp_path / "modded").out
     assert "sd 0.001000 (of the 3 runs of modded)" in planned
     assert cli("import", tmp_path / "modded", "x", "--records", tmp_path).code == 2
+
+
+def test_compare_refuses_what_is_no_number():
+    assert "--threshold=nan: expected a number" in cli("compare", "a", "b", "--threshold=nan").err
+    assert "expected a number above 0" in cli("compare", "a", "b", "--seconds_per_loss=0").err
 
 
 def test_comparison_names_other_hardware_and_refuses_other_validation_tokens(folder, tmp_path):
