@@ -24,6 +24,7 @@ import torch
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import train_gpt as tg
+from data.shards import user_path
 
 VARIANTS = {
     "smear-MTP off": ["--smear_mtp=off"],
@@ -109,7 +110,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--seeds", type=int, default=3, help="runs of the default (3)")
     parser.add_argument("--only", default="", help="comma-separated names of variants; default: all")
-    parser.add_argument("--out", type=Path, default=Path("ablation.json"), help="results (ablation.json)")
+    parser.add_argument("--out", type=user_path, default="ablation.json", help="results (ablation.json)")
     options, flags = parser.parse_known_args()
     flags = ["--track=race300", *flags]  # later ones win
     wanted = [name for name in options.only.split(",") if name] or list(VARIANTS)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
+from data.shards import user_path
 from step import synthetic_batch
 
 ROWS = 256
@@ -229,7 +230,7 @@ def main(argv: list | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--stages", default="1,2,3")
     parser.add_argument("--only", default=",".join(KERNELS))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=user_path)
     args = parser.parse_args(argv)
     names, numbers = args.only.split(","), args.stages.split(",")
     if not set(names) <= set(KERNELS):

@@ -24,6 +24,7 @@ import torch
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import train_gpt as tg
+from data.shards import user_path
 
 PROFILED = 4
 CUT = "--track=short --scheduled_steps=60 --extension_steps=0 --val_every=60 --val_tokens=262144".split()
@@ -132,7 +133,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--gpus", default="1,2,4")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=user_path)
     args, flags = parser.parse_known_args()
     flags = [*CUT, *flags]  # later ones win
     if not all(number.isdigit() and int(number) for number in args.gpus.split(",")):

@@ -28,6 +28,7 @@ import torch._dynamo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
+from data.shards import user_path
 
 
 class Variant(NamedTuple):
@@ -232,7 +233,7 @@ def main():
     parser.add_argument("--compare", default="")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--cap_gib", type=float, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=user_path)
     args, flags = parser.parse_known_args()
     flags = ["--track=short", *flags]  # later ones win
     if args.steps < 2 or args.steps % 2:

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate as ev
 import train_gpt as tg
+from data.shards import user_path
 
 WORLD = tg.World()
 
@@ -128,7 +129,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--only", choices=("schedules", "settings"))
     parser.add_argument("--settings", default="lora_lr=0.0003;lora_lr=0.001;lora_lr=0.003")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=user_path)
     args, flags = parser.parse_known_args()
     try:
         points = parse_settings(args.settings)

@@ -19,6 +19,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.shards import user_path
+
 
 def serve(script: str, flags: list):
     """Build the script's model, then time stage after stage as standard input names them."""
@@ -79,10 +82,10 @@ def main():
         return serve(sys.argv[2], sys.argv[3:])
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("scripts", nargs="+", type=Path)
+    parser.add_argument("scripts", nargs="+", type=user_path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=user_path)
     args, flags = parser.parse_known_args()
     flags = ["--track=race300", *flags]  # later ones win
     if args.steps < 2 or args.steps % 2 or args.rounds < 1:

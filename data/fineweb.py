@@ -9,7 +9,8 @@ file's download at most.
 
 from pathlib import Path
 
-from shards import Parser, check_header, main_guard, refuse_other_data, warn_of_shared_documents
+from shards import (Parser, check_header, main_guard, refuse_other_data, user_path,
+                    warn_of_shared_documents)
 from token_tables import add_tables
 
 REPO, NAME = "kjj0/fineweb10B-gpt2", "fineweb"
@@ -48,7 +49,7 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("shards", type=int, nargs="?", default=DEFAULT_SHARDS, metavar="N",
                         help=f"training shards to have, 1 to {MAX_SHARDS} (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "fineweb10B",
+    parser.add_argument("--out", type=user_path, default=Path(__file__).resolve().parent / "fineweb10B",
                         help="folder to write (default: %(default)s)")
     args = parser.parse_args()
     if not 1 <= args.shards <= MAX_SHARDS:

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shards import (MANIFEST, Parser, ShardWriter, check_folder, main_guard, make_manifest, publish,
-                    read_shard, refuse_other_data, staging)
+                    read_shard, refuse_other_data, staging, user_path)
 from token_tables import add_tables
 
 NAME, BOS, VOCAB_SIZE = "sample", 256, 257
@@ -254,7 +254,7 @@ def describe(manifest):
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / NAME,
+    parser.add_argument("--out", type=user_path, default=Path(__file__).resolve().parent / NAME,
                         help="folder to write (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="build again even if the data is there")
     args = parser.parse_args()

@@ -111,17 +111,17 @@ def read_shard(path):
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(check_header(path),))
 
 
-def check_shard(path, vocab_size=None, bos=None):
+def check_shard(path, vocab_size, bos):
     """Checks a whole shard and returns its token count.
 
     Raises ValueError, naming the file, if the header is wrong, the size differs from the header's promise, a
     token is `vocab_size` or more, or `bos` never occurs (there would be no document to start at).
     """
     tokens = read_shard(path)
-    if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
+    if (largest := int(tokens.max())) >= vocab_size:
         raise ValueError(f"{path}: token {largest} found, the vocabulary has {vocab_size}; "
                          "use the data of this tokenizer, or make the file again")
-    if bos is not None and not (tokens == bos).any():
+    if not (tokens == bos).any():
         raise ValueError(f"{path}: no document begins here: token {bos} (BOS) not found; "
                          "use the data of this tokenizer, or make the file again with larger shards")
     return len(tokens)
@@ -134,8 +134,6 @@ class ShardWriter:
     """
 
     def __init__(self, folder, name, split, shard_tokens, bos):
-        if not 1 <= shard_tokens <= MAX_TOKENS:
-            raise ValueError(f"a shard holds 1 to {MAX_TOKENS:,} tokens, got {shard_tokens:,}")
         self.folder, self.prefix, self.bos = Path(folder), f"{name}_{split}", bos
         self.buffer, self.fill, self.has_bos = np.empty(shard_tokens, np.uint16), 0, False
         self.shards, self.documents, self.bytes = [], 0, 0
@@ -311,6 +309,11 @@ def make_manifest(name, tokenizer, vocab_size, bos, writers, source):
 
 
 # --------------------------------------------------------------- command line
+
+
+def user_path(text):
+    """Returns the path that a user wrote. Shells leave the ~ of --out=~/x to the program."""
+    return Path(os.path.expanduser(text))
 
 
 class Parser(argparse.ArgumentParser):

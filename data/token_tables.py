@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import Parser, atomic_file, check_shard, list_shards, main_guard, warn_of_shared_documents
+from shards import (Parser, atomic_file, check_shard, list_shards, main_guard, user_path,
+                    warn_of_shared_documents)
 from tokenizer import RANKS, Tokenizer, format_ranks, load_tokenizer
 
 TABLES = ("token_bytes.npy", "prefixes.npy", RANKS)
@@ -73,7 +74,7 @@ def check_folder_tokens(folder: Path, tokenizer: Tokenizer):
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the shards are")
+    parser.add_argument("folder", type=user_path, metavar="FOLDER", help="where the shards are")
     parser.add_argument("--tokenizer", required=True, help="bytes, gpt2 or a FILE.tiktoken")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)

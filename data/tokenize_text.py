@@ -29,7 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from shards import (MAX_TOKENS, Parser, ShardWriter, list_shards, main_guard, make_manifest, publish,
-                    refuse_other_data, split_of, staging)
+                    refuse_other_data, split_of, staging, user_path)
 from token_tables import write_tables
 from tokenizer import load_tokenizer
 
@@ -300,11 +300,11 @@ def check_splits(writers, val_fraction):
 def parse_args():
     """Returns the command line's arguments, checked."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="PATH", help="files or folders")
+    parser.add_argument("inputs", type=user_path, nargs="+", metavar="PATH", help="files or folders")
     parser.add_argument("--tokenizer", default="gpt2",
                         help="gpt2 (default), bytes, a .tiktoken file, or a data folder that has one")
     parser.add_argument("--name", default="text", help="name of the data set (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder to write (default: NAME, beside this script)")
+    parser.add_argument("--out", type=user_path, help="folder to write (default: NAME, beside this script)")
     parser.add_argument("--field", default="text",
                         help="where .jsonl and .parquet rows have the text (default: text)")
     parser.add_argument("--split-on", metavar="MARK", help="what separates the documents of text files")

@@ -1,6 +1,7 @@
 """The byte-level tokenizers: the only place that reads files of token texts, encodes and decodes."""
 
 import base64
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return Tokenizer("bytes", byte_texts())
     if str(source) == "gpt2":
         return Tokenizer("gpt2", fetch_gpt2())
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         path = path / RANKS
         if not path.exists():

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.shards import Parser, main_guard, user_path
 from runs import (
     LEVEL, NO_WORSE, PER_PLACE, PER_RUN, SET_HERE, TRACKS, Difference, Mismatch, Run, UserError, check_plan,
     check_run, check_same, comparable, demand, differences, expect, expect_text, log_text, mean_curve, moment,
@@ -47,6 +50,11 @@ from runs import (
 RECORDS = Path(__file__).resolve().parent
 ROOT = RECORDS.parent
 FORMAT = 2  # from 2 on, log folders name the registration, and logs the machine
+FORMAT_1 = (  # sha256, 16 digits each, of what record.json says of the records that are older
+    "2dd850cd9d609a8d 9fa0220d9a8bb53e fa9cf5bbbfa4f44d 26e354db4b38316f "
+    "a79158b4d33249e7 64752e3d076fd8c5 1738277ade4cc22a 3063a575e50c7ffc "
+    "6af8706fe1faac52 ede0ab0de96b275a 056bbd221542aa11"
+).split()
 MARKER = "<!-- evidence: record.py generates everything below from the logs -->"
 
 
@@ -82,14 +90,11 @@ def registration(record: dict) -> str:
 
 def work_folder(record: dict, seed: int) -> str:
     """The folder that a run's log is written in first. The log names it, and so the registration."""
-    mark = f"{registration(record)[:12]}_" * (record["format"] > 1)
-    return f".run_{mark}seed{seed}"
+    return f".run_{registration(record)[:12]}_seed{seed}"
 
 
 def load_record(folder: Path) -> dict:
     """record.json of a folder. Raises UserError if there is none."""
-    if not (folder / "record.json").is_file():
-        raise UserError(f"{folder}: found no record.json in it: give the folder of a record")
     return read_json(read(folder / "record.json"), folder / "record.json")
 
 
@@ -124,6 +129,9 @@ def evidence(record: dict) -> str:
     when = (f"Registered {plan['registered']}, before the first run by the author's clock{mark}"
             if plan["registered"] else "**Not pre-registered**: imported from finished logs")
     sides, n = " and ".join(plan.get("interleaved", [])), results["n"]
+    machines = sorted({row.get("machine", "") for row in record["runs"]})
+    machine = (f"{' and '.join(machines)} (hashes of GPU and boot)" if machines[0] else
+               "unknown, so the times compare with no other record's")
     rows = [f"| {r['seed']} | {r['loss']:.5f} | {r['seconds']:.3f} | {r['steps']} | "
             f"{r['started'] or 'unknown'} | {r['attempts'] or 'unknown'} | [{r['log']}]({r['log']}) |"
             for r in record["runs"]]
@@ -141,16 +149,9 @@ def evidence(record: dict) -> str:
         "|--:|--:|--:|--:|---|--:|---|", *rows, "", "![loss](loss.png)", "",
         f"- Timed: {env['timed']}.", f"- Untimed: {env['untimed']}.", f"- Data: {env['data']}.",
         f"- Validation: {env['validation']}.", f"- Script: sha256 {plan['source_sha256']}.",
-        f"- Machine: {machines_text(record)}.", f"- To repeat it: {needs_text(plan)}.", "",
+        f"- Machine: {machine}.", f"- To repeat it: {needs_text(plan)}.", "",
         "`python records/record.py verify FOLDER` recomputes all of this from the logs, "
         "`reproduce FOLDER` runs the script again.", ""])
-
-
-def machines_text(record: dict) -> str:
-    machines = sorted({row.get("machine", "") for row in record["runs"]})
-    if machines[0]:
-        return " and ".join(machines) + " (hashes of GPU and boot)"
-    return "unknown, so the times compare with no other record's"
 
 
 def paths_of(plan: dict) -> dict:
@@ -202,13 +203,18 @@ def check_logs(folder: Path, record: dict, rows: list[dict]) -> list[Run]:
         expect(runs[-1].path, "sha256", runs[-1].sha256, row.get("log_sha256"))
     if runs:
         check_plan(runs, plan | {"seeds": [row["seed"] for row in rows]}, record["track"])
-        (check_starts if plan["registered"] else check_imported)(folder, record, rows, runs)
+        check_starts(folder, record, rows, runs)
     return runs
 
 
 def check_starts(folder: Path, record: dict, rows: list[dict], runs: list[Run]):
     """Raises Mismatch unless record.json, the logs' folders and the logs' times tell one order of events."""
     registered = record["plan"]["registered"]
+    if not registered:  # nobody saw the starts: nothing is said of them but the day of the first seed's log
+        expect(folder, "date", record["date"].replace("-", ""), runs[0].folder[:8])
+        expect(folder, "attempts and starts", [(row["attempts"], row["started"]) for row in rows],
+               [(None, None)] * len(rows))
+        return
     expect(folder, "date", record["date"], registered[:10])
     for row, run in zip(rows, runs):
         demand(folder, f"attempts of seed {row['seed']}", row["attempts"],
@@ -219,20 +225,14 @@ def check_starts(folder: Path, record: dict, rows: list[dict], runs: list[Run]):
         after = run.began - moment(row["started"])
         demand(run.path, "stamp of its folder", run.folder[:15], -1 <= after <= run.launch + 60,
                f"one soon after {row['started']}")
-        expect(run.path, "config.log_folder", run.config["log_folder"].rpartition("/")[2],
-               work_folder(record, row["seed"]))
-        demand(run.path, "machine", "none", record["format"] == 1 or "machine" in run.header, "a line of it")
+        if record["format"] > 1:
+            expect(run.path, "config.log_folder", run.config["log_folder"].rpartition("/")[2],
+                   work_folder(record, row["seed"]))
+            demand(run.path, "machine", "none", "machine" in run.header, "a line of it")
     for before, after in itertools.pairwise(runs):
         demand(after.path, "start", after.folder[:15],
                after.began >= before.began and not overlap(before, after),
                f"one after the {before.seconds:.0f} s of {before.path.name}, {before.folder[:15]}")
-
-
-def check_imported(folder: Path, record: dict, rows: list[dict], runs: list[Run]):
-    """Nobody saw the starts of these runs: nothing is said of them but the day of the first seed's log."""
-    expect(folder, "date", record["date"].replace("-", ""), runs[0].folder[:8])
-    expect(folder, "attempts and starts", [(row["attempts"], row["started"]) for row in rows],
-           [(None, None)] * len(rows))
 
 
 def check_config(folder: Path, record: dict, run: Run):
@@ -243,8 +243,7 @@ def check_config(folder: Path, record: dict, run: Run):
     try:
         made = config_of(folder / "train_gpt.py", track, flags)
     except UserError as error:
-        print(f"{folder}: configuration not compared with the frozen script's: {error}")
-        return
+        raise Mismatch(str(error)) from None
     if plan["gpus"] > 1:
         elsewhere = elsewhere | {"micro_batches"}  # at least one each
     for name in sorted((made.keys() | run.config.keys()) - elsewhere):
@@ -261,16 +260,16 @@ def without_names(value):
 def check_author(folder: Path, record: dict, text: str):
     """Raises Mismatch if the author's text names a training time that is no record's.
 
-    A time is a number of seconds of at least half of this record's; a sign makes it a difference.
+    A time is one of at least half of this record's; a sign makes it a difference.
     """
-    own = statistics_of(record, "seconds")[0]
     others = [other for other in map(load_record, all_records(RECORDS)) if "results" in other]
-    means = [own] + [statistics_of(other, "seconds")[0] for other in others]
-    means += [row["seconds"] for row in record["runs"]]
-    for claim in re.findall(r"(?<![-+.\w])(\d+(?:\.\d+)?) ?(?:s|seconds)\b(?!\s+per\b)", text, re.ASCII):
-        digits = len(claim.partition(".")[2])
-        demand(folder / "README.md", "training time", f"{claim} s",
-               float(claim) < own / 2 or claim in {f"{mean:.{digits}f}" for mean in means},
+    own, *means = (statistics_of(each, "seconds")[0] for each in (record, *others))
+    means += [own, *(row["seconds"] for row in record["runs"])]
+    claims = r"(?<![-+.\w])(\d+(?:\.\d+)?) ?(m)?(?:s|seconds|(min|minutes))\b(?!\s+per\b)"
+    for claim, thousandth, minutes in re.findall(claims, text, re.ASCII):
+        digits, unit = len(claim.partition(".")[2]), 60 if minutes else 1e-3 if thousandth else 1
+        demand(folder / "README.md", "training time", f"{float(claim) * unit:.6g} s",
+               float(claim) * unit < own / 2 or claim in {f"{mean / unit:.{digits}f}" for mean in means},
                f"a record's, as this one's {own:.2f} s")
 
 
@@ -289,9 +288,10 @@ def check_pictures(folder: Path, record: dict, runs: list[Run]):
         for name, draw in pictures_of(record, runs).items():
             draw(Path(place, name))
             with Image.open(folder / name) as found, Image.open(Path(place, name)) as drawn:
-                if found.info.get("Software") != drawn.info["Software"]:
-                    print(f"{folder / name}: not compared: by {found.info.get('Software')}, here is "
-                          f"{drawn.info['Software']}")
+                by = str(found.info.get("Software"))
+                demand(folder / name, "picture by", by, by.startswith("Matplotlib version"), "matplotlib")
+                if by != drawn.info["Software"]:
+                    print(f"{folder / name}: not compared: by {by}, here is {drawn.info['Software']}")
                     continue
                 pixels = [np.asarray(picture.convert("L"), float) for picture in (found, drawn)]
             same = pixels[0].shape == pixels[1].shape and (abs(pixels[0] - pixels[1]) > 25).mean() < 1e-4
@@ -308,7 +308,9 @@ def verify(folder: Path, readme: bool = True) -> dict:
         plan = record["plan"]
         links = [path.name for path in [folder, *folder.rglob("*")] if path.is_symlink()]
         expect(folder, "symbolic links", links, [])
-        expect(place, "known format", record["format"] in (1, FORMAT), True)
+        demand(place, "format", record["format"],
+               record["format"] == FORMAT or (record["format"] == 1 and record["sha256"][:16] in FORMAT_1),
+               f"{FORMAT}: format 1 is left to the records that had it")
         if folder.resolve().parent.name.startswith("track_"):
             expect(folder, "place", "/".join(folder.resolve().parts[-2:]),
                    f"{TRACKS[record['track']].folder}/{record['date']}_{record['name']}")
@@ -319,6 +321,9 @@ def verify(folder: Path, readme: bool = True) -> dict:
         logs = sorted(path.name for path in folder.glob("*.txt"))
         expect(folder, "logs", logs, sorted(f"seed{seed}.txt" for seed in plan["seeds"]))
         runs = check_logs(folder, record, record["runs"])
+        known = {"README.md", "record.json", "train_gpt.py", *logs, *pictures_of(record, runs)}
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        expect(folder, "other files", sorted(files - known), [])
         rebuilt = complete(record, runs)
         expect_text(place, read(place), dump(rebuilt))
         if readme:
@@ -388,7 +393,7 @@ def check_flags(flags: list[str], track: str, *scripts: Path):
         if not flag.startswith("--") or name in forbidden:
             raise UserError(f"flag {flag!r}: expected --name=value of train_gpt.py, but none of those that a "
                             f"record sets or rules out: {', '.join(sorted(forbidden))}")
-        if name == "data" and not Path(value).is_dir():
+        if name == "data" and not user_path(value).is_dir():
             raise UserError(f"{flag}: found no such folder")
     for script in scripts:
         config_of(script, track, flags)
@@ -419,7 +424,8 @@ def register(folder: Path, name: str, track: str, script: Path, plan: dict):
         return
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(script, frozen)
-    rows = [{"seed": seed, "attempts": 0, "started": None} for seed in plan["seeds"]]
+    attempts = 0 if plan["registered"] else None
+    rows = [{"seed": seed, "attempts": attempts, "started": None} for seed in plan["seeds"]]
     date = folder.name.partition("_")[0] if folder.name.endswith(f"_{name}") else now()[:10]
     write(folder / "record.json", dump({"format": FORMAT, "name": name, "date": date, "track": track,
                                         "plan": plan | {"source_sha256": source}, "runs": rows}))
@@ -443,7 +449,8 @@ def config_of(script: Path, track: str, flags: list[str] = ()) -> dict:
                          capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
     if run.returncode:
         reason = (run.stderr.strip() or "no reason given").splitlines()[-1]
-        raise UserError(f"{script}: refuses its flags: {reason.removeprefix('train_gpt.UserError: ')}")
+        raise UserError(f"{script}: can't be loaded, or refuses its flags: "
+                        f"{reason.removeprefix('train_gpt.UserError: ')}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -462,23 +469,15 @@ def train(script: Path, gpus: int, flags: list[str], work: Path) -> Path:
     return logs[0].parent
 
 
-def is_done(path: Path, source: str) -> bool:
-    """Whether a log is there and whole."""
-    try:
-        run = parse_log(path)
-        check_run(run)
-        return run.source == source
-    except (UserError, Mismatch, KeyError, TypeError):
-        return False
-
-
 def run_seed(folder: Path, seed: int):
     """Runs one seed of a registered record, unless its log is there and whole."""
     record, path = load_record(folder), folder / f"seed{seed}.txt"
     plan = record["plan"]
-    if is_done(path, plan["source_sha256"]):
-        return
     check_script(folder, plan)
+    with suppress(UserError, Mismatch, KeyError, TypeError):  # there is no log, or none that is whole
+        check_run(run := parse_log(path))
+        if run.source == plan["source_sha256"]:
+            return
     row = next(row for row in record["runs"] if row["seed"] == seed)
     row |= {"attempts": row["attempts"] + 1, "started": now()}
     write(folder / "record.json", dump(record))
@@ -515,6 +514,15 @@ def announce(folder: Path, commit: bool = False):
                             "--commit out")
 
 
+def run_all(sides: dict[Path, int]):
+    """Runs the seeds of registered records, in turn where there are two, and completes the records."""
+    for seed in range(max(sides.values())):
+        for folder in (folder for folder, runs in sides.items() if seed < runs):
+            run_seed(folder, seed)
+    for folder in sides:
+        write_record(folder)
+
+
 def new(options, flags):
     """Registers a record and runs what it lacks of its seeds."""
     folder = find_folder(options.records, options.track, options.name, now()[:10])
@@ -523,9 +531,7 @@ def new(options, flags):
     check_flags(flags, options.track, script)
     register(folder, options.name, options.track, script, plan_of(options.runs, flags, options.gpus or 1))
     announce(folder, options.commit)
-    for seed in range(options.runs):
-        run_seed(folder, seed)
-    write_record(folder)
+    run_all({folder: options.runs})
 
 
 def flags_of(script: Path, config: dict) -> list[str]:
@@ -544,9 +550,8 @@ def import_logs(options, flags):
     runs.sort(key=lambda run: run.config["seed"])
     track, script = runs[0].config["track"], runs[0].path.parent / "train_gpt.py"
     expect(script, "sha256", sha256(read(script)), runs[0].source)
-    stamp = re.match(r"(\d{4})(\d\d)(\d\d)-", runs[0].path.parent.name)
-    date = "-".join(stamp.groups()) if stamp else now()[:10]
-    folder = find_folder(options.records, track, options.name, date)
+    day = runs[0].folder
+    folder = find_folder(options.records, track, options.name, f"{day[:4]}-{day[4:6]}-{day[6:8]}")
     if folder.exists():
         raise UserError(f"{folder}: is there already: give another name")
     seeds = [run.config["seed"] for run in runs]
@@ -555,15 +560,11 @@ def import_logs(options, flags):
     register(folder, options.name, track, script, plan)
     for run in runs:
         write(folder / f"seed{run.config['seed']}.txt", log_text(run.path.parent))
-    record = load_record(folder)
-    for row in record["runs"]:
-        row["attempts"] = None
-    write(folder / "record.json", dump(record))
     write_record(folder)
 
 
 def race(options, flags):
-    """Two records whose runs alternate, so that a machine's drift meets both, and their comparison.
+    """Makes two records whose runs alternate, so that a machine's drift meets both, and compares them.
 
     With two numbers of runs, A's and B's, those that one has more come last.
     """
@@ -574,12 +575,7 @@ def race(options, flags):
         plan = plan_of(runs, flags, options.gpus or 1) | {"interleaved": [side.name for side in sides]}
         register(folder, folder.name, options.track, script, plan)
         announce(folder)
-    for seed in range(max(options.runs)):
-        for folder, runs in sides.items():
-            if seed < runs:
-                run_seed(folder, seed)
-    for folder in sides:
-        write_record(folder)
+    run_all(sides)
     print(comparison(*map(load_group, sides)))
 
 
@@ -596,16 +592,18 @@ def keep(options, flags):
     folder.mkdir(parents=True)
     for name in ["train_gpt.py", *(row["log"] for row in record["runs"])]:
         shutil.copyfile(options.folder / name, folder / name)
-    readme, title = read(options.folder / "README.md"), f"# {record['name']}\n"
-    if readme.startswith(title):
-        readme = f"# {options.name}\n" + readme.removeprefix(title)
-    write(folder / "README.md", readme)
+    title, readme = f"# {record['name']}\n", read(options.folder / "README.md")
+    own = f"# {options.name}\n" + readme.removeprefix(title) if readme.startswith(title) else readme
+    write(folder / "README.md", own)
     write(folder / "record.json", dump(record | {"name": options.name}))
     write_record(folder)
 
 
 def expected_loss(record: dict, seed: int) -> tuple[float, float, str]:
-    """The lowest and highest loss of a reproduction, and why these."""
+    """The lowest and highest loss of a reproduction, and why these.
+
+    Mean +- t(n - 1) * sd * sqrt(1 + 1/n), or on tiny within Track.again of the same seed's.
+    """
     losses = {row["seed"]: row["loss"] for row in record["runs"]}
     again = TRACKS[record["track"]].again
     if again and seed in losses:
@@ -632,9 +630,8 @@ def reproduce(options, flags):
     """Runs one seed of a record again and judges it.
 
     Reproduced means: same script, configuration, data and validation tokens, and a loss within the 99 %
-    prediction interval of the record's losses, mean +- t(n - 1) * sd * sqrt(1 + 1/n), or on tiny within
-    Track.again of the same seed's. Versions and hardware may differ, and are printed. Raises Mismatch if it
-    isn't.
+    prediction interval of the record's, or on tiny near the same seed's. Versions and hardware may differ,
+    and are printed.
     """
     record = verify(options.folder)
     old = parse_log(options.folder / record["runs"][0]["log"])
@@ -669,6 +666,14 @@ class Group(NamedTuple):
     sides: list = []  # of the race that its runs were in, and when each was started, by seed
     started: dict = {}
 
+    @property
+    def losses(self) -> list[float]:
+        return [run.loss for run in self.runs]
+
+    @property
+    def seconds(self) -> list[float]:
+        return [run.seconds for run in self.runs]
+
 
 def load_group(path: Path) -> Group:
     """Runs of a record (verified first), a log, or a folder with logs. Raises UserError if there are none."""
@@ -689,20 +694,21 @@ def load_group(path: Path) -> Group:
     return Group(path.name, runs)
 
 
-def in_pairs(a: Group, b: Group) -> list[tuple[Run, Run]]:
-    """The runs by seed, if one group has all seeds of the other and those are 2 or more; else none."""
+def in_pairs(a: Group, b: Group) -> tuple[Group, Group] | None:
+    """The runs of A and of B by seed, if one has all seeds of the other and those are 2 or more."""
     mine, other = ({run.config.get("seed"): run for run in group.runs} for group in (a, b))
     seeds = sorted((mine.keys() & other.keys()) - {None})
     unique = len(mine) == len(a.runs) and len(other) == len(b.runs)
-    whole = unique and len(seeds) == min(len(mine), len(other)) > 1
-    return [(mine[seed], other[seed]) for seed in seeds] if whole else []
+    if not unique or len(seeds) < max(2, min(len(mine), len(other))):
+        return None
+    return a._replace(runs=[mine[s] for s in seeds]), b._replace(runs=[other[s] for s in seeds])
 
 
-def in_one_race(a: Group, b: Group, pairs: list) -> bool:
+def in_one_race(pairs: tuple[Group, Group] | None) -> bool:
     """Whether the pairs' runs were started in turn; other races may have called their sides alike."""
-    if not pairs or not a.sides or a.sides != b.sides:
+    if not pairs or not pairs[0].sides or pairs[0].sides != pairs[1].sides:
         return False
-    starts = [(a.started[seed], b.started[seed]) for seed in (run.config["seed"] for run, _ in pairs)]
+    starts = list(zip(*([group.started[run.config["seed"]] for run in group.runs] for group in pairs)))
     orders = ([start for pair in starts for start in pair[::way]] for way in (1, -1))  # either was first
     return any(order == sorted(order) for order in orders)
 
@@ -722,55 +728,46 @@ def losses_apart(a: Group, b: Group) -> str:
     return other_data(first, other) if first else ""
 
 
-def times_apart(a: Group, b: Group) -> str:
-    """Why the times of two groups don't compare, or ""."""
-    machines = {run.header.get("machine") for run in a.runs + b.runs}
-    if None in machines:
-        return "machine unknown: a log doesn't name it"
-    return f"{len(machines)} machines" if len(machines) > 1 else ""
-
-
-def loss_lines(a: Group, b: Group, pairs: list, threshold: float | None) -> list[str]:
-    """What the final losses say, and those at equal steps."""
-    gap = welch(*([r.loss for r in g.runs] for g in (a, b)))
-    out = [f"final loss, B - A: {gap.text('', 5)}: {gap.verdict(len(a.runs))}"]
-    if pairs:
-        out.append(f"  by seed: {paired(*([r.loss for r in runs] for runs in zip(*pairs))).text('', 5)}")
+def loss_lines(a: Group, b: Group, gap: Difference, threshold: float | None) -> list[str]:
+    """What the final losses say beyond their difference, and those at equal steps."""
+    out = []
     if gap.sd:
         upper = gap.bounds(0.95)[1]
         out.append(f"  no worse by {NO_WORSE} or more (upper 95 % bound {upper:+.5f}): "
                    f"{'shown' if upper < NO_WORSE else 'not shown'}")
-        if threshold is not None:
-            out.append(f"  B at least {threshold} lower: p = {gap.p_less(threshold):.6f}")
-    elif threshold is not None:
-        out.append(f"  B at least {threshold} lower: no test without a spread")
-    curves = mean_curve(a.runs), mean_curve(b.runs)
-    shared = [f"{step}: {curves[1][step][0] - loss:+.4f}" for step, (loss, _) in curves[0].items()
-              if step in curves[1]]
+    if threshold is not None:
+        out.append(f"  B at least {threshold} lower: "
+                   + (f"p = {gap.p_less(threshold):.6f}" if gap.sd else "no test without a spread"))
+    curve, other = mean_curve(a.runs), mean_curve(b.runs)
+    shared = [f"{step}: {other[step][0] - loss:+.4f}" for step, (loss, _) in curve.items() if step in other]
     return [*out, "loss at equal steps, B - A: " + (", ".join(shared) or "no step in common")]
 
 
 def comparison(a: Group, b: Group, threshold: float | None = None, slope: float | None = None) -> str:
     """Plain words on B against the baseline A. `slope`: seconds per unit of loss; None: A's at its end."""
-    out, n, (first, other) = [], len(a.runs), (group.runs[0].header for group in (a, b))
+    out, (first, other) = [], (group.runs[0].header for group in (a, b))
     for name in ("device", "world_size", "torch"):
         if first and other and first[name] != other[name]:
             out.append(f"differs: {name} of A is {first[name]}, of B {other[name]}")
     for letter, group in (("A", a), ("B", b)):
-        losses, seconds = [r.loss for r in group.runs], [r.seconds for r in group.runs]
-        out.append(f"{letter} = {group.name}: n = {len(losses)}, loss {np.mean(losses):.5f} sd "
-                   f"{number(sd(losses), 5)}, time {np.mean(seconds):.3f} s sd {number(sd(seconds), 3)}")
+        out.append(f"{letter} = {group.name}: n = {len(group.runs)}, loss {np.mean(group.losses):.5f} sd "
+                   f"{number(sd(group.losses), 5)}, time {np.mean(group.seconds):.3f} s sd "
+                   f"{number(sd(group.seconds), 3)}")
     if why := losses_apart(a, b):
         return "\n".join([*out, f"losses and times: not comparable: {why}", "verdict on B: none"])
-    pairs = in_pairs(a, b)
-    out += loss_lines(a, b, pairs, threshold)
-    if why := times_apart(a, b):
+    gap, pairs, n = welch(a.losses, b.losses), in_pairs(a, b), len(a.runs)
+    out.append(f"final loss, B - A: {gap.text('', 5)}: {gap.verdict(n)}")
+    if pairs:
+        out.append(f"  by seed: {paired(pairs[0].losses, pairs[1].losses).text('', 5)}")
+    out += loss_lines(a, b, gap, threshold)
+    machines = {run.header.get("machine") for run in a.runs + b.runs}
+    if None in machines or len(machines) > 1:
+        why = "machine unknown: a log doesn't name it" if None in machines else f"{len(machines)} machines"
         return "\n".join([*out, f"times and net seconds: not comparable: {why}", "verdict on B: none"])
-    gap, raced = welch(*([r.loss for r in g.runs] for g in (a, b))), in_one_race(a, b, pairs)
-    timing = (paired if raced else welch)(*([r.seconds for r in runs] for runs in
-                                            (zip(*pairs) if raced else (a.runs, b.runs))))
-    paired_n = len(pairs) if raced else n
-    out.append(f"train time, B - A: {timing.text(' s', 3)}: {timing.verdict(paired_n)}")
+    raced = in_one_race(pairs)
+    timed = pairs if raced else (a, b)
+    timing, timed_n = (paired if raced else welch)(*(group.seconds for group in timed)), len(timed[0].runs)
+    out.append(f"train time, B - A: {timing.text(' s', 3)}: {timing.verdict(timed_n)}")
     if not raced:
         out.append("  not of one race: what changed on the machine between the two is in it and below")
     origin = "given"
@@ -784,10 +781,11 @@ def comparison(a: Group, b: Group, threshold: float | None = None, slope: float 
     alone = net_seconds(Difference(0.0, 0.0, gap.df, gap.how), gap, slope)
     out.append(f"net seconds, B - A: {net.text(' s', 2)}, at {slope:.1f} s per unit of loss ({origin})")
     out.append(f"  the loss alone: {alone.text(' s', 2)}: {alone.verdict(n)}")
-    return "\n".join([*out, f"verdict on B: {net.verdict(paired_n)}"])
+    return "\n".join([*out, f"verdict on B: {net.verdict(timed_n)}"])
 
 
 def compare(options, flags):
+    """Says whether B is better than the baseline A: final loss, training time, and both in seconds."""
     slope = options.seconds_per_loss
     if slope is not None and not 0 < slope < 1e6:
         raise UserError(f"--seconds_per_loss={slope}: expected a number above 0 and below a million")
@@ -797,6 +795,7 @@ def compare(options, flags):
 
 
 def plan(options, flags):
+    """Says how many runs a p-value below 0.01 takes."""
     spread, origin = options.sd, "given"
     if options.source:
         group = load_group(options.source)
@@ -834,7 +833,7 @@ def only_registered(folder: Path) -> str:
 
 
 def verify_all(options, flags):
-    """Each folder, then what they say of each other, and the tables beside them if all are verified."""
+    """Checks each folder (all records if none is given), what they say of each other, and the tables."""
     known = all_records(options.records)
     folders = options.folders or known
     seen, verified = {}, []
@@ -981,6 +980,7 @@ def draw_lambdas(runs: list[Run], path: Path):
 
 
 def plot(options, flags):
+    """Draws the losses of records or logs into one picture."""
     groups = [load_group(path) for path in options.folders]
     names = [f"{g.name} ({i})" if [h.name for h in groups].count(g.name) > 1 else g.name
              for i, g in enumerate(groups)]
@@ -990,11 +990,6 @@ def plot(options, flags):
 
 # ----------------------------------------------------------------------------------------------------------
 # Command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}: see --help")
 
 
 def at_least_one(text: str) -> int:
@@ -1010,60 +1005,68 @@ def one_or_two(text: str) -> list[int]:
     return numbers
 
 
+HELP = {
+    "runs": "how many; of race also A's and B's, as 3,5", "gpus": "of each run (1)",
+    "script": "to freeze (train_gpt.py of this repository)", "records": "where the tracks' folders are",
+    "commit": "commit the registration before the first run", "margin": "true distance to the target, nats",
+    "sd": "of the losses from run to run (modded-nanogpt's)", "from": "take the sd of this record or logs",
+    "threshold": "nats by which B shall be lower", "seconds_per_loss": "instead of the end of A's curve",
+    "data": "folder of shards, where the record's is missing", "seed": "to repeat (the record's first)",
+    "tokenizer": "FILE.tiktoken, where the record's is missing", "target": "loss to draw a line at",
+}  # fmt: skip
+
+
 def parser() -> Parser:
     top = Parser("record.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(name: str, function, *positional: str, **flags):
-        """Positional arguments are name or name:nargs. A flag has a type, or a default of that type."""
-        sub = commands.add_parser(name)
+    def command(name: str, function, *positional: str, needs=(), **flags):
+        """Positional arguments are name or name:nargs. A flag has a type, or is a path with this default."""
+        sub = commands.add_parser(name, description=function.__doc__)
         sub.set_defaults(run=function)
         for argument in positional:
             dest, _, nargs = argument.partition(":")
-            sub.add_argument(dest, type=str if dest == "name" else Path, nargs=nargs or None)
+            sub.add_argument(dest, type=str if dest == "name" else user_path, nargs=nargs or None)
         for flag, kind in flags.items():
-            default = None if callable(kind) else kind
-            sub.add_argument(f"--{flag}", default=default, type=kind if default is None else type(default))
+            given = {"type": kind} if callable(kind) else {"type": user_path, "default": kind}
+            sub.add_argument(f"--{flag}", help=HELP.get(flag), required=flag in needs, **given)
         return sub
 
-    sub = command("new", new, "name", script=Path, gpus=at_least_one, records=RECORDS)
+    path = os.path.expanduser  # or the name of a tokenizer
+    sub = command("new", new, "name", runs=at_least_one, gpus=at_least_one, script=user_path, records=RECORDS,
+                  needs=["runs"])
     sub.add_argument("--track", choices=TRACKS, required=True)
-    sub.add_argument("--runs", type=at_least_one, required=True)
-    sub.add_argument("--commit", action="store_true")
-    sub = command("race", race, "a", "b", gpus=at_least_one, out=Path)
+    sub.add_argument("--commit", action="store_true", help=HELP["commit"])
+    sub = command("race", race, "a", "b", runs=one_or_two, gpus=at_least_one, out=user_path, needs=["runs"])
     sub.add_argument("--track", choices=TRACKS, default="race300")
-    sub.add_argument("--runs", type=one_or_two, required=True)
-    sub = command("plan", plan, sd=float)
-    sub.add_argument("--margin", type=float, required=True)
-    sub.add_argument("--from", type=Path, dest="source")
+    sub = command("plan", plan, margin=float, sd=float, needs=["margin"])
+    sub.add_argument("--from", type=user_path, dest="source", help=HELP["from"])
     command("import", import_logs, "logs:+", "name", records=RECORDS)
     command("verify", verify_all, "folders:*", records=RECORDS)
     command("refresh", refresh, "folders:+")
     command("compare", compare, "a", "b", threshold=float, seconds_per_loss=float)
     command("keep", keep, "folder", "name", records=RECORDS)
-    command("reproduce", reproduce, "folder", data=str, tokenizer=str, seed=int, gpus=at_least_one)
+    command("reproduce", reproduce, "folder", data=path, tokenizer=path, seed=int, gpus=at_least_one)
     command("table", table, file=RECORDS / "README.md", records=RECORDS)
     command("plot", plot, "folders:+", out=Path("plot.png"), target=float)
     return top
 
 
-def main():
+def run_command():
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
+    options, flags = parser().parse_args(argv[:cut]), argv[cut + 1:]
+    if flags and options.run not in (new, race):
+        raise UserError(f"found {flags[0]!r} after --: only new and race take flags of train_gpt.py")
     try:
-        options = parser().parse_args(argv[:cut])
-        flags = argv[cut + 1:]
-        if flags and options.run not in (new, race):
-            raise UserError(f"found {flags[0]!r} after --: only new and race take flags of train_gpt.py")
         options.run(options, flags)
-    except (UserError, Mismatch) as error:
+    except Mismatch as error:
         print("record.py:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except OSError as error:
-        print(f"record.py: {error.filename}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(1)
+
+
+def main():
+    main_guard(run_command)
 
 
 if __name__ == "__main__":

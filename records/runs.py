@@ -36,7 +36,7 @@ PER_PLACE = PER_RUN | {"data", "tokenizer", "save_every"}  # ... and between a r
 SET_HERE = PER_RUN | {"track", "runs", "save_every", "resume"}  # flags that nobody may pass on
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend: one line, exit code 2."""
 
 
@@ -44,14 +44,13 @@ class Mismatch(Exception):
     """A check that failed: what, found and expected in one line, exit code 1."""
 
 
-def expect(where, what: str, found, expected):
-    if found != expected:
-        raise Mismatch(f"{where}: {what}: found {found}, expected {expected}")
-
-
-def demand(where, what: str, found, condition: bool, expected: str):
+def demand(where, what: str, found, condition: bool, expected):
     if not condition:
         raise Mismatch(f"{where}: {what}: found {found}, expected {expected}")
+
+
+def expect(where, what: str, found, expected):
+    demand(where, what, found, found == expected, expected)
 
 
 def expect_text(place, found: str, expected: str):
@@ -167,7 +166,7 @@ def parse_log(path: Path) -> Run:
     body = re.sub(r"\A\s*={50,}\n", "", text)  # modded-nanogpt's logs may begin so
     parts = re.split(r"^={50,}$\n", body, maxsplit=1, flags=re.M)
     source, rest = parts if len(parts) == 2 else ("", body)
-    header, config, steps, validations, folder, launch = {}, {}, [], [], "", 0.0
+    header, steps, validations, folder, launch = {}, [], [], "", 0.0
     if not any((match := STEP.match(line)) and match[3] == "val" for line in rest.split("\n")):
         raise UserError(f"{path}: no line 'step:i/n val_loss:.. train_time:..ms step_avg:..ms'")
     for line in rest.split("\n"):
@@ -184,8 +183,7 @@ def parse_log(path: Path) -> Run:
             validations.append(read_json(value, path))
             expect(path, "validation row", [k for k in EXACT if k in validations[-1]], EXACT)
         elif name == "config":
-            demand(path, name, "it twice", not config, "one header")
-            config = read_json(value, path)
+            name_once(header, path, [(name, read_json(value, path))])
         elif name == "source":
             name_once(header, path, [part.split(":", 1) for part in value.split() if ":" in part])
         elif match := VERSIONS.match(line):
@@ -197,12 +195,20 @@ def parse_log(path: Path) -> Run:
         elif ": " in line and (not steps or name == "training"):  # "training tokens: sha256:.."
             name_once(header, path, [line.split(": ", 1)])
     named = sha256(source) if source else header.get("sha256", "")
+    config = header.pop("config", {})
     return Run(path, sha256(text), named, header, config, steps, validations, folder, launch)
+
+
+def named_once(pairs: list) -> dict:
+    """Of JSON's names and values. Raises ValueError: readers differ in which of two they take."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a name twice in {[name for name, _ in pairs]}")
+    return dict(pairs)
 
 
 def read_json(text: str, path: Path):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=named_once)
     except ValueError as error:
         raise Mismatch(f"{path}: not JSON: {error}") from None
 
@@ -362,10 +368,6 @@ def check_plan(runs: list[Run], plan: dict, track: str):
         if spec.val_tokens:
             found = run.header["validation"].split()[0]
             expect(run.path, "validation tokens", found, f"tokens:{spec.val_tokens}")
-        for flag in plan["flags"]:
-            name, value = parse_flag(flag)
-            if not same_value(run.config.get(name), value):
-                raise Mismatch(f"{run.path}: config.{name}: found {run.config.get(name)}, expected {flag}")
     expect("the logs", "seeds", [run.config["seed"] for run in runs], plan["seeds"])
     check_same(runs)
 
@@ -374,16 +376,6 @@ def parse_flag(flag: str) -> tuple[str, str]:
     """Name and value of --name=value; --name alone means on."""
     name, _, text = flag.removeprefix("--").partition("=")
     return name.replace("-", "_"), text if "=" in flag else "on"
-
-
-def same_value(value, text: str) -> bool:
-    """Whether a configuration's value is what a flag's text says."""
-    if isinstance(value, bool):
-        return text.lower() in (("true", "on", "1") if value else ("false", "off", "0"))
-    try:
-        return float(text) == value if isinstance(value, (int, float)) else text == value
-    except ValueError:
-        return False
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -403,10 +395,6 @@ def p_below_known(values, target: float, known: float) -> float:
     return float(stats.norm.cdf((np.mean(values) - target) / known * math.sqrt(len(values))))
 
 
-def round_p(p: float | None) -> float | None:
-    return None if p is None else float(f"{p:.4g}")
-
-
 def summarise(runs: list[Run], track: str) -> dict:
     """Means, sds and tests; p-values only where the track has a target."""
     losses, seconds, spec = [run.loss for run in runs], [run.seconds for run in runs], TRACKS[track]
@@ -416,12 +404,12 @@ def summarise(runs: list[Run], track: str) -> dict:
         out[name] = {"mean": round(float(np.mean(values)), digits),
                      "sd": None if spread is None else round(spread, digits)}
     if spec.target:
-        out["target"] = spec.target
-        out["p_t_test"] = round_p(p_below(losses, spec.target))
+        p = p_below(losses, spec.target)
+        out |= {"target": spec.target, "p_t_test": None if p is None else float(f"{p:.4g}")}
         if spec.sd:
-            out["known_sd"] = spec.sd
-            out["p_known_sd"] = round_p(p_below_known(losses, spec.target, spec.sd))
-        out["reached"] = out["p_t_test"] is not None and out["p_t_test"] < LEVEL
+            known = p_below_known(losses, spec.target, spec.sd)
+            out |= {"known_sd": spec.sd, "p_known_sd": float(f"{known:.4g}")}
+        out["reached"] = p is not None and out["p_t_test"] < LEVEL
     return out
 
 

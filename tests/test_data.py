@@ -107,13 +107,14 @@ def test_random_headers_are_refused(tmp_path):
         values[:2] = np.where(random.random(2) < 0.5, (20240520, 1), values[:2])
         path.write_bytes(values.tobytes()[: random.integers(0, 1025)] + BODY)
         with pytest.raises(ValueError):
-            shards.check_shard(path)
+            shards.check_shard(path, vocab_size=257, bos=256)
 
 
-@pytest.mark.parametrize("tokens", [[], [-1], [65536], [[1, 2]]])
+@pytest.mark.parametrize("tokens", [[], [-1], [65536], [[1, 2]], np.broadcast_to(1, 2**31)],
+                         ids=["none", "negative", "17 bits", "rows", "2**31"])
 def test_tokens_that_do_not_fit_are_not_written(tmp_path, tokens):
     with pytest.raises(ValueError, match="x_train"):
-        shards.write_shard(tmp_path / "x_train_000000.bin", np.array(tokens, np.int64))
+        shards.write_shard(tmp_path / "x_train_000000.bin", np.asarray(tokens, np.int64))
     assert not os.listdir(tmp_path)
 
 
@@ -190,6 +191,9 @@ def test_manifest_finds_a_flipped_bit(tmp_path):
     content[-2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="flip_train_000000.bin.*sha256"):
+        shards.check_folder(tmp_path)
+    shards.write_manifest(tmp_path, manifest | {"vocab_size": 256})
+    with pytest.raises(ValueError, match="token 256 found"):
         shards.check_folder(tmp_path)
 
 
@@ -503,7 +507,7 @@ def test_unreadable_text_is_refused_with_advice(tmp_path, kind):
 
 
 MISTAKES = {
-    "no file": (["missing.txt"], "missing.txt"),
+    "no file": (["missing.txt"], "missing.txt: no such file"),
     "empty folder": (["folder"], "no .txt"),
     "empty file": (["empty.txt"], "no text"),
     "not UTF-8": (["latin.txt"], "latin.txt"),
@@ -514,10 +518,14 @@ MISTAKES = {
     "bad rank file": (["good.jsonl", "--tokenizer", "bad.tiktoken"], "line 1"),
     "missing rank file": (["good.jsonl", "--tokenizer", "none.tiktoken"], "none.tiktoken"),
     "incomplete rank file": (["good.jsonl", "--tokenizer", "few.tiktoken"], "256 bytes"),
-    "bad fraction": (["good.jsonl", "--val-fraction", "2"], "--val-fraction"),
+    "fraction above 1": (["good.jsonl", "--val-fraction", "2"], "--val-fraction must be"),
+    "fraction below 0": (["good.jsonl", "--val-fraction=-.1"], "--val-fraction must be"),
+    "all for validation": (["one.txt", "--val-fraction=.999999"], "0 training and 1 validation"),
     "bad processes": (["good.jsonl", "--processes", "0"], "--processes"),
     "bad name": (["good.jsonl", "--name", "a/b"], "--name"),
     "unknown flag": (["good.jsonl", "--nonsense"], "--nonsense"),
+    "one token a shard": (["good.jsonl", "--shard-tokens", "1"], "--shard-tokens must be from 2"),
+    "more than a header counts": (["good.jsonl", "--shard-tokens", str(2**31)], "--shard-tokens must be"),
     "shards too small": (["good.jsonl", "--shard-tokens", "10"], "larger shards"),
 }
 
@@ -539,6 +547,29 @@ def test_tokenize_mistakes_are_one_line(tmp_path, mistake):
     assert not (tmp_path / "out").exists()
 
 
+def test_validation_may_be_left_out_and_a_file_empty(tmp_path):
+    source, empty = write_jsonl(tmp_path / "in.jsonl", TEXTS[:2]), write_jsonl(tmp_path / "none.jsonl", [])
+    run_script("tokenize_text.py", source, empty, "--out", tmp_path / "out", "--tokenizer", "bytes",
+               "--val-fraction", 0, "--processes", 1)
+    assert shards.check_folder(tmp_path / "out")["documents"] == {"train": 2, "val": 0}
+
+
+def test_a_process_that_dies_is_said(monkeypatch):
+    import tokenize_text
+
+    monkeypatch.setattr(tokenize_text, "start_worker", os._exit)
+    encoded = tokenize_text.encode_all([(b"text", b"digest")], "bytes", load_tokenizer("bytes"), 2)
+    with pytest.raises(ValueError, match="a tokenizing process died"):
+        list(encoded)
+
+
+def test_shards_of_another_name_that_came_meanwhile_are_kept(tmp_path):
+    shards.write_shard(tmp_path / "mine_train_000000.bin", [256, 1])
+    with pytest.raises(ValueError, match="another data set"):
+        shards.publish(tmp_path / "stage", tmp_path, {"name": "text"})
+    assert os.listdir(tmp_path) == ["mine_train_000000.bin"]
+
+
 def test_tokenize_parquet_without_pyarrow(tmp_path):
     (tmp_path / "pyarrow.py").write_text("raise ImportError")
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
@@ -557,6 +588,12 @@ def test_tokenize_parquet(tmp_path):
     run_script("tokenize_text.py", *arguments, "--field", "body")
     assert sorted(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == sorted(TEXTS)
     assert "'text'" in error_of("tokenize_text.py", *arguments, "--force")
+    parquet.write_table(pyarrow.table({"body": [*TEXTS, None]}), tmp_path / "x.parquet")
+    stdout, _ = run_script("tokenize_text.py", *arguments, "--field", "body", "--force")
+    assert "skipped 1 rows without text in 'body' (x.parquet: 1)" in stdout
+    assert len(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == len(TEXTS)
+    parquet.write_table(pyarrow.table({"body": pyarrow.array([None] * 3, "string")}), tmp_path / "x.parquet")
+    assert "none of 3 rows has text" in error_of("tokenize_text.py", *arguments, "--field", "body", "--force")
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     assert "x.parquet" in error_of("tokenize_text.py", *arguments, "--force")
 
@@ -856,3 +893,14 @@ def test_help_and_unknown_flags(script, arguments, tmp_path):
     stdout, stderr = run_script(script, "--help", cwd=tmp_path)
     assert stdout.startswith(f"usage: {script}") and not stderr
     assert "--nonsense" in error_of(script, *arguments, "--nonsense", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("script, arguments", [
+    ("sample.py", ["--out=~/out"]), ("fineweb.py", ["--out=~/out"]),
+    ("tokenize_text.py", ["~/in.txt", "--out=~/out"]),
+    ("token_tables.py", ["~/out", "--tokenizer=~/tiny.tiktoken"])])
+def test_a_tilde_is_the_home_folder(script, arguments, tmp_path, rank_file):
+    """Each names the folder in refusing its shard, which is another data set's and has no document."""
+    (tmp_path / "out").mkdir()
+    shards.write_shard(tmp_path / "out" / "mine_train_000000.bin", [1])
+    assert f"{tmp_path}/out" in error_of(script, *arguments, cwd="/", HOME=str(tmp_path))

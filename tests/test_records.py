@@ -11,10 +11,12 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from time import gmtime, strftime
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from small import SCRIPT, write_corpus
@@ -79,7 +81,7 @@ def main():
     (folder / "train_gpt.py").write_bytes(Path(__file__).read_bytes())
     log, rows = open(folder / "log.txt", "w"), open(folder / "metrics.jsonl", "w")
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    sha = hashlib.sha256(b"tokens").hexdigest()
+    sha = hashlib.sha256(os.environ.get("TOKENS", "tokens").encode()).hexdigest()
     print(f"source sha256:{source} git:none", "config " + json.dumps(cfg),
           f"python:3.11.7 torch:2.13.0+cu130 cuda:13.0 world_size:1 seed:{seed}",
           "device: cuda:0 (NVIDIA H100 80GB HBM3)", os.environ.get("MACHINE", "machine: gpu:one boot:one"),
@@ -325,7 +327,16 @@ CHANGES = {
     "training loss before validation 24": [(r"(step:(?:1[6-9]|2\d)/24 train_loss:)\S+", r"\g<1>0.0001")],
     "time of step 8": [(r"(step:8/24 .*train_time:).*", r"\g<1>140ms step_avg:17.50ms"),
                        (r"(step:7/24 .*train_time:).*", r"\g<1>140ms step_avg:20.00ms")],
-    "one header": [("(config .*\n)", r"\1\1")],
+    "config: found it twice": [("(config .*\n)", r"\1\1")],
+    "sha256: found it twice": [("(source .*\n)", r"\1\1")],
+    "python: found it twice": [("(python:.*\n)", r"\1\1")],
+    "device: found it twice": [("(device: .*\n)", r"\1\1")],
+    "validation row": [(r'(validation .*"step": 12, .*), "train_time": [\d.]+', r"\1")],
+    "known track": [('"track": "short"', '"track": "huge"'), ("-short-seed", "-huge-seed")],
+    "seed of the header": [("seed:1\n", "seed:7\n")],
+    "expected tokens:N bytes:N sha256:": [("(validation: .*) sha256:.*", r"\1")],
+    "expected tokens:10485760": [("tokens:10485760", "tokens:5242880"), (r"bytes:\d+", "bytes:23592960"),
+                                 ('"val_tokens": 10485760', '"val_tokens": 5242880')],
     "step line": [("step:9/24", "step:\u0669/24")],
     "config.muon_lr": [('"muon_lr": 0.03', '"muon_lr": 0.04')],
     "validation tokens": [("tokens:10485760", "tokens:1048576")],
@@ -440,8 +451,37 @@ def link(folder):
     (folder / "seed1.txt").symlink_to(folder.parent / "outside.txt")
 
 
-def claim(folder):
-    (folder / "README.md").write_text("It trains in 0.31 s.\n\n" + (folder / "README.md").read_text())
+def claim(text):
+    def forge(folder):
+        path = folder / "README.md"
+        path.write_text(f"It trains in {text}.\n\n{path.read_text()}")
+    return forge
+
+
+def change_plan(folder, seeds=(0, 1, 2), **changes):
+    """Registers the runs anew: their logs name the plan's sha256."""
+    stored = json.loads((folder / "record.json").read_text())
+    before = record.registration(stored)[:12]
+    stored["plan"] |= changes
+    (folder / "record.json").write_text(record.dump(stored))
+    in_logs(before, record.registration(stored)[:12], seeds)(folder)
+
+
+def at_once(folder):
+    """seed 1 as begun a second before seed 0."""
+    stored = json.loads((folder / "record.json").read_text())
+    earlier = gmtime(record.moment(stored["runs"][0]["started"]) - 1)
+    stored["runs"][1]["started"] = strftime("%Y-%m-%dT%H:%M:%SZ", earlier)
+    (folder / "record.json").write_text(record.dump(stored))
+    in_logs(r"\d{8}-\d{6}(?=-short-seed1)", strftime("%Y%m%d-%H%M%S", earlier), [1])(folder)
+    change_plan(folder, registered=stored["runs"][1]["started"])
+
+
+def unloadable(folder):
+    script, before = folder / "train_gpt.py", record.sha256((folder / "train_gpt.py").read_text())
+    script.write_text("import a_module_that_nobody_has\n")
+    change_plan(folder, source_sha256=record.sha256(script.read_text()))
+    in_logs(before, record.sha256(script.read_text()))(folder)
 
 
 def other_loss(match):
@@ -458,12 +498,21 @@ FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify 
     "Arabic digits": (in_logs("step:12/24", "step:\u0661\u0662/24"), "step line"),
     "symbolic link": (link, "symbolic links"),
     "resumed": (in_logs('"track"', '"resume": "x", "track"'), "config.resume"),
-    "author's claim": (claim, "training time"),
+    "author's claim": (claim("0.31 s"), "training time: found 0.31 s"),
+    "author's minutes": (claim("0.7 minutes"), "training time: found 42 s"),
+    "author's milliseconds": (claim("310 ms"), "training time: found 0.31 s"),
     "negative attempts": (in_record(lambda row: row["runs"][0].update(attempts=-3)), "attempts of seed 0"),
     "no attempts": (in_record(lambda row: row["runs"][0].update(attempts=0.5)), "attempts of seed 0"),
     "earlier": (in_record(lambda row: row["plan"].update(registered="2026-01-01T00:00:00Z")), "date"),
     "another start": (in_record(lambda row: row["runs"][1].update(started=record.now()[:-6] + "59:59Z")),
                       "start of seed 1|stamp of its folder"),
+    "a start in Arabic digits": (in_record(lambda row: row["runs"][1].update(
+        started=row["runs"][1]["started"].replace("0", "\u0660"))), "isn't ASCII"),
+    "runs at once": (at_once, "start: found .*one after the 0 s of seed0.txt"),
+    "another picture": (lambda folder: (folder / "loss2.png").touch(), "other files: found .'loss2.png'."),
+    "a faster script": (lambda folder: (folder / "fast.py").touch(), "other files: found .'fast.py'."),
+    "a rate twice": (in_logs("config {", 'config {"muon_lr": 0.5, '), "a name twice"),
+    "a row left out": (in_record(lambda row: row["runs"].pop()), "seeds of the runs"),
     "another plan": (in_record(lambda row: row["plan"].update(flags=["--smear=off"])), "config.log_folder"),
     "another configuration": (in_logs('"muon_lr": 0.03', '"muon_lr": 0.04'), "config.muon_lr"),
     "unregistered setting": (in_logs('"save_every": -1', '"save_every": -1, "trick": 1'), "config.trick"),
@@ -471,6 +520,8 @@ FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify 
     "no machine": (in_logs("machine: .*\n", ""), "machine"),
     "data without a hash": (in_logs("(data: text shards:9) sha256:.*", r"\1"), "data"),
     "a step back": (in_logs(r"(step:8/24 .*train_time:).*", r"\g<1>1ms step_avg:0.12ms"), "train_time"),
+    "the older format": (in_record(lambda row: row.update(format=1)), "format: found 1"),
+    "a script that nobody can load": (unloadable, "train_gpt.py: can't be loaded.*a_module_that_nobody_has"),
     "two headers": (in_logs("(config .*\n)", r"\1\1"), "one header"),
 }  # fmt: skip
 
@@ -498,7 +549,11 @@ def test_forgeries_sealed_anew_are_caught(folder, name):
 
 def test_pictures_of_others_are_caught(folder):
     shutil.copy(folder / "lambdas.png", folder / "loss.png")
-    with pytest.raises(Mismatch, match="loss.png: picture"):
+    with pytest.raises(Mismatch, match="loss.png: picture: found another"):
+        verify(folder)
+    with Image.open(folder / "lambdas.png") as picture:
+        picture.save(folder / "loss.png")
+    with pytest.raises(Mismatch, match="loss.png: picture by: found None"):
         verify(folder)
 
 
@@ -541,6 +596,8 @@ def test_reproduce_says_what_is_missing(folder):
     stored = {"name": "x", "track": "tiny", "runs": [{"seed": 0, "loss": 1.3}, {"seed": 1, "loss": 1.4}]}
     assert record.expected_loss(stored, 0)[:2] == pytest.approx((1.295, 1.305))
     assert record.expected_loss(stored, 7)[0] < 1
+    with pytest.raises(UserError, match="has one run"):
+        record.expected_loss(stored | {"runs": stored["runs"][:1]}, 7)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -580,14 +637,14 @@ def test_new_goes_on_where_it_stopped(made, tmp_path, monkeypatch):
     first = (folder / "seed0.txt").stat()
     assert "1 of 3 runs done\nrecords verified: 0" in cli("verify", folder).out
     monkeypatch.delenv("FAIL")
-    monkeypatch.setenv("STOP", "2")
+    monkeypatch.setenv("STOP", "1")
     result = start(made, tmp_path)
     assert result.code == 1 and "order of step lines" in result.err
-    assert (folder / "seed2.txt").exists()
+    assert (folder / "seed1.txt").exists() and not (folder / "seed2.txt").exists()
     monkeypatch.delenv("STOP")
     assert start(made, tmp_path).code == 0
     stored = verify(folder)
-    assert [row["attempts"] for row in stored["runs"]] == [1, 2, 2]
+    assert [row["attempts"] for row in stored["runs"]] == [1, 3, 1]
     assert (folder / "seed0.txt").stat().st_mtime_ns == first.st_mtime_ns
     before = (folder / "record.json").read_bytes()
     assert start(made, tmp_path).code == 0  # nothing left to do
@@ -644,15 +701,71 @@ def test_imported_logs_are_marked(made, tmp_path, monkeypatch):
     assert stored["plan"]["flags"] == ["--muon_lr=0.01"]
     assert "**Not pre-registered**" in (folder / "README.md").read_text()
     assert "Registered: no." in cli("verify", folder).out
+    for change, reason in (({"date": "2026-01-01"}, "date"), ({"runs": 1}, "attempts and starts")):
+        text = (folder / "record.json").read_text()
+        for row in stored["runs"] * ("runs" in change):
+            row["started"] = record.now()
+        (folder / "record.json").write_text(record.dump(stored | change if "date" in change else stored))
+        with pytest.raises(Mismatch, match=f"late: {reason}: found|place: found"):
+            record.check_logs(folder, record.load_record(folder), stored["runs"])
+        (folder / "record.json").write_text(text)
+    change_plan(folder, [], runs=3)
+    assert "number of seeds: found 2, expected 3" in cli("verify", folder).err
     again = cli("import", *logs, "late", "--records", tmp_path / "records")
     assert again.code == 2 and "is there already" in again.err
     (logs[0] / "train_gpt.py").write_text("pass")
     assert "train_gpt.py: sha256" in cli("import", *logs, "later", "--records", tmp_path / "records").err
 
 
+def test_logs_that_are_no_record_are_not_imported(made, tmp_path):
+    logs = [*finished_logs(made, tmp_path / "logs"), *finished_logs(made, tmp_path / "tiny", [1], "tiny")]
+    into = "late", "--records", tmp_path / "records"
+    assert "config.track (against log.txt)" in cli("import", logs[0], logs[2], *into).err
+    assert "seed: found 4 as in" in cli("import", logs[0], logs[0], *into).err
+    log = logs[0] / "log.txt"
+    log.write_text(re.sub("step:7/.*\n", "", log.read_text()))
+    assert "order of step lines" in cli("import", *logs[:2], *into).err
+    assert not (tmp_path / "records").exists()
+
+
+def test_runs_that_differ_are_no_record(made, tmp_path, monkeypatch):
+    """As where torch is another when an interrupted command is given again."""
+    monkeypatch.setenv("FAIL", "1")
+    assert start(made, tmp_path).code == 2
+    monkeypatch.delenv("FAIL")
+    monkeypatch.setenv("TOKENS", "others")
+    result = start(made, tmp_path)
+    assert result.code == 1 and "seed1.txt: data (against seed0.txt)" in result.err
+    assert not list(tmp_path.glob("track_1_short/*/README.md"))
+
+
+def test_commit_needs_a_repository(made, tmp_path):
+    result = cli("new", "x", "--track=tiny", "--runs=1", "--commit", f"--script={made.trainer}",
+                 f"--records={tmp_path}")
+    assert result.code == 2 and "--commit: git add: " in result.err
+
+
+def test_verify_looks_at_all_records_and_the_page_beside_them(made, folder, tmp_path):
+    result = cli("verify", made.folder, folder)
+    assert result.code == 1 and "seed0.txt: run: found that of" in result.err
+    records = tmp_path / "records"
+    shutil.copytree(made.place / "records", records)
+    (records / "README.md").write_text("<!-- records:short -->\nold\n<!-- /records:short -->\n")
+    result = cli("verify", "--records", records)
+    assert result.code == 1 and "README.md: generated text, line 2: found 'old'" in result.err
+
+
 def test_reproduce(folder, monkeypatch):
     result = cli("reproduce", folder, "--seed=5")
     assert result.code == 0 and result.out.endswith("reproduced\n"), result.err
+    monkeypatch.setenv("MACHINE", "machine: gpu:two boot:two\nextra: 1")
+    assert "differs, may: extra: 1, in the record None" in cli("reproduce", folder).out
+    monkeypatch.setenv("TOKENS", "others")
+    assert "reproduction: data: found shards:9 sha256:" in cli("reproduce", folder).err
+    monkeypatch.setenv("STOP", "0")
+    assert "order of step lines" in cli("reproduce", folder).err
+    for name in ("STOP", "TOKENS", "MACHINE"):
+        monkeypatch.delenv(name)
     monkeypatch.setenv("SHIFT", "0.2")
     result = cli("reproduce", folder)
     assert result.code == 1 and "not reproduced: loss" in result.err
@@ -852,6 +965,11 @@ def test_modded_nanogpt_s_logs(tmp_path, folder):
     assert cli("import", tmp_path / "modded", "x", "--records", tmp_path).code == 2
 
 
+def test_compare_refuses_what_is_no_number():
+    assert "--threshold=nan: expected a number" in cli("compare", "a", "b", "--threshold=nan").err
+    assert "expected a number above 0" in cli("compare", "a", "b", "--seconds_per_loss=0").err
+
+
 def test_comparison_names_other_hardware_and_refuses_other_validation_tokens(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "other")
     for seed in range(3):
@@ -976,4 +1094,6 @@ def test_single_runs_are_what_their_rows_say():
             row["log_sha256"], row["source_sha256"], row["loss"], row["seconds"])
         assert run.config["seed"] == row["seed"]
         for name, value in map(runs_of_a_record.parse_flag, row["flags"]):
-            assert runs_of_a_record.same_value(run.config[name], value)
+            found = run.config[name]
+            found = ("off", "on")[found] if isinstance(found, bool) else found
+            assert value == found or float(value) == found
