@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,13 +145,20 @@ def test_a_wrong_kernel_fails_the_benchmark(name, factor, monkeypatch, capsys):
 STEP = [*TINY, "--micro_batches=2", "--steps=2"]
 
 
-def test_step_times_every_stage_of_the_default_and_a_variant_and_profiles(run, tmp_path):
+@pytest.fixture
+def short_batches(monkeypatch):
+    """Of 2 x 128 tokens."""
+    stages = tuple(stage._replace(batch_tokens=256, max_doc=64) for stage in train_gpt.TRACKS["tiny"].stages)
+    monkeypatch.setitem(train_gpt.TRACKS, "tiny", replace(train_gpt.TRACKS["tiny"], stages=stages))
+
+
+def test_step_times_every_stage_of_the_default_and_a_variant_and_profiles(run, tmp_path, short_batches):
     out, variant = tmp_path / "out.json", "float8 off"
     code, printed, _ = run(step, *STEP, f"--compare={variant}", "--profile", f"--out={out}")
     assert code == 0
-    assert printed.count("| default | 2,048 |") == printed.count(f"| {variant} | 2,048 |") == 1
+    assert printed.count("| default | 128 |") == printed.count(f"| {variant} | 128 |") == 1
     assert "compilations within timed steps: 0" in printed
-    assert re.search(r"^2,048 tokens, \d+\.\d\d ms:$", printed, re.M)
+    assert re.search(r"^128 tokens, \d+\.\d\d ms:$", printed, re.M)
     assert re.search(r"^ +\d+\.\d{3} ms +\d+\.\d x  aten::mm$", printed, re.M)
     stage = json.loads(out.read_text())["default"]["stages"][0]
     assert 0 < stage["low"] <= stage["ms"] <= stage["high"] and stage["n"] == 1
@@ -184,7 +192,7 @@ def test_step_refuses_in_one_line(run, argument, words):
     assert code == 2 and words in error.splitlines()[-1]
 
 
-def test_step_fails_if_a_variant_has_another_loss(run, monkeypatch):
+def test_step_fails_if_a_variant_has_another_loss(run, monkeypatch, short_batches):
     variants = {"default": step.Variant(), "other": step.Variant(("--leaky_slope=0.9",))}
     monkeypatch.setattr(step, "VARIANTS", variants)
     monkeypatch.setattr(step, "SAME_LOSS", 1e-6)
@@ -192,7 +200,7 @@ def test_step_fails_if_a_variant_has_another_loss(run, monkeypatch):
     assert re.match(r"other: loss \d", code)
 
 
-def test_step_goes_on_after_a_variant_that_does_not_fit(run, monkeypatch, tmp_path):
+def test_step_goes_on_after_a_variant_that_does_not_fit(run, monkeypatch, tmp_path, short_batches):
     bench = step.Bench
 
     def build(cfg, small):
@@ -204,7 +212,7 @@ def test_step_goes_on_after_a_variant_that_does_not_fit(run, monkeypatch, tmp_pa
     monkeypatch.setattr(step, "VARIANTS", {"default": step.Variant(), "large": large, "other": other})
     monkeypatch.setattr(step, "Bench", build)
     code, printed, _ = run(step, *STEP, "--compare=all", f"--out={tmp_path / 'out'}")
-    assert code == 0 and "| large | doesn't fit |" in printed and "| other | 2,048 |" in printed
+    assert code == 0 and "| large | doesn't fit |" in printed and "| other | 128 |" in printed
     assert json.loads((tmp_path / "out").read_text())["large"]["stages"] == []
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -358,10 +359,12 @@ def test_mistake_is_one_line_and_leaves_no_log(cli, small, data, broken, monkeyp
     assert result[1] == "" and not (broken / "logs").exists()
 
 
-def test_mistake_in_a_process_of_its_own_has_no_traceback():
-    done = subprocess.run([sys.executable, SCRIPT, "--widht=32"], capture_output=True, text=True)
-    assert_refused((done.returncode, done.stdout, done.stderr), "--widht")
-    assert done.stdout == ""
+def test_mistake_in_the_script_run_as_such_has_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--widht=32"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert_refused((end.value.code, *(printed := capsys.readouterr())), "--widht")
+    assert printed.out == ""
 
 
 def test_too_little_gpu_memory_is_one_line_that_says_what_to_change(cli, small, data, tmp_path, monkeypatch):

@@ -6,10 +6,13 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +36,25 @@ def run_script(script, *args, code=0, cwd=None, **environment):
     return done.stdout, done.stderr
 
 
-def error_of(script, *args, **keywords):
+def error_of(script, *args, cwd=".", **environment):
     """Runs a script that must fail as a user's mistake does: status 2, one line. Returns that line."""
-    _, stderr = run_script(script, *args, code=2, **keywords)
+    if environment:
+        _, stderr = run_script(script, *args, code=2, cwd=cwd, **environment)
+    else:
+        stderr = error_in_this_process(script, *args, cwd=cwd)
     assert stderr.count("\n") == 1 and stderr.startswith(f"{script}: "), stderr
     return stderr
+
+
+def error_in_this_process(script, *args, cwd):
+    """What a script writes to stderr before it ends with status 2."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(StringIO()) as printed:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [str(DATA / script), *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    assert end.value.code == 2
+    return printed.getvalue()
 
 
 def documents_of(folder, split):
@@ -249,19 +266,35 @@ def test_sample_splits_share_nothing_long(sample_folder):
     assert not long_paragraphs("train") & long_paragraphs("val")
 
 
-def test_sample_is_rebuilt_only_if_damaged_and_then_identical(sample_folder):
-    def files():
-        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in sample_folder.iterdir()}
+# What sample.py does, with every tenth file of the library.
+SMALLER_SAMPLE = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import sample
+files = sample.library_files
+sample.library_files, sample.VAL_BYTES = lambda root: files(root)[::10], 20_000
+sample.main()
+"""
 
-    before, written = (sample_folder / "manifest.json").read_bytes(), files()
-    stdout, _ = run_script("sample.py", "--out", sample_folder)
-    assert "already there and valid" in stdout and "built" not in stdout and files() == written
-    path = sample_folder / "sample_val_000000.bin"
+
+def test_sample_is_rebuilt_only_if_damaged_and_then_identical(tmp_path):
+    def build(seed):
+        command = [sys.executable, "-c", SMALLER_SAMPLE, DATA, "--out", tmp_path]
+        return subprocess.check_output(command, text=True, env={**os.environ, "PYTHONHASHSEED": seed})
+
+    def files():
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+
+    assert ": built (" in build("1")
+    before, written = (tmp_path / "manifest.json").read_bytes(), files()
+    stdout = build("2")
+    assert "already there and valid" in stdout and ": built (" not in stdout and files() == written
+    path = tmp_path / "sample_val_000000.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    stdout, _ = run_script("sample.py", "--out", sample_folder, PYTHONHASHSEED="2")
+    stdout = build("2")
     assert "building again" in stdout and path.name in stdout
-    assert (sample_folder / "manifest.json").read_bytes() == before  # it holds the sha256 of every shard
-    shards.check_folder(sample_folder)
+    assert (tmp_path / "manifest.json").read_bytes() == before  # it holds the sha256 of every shard
+    shards.check_folder(tmp_path)
 
 
 def test_sample_made_before_there_were_tables_gets_them(sample_folder, tmp_path):

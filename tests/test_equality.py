@@ -220,8 +220,8 @@ def runs(monkeypatch, data, tmp_path):
     return Runs(monkeypatch, data, tmp_path)
 
 
-@pytest.mark.parametrize("every, flags", [(2, ["--mtp_heads=1", "--seed=7"]), (3, ["--document_rest=skip"]),
-                                          (2, STEP_SAVERS)])  # fmt: skip
+@pytest.mark.parametrize("every, flags", [(2, [*STEP_SAVERS, "--mtp_heads=1", "--seed=7"]),
+                                          (3, ["--document_rest=skip"])])  # fmt: skip
 def test_resume_at_every_step_is_bit_exact(runs, monkeypatch, every, flags):
     monkeypatch.setattr(train_gpt, "KEEP_CHECKPOINTS", 9)
     monkeypatch.setattr(train_gpt, "ADAM_EVERY", every)

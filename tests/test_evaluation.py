@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -177,9 +178,9 @@ def cross_entropy(logits, tokens, window):
 # ----------------------------------------------------------------------------------------------------------
 # Legality
 
-# Of the long document: its first token, one in the middle, both sides of the borders between chunks of
-# ttt-sgd (64), windows (69) and pieces of a document beyond val_chunk (105). Then tokens of others.
-PLACES = 6, 64, 65, 69, 70, 105, 154, 157, 355, 1
+# Of the long document: its first token, both sides of the border between chunks of ttt-sgd (64), the end of
+# a window (69) and of a piece of a document beyond val_chunk (105). Then a token of another.
+PLACES = 6, 64, 65, 69, 105, 157
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -269,7 +270,7 @@ def test_ttt_sgd_learns_across_documents_but_only_from_chunks_that_are_scored():
 def test_a_bos_put_into_a_document_changes_no_score_before_it(method):
     """Of documents shorter and longer than the context."""
     original = expected_scores(method, everything=True)
-    for place in (6, 120, 152, 170, 187, 189, 237):
+    for place in (6, 120, 170, 237):
         found = scores(method, changed(STREAM, place, EVAL.bos), **EVERYTHING)
         np.testing.assert_allclose(found[:place], original[:place], atol=1e-5)
         assert found[place] == 0
@@ -444,7 +445,7 @@ def test_with_a_limit_of_tokens_a_document_with_most_windows_left_goes_first():
 
 
 @both
-@pytest.mark.parametrize("context, stride", [(48, 8), (48, 48), (48, 7), (300, 32)])
+@pytest.mark.parametrize("context, stride", [(48, 48), (48, 7), (300, 32)])
 def test_adapters_that_learn_nothing_change_nothing(context, stride, model):
     changes = {"context": context, "stride": stride, **model}
     found = scores("ttt-lora", STREAM, lora_lr=0.0, **changes)
@@ -457,11 +458,10 @@ def test_adapters_of_one_matrix_that_learn_nothing_change_nothing(matrices):
     np.testing.assert_allclose(found, scores("stride", BRIEF), rtol=1e-6)
 
 
-@both
 @pytest.mark.parametrize("matrices", MATRICES)
-def test_adapters_of_one_matrix_alone_learn(matrices, model):
-    learnt = scores("ttt-lora", STREAM, lora_matrices=matrices, **model)
-    difference = np.abs(learnt - expected_scores("stride", model != {}))
+def test_adapters_of_one_matrix_alone_learn(matrices):
+    learnt = scores("ttt-lora", STREAM, lora_matrices=matrices, **EVERYTHING)
+    difference = np.abs(learnt - expected_scores("stride", everything=True))
     assert np.count_nonzero(difference > 1e-4) > len(STREAM) / 3
     assert not difference[:22].any()
 
@@ -818,8 +818,7 @@ def scores_of_ranks(size, method, tokens, **changes):
         return list(pool.map(score, range(size)))
 
 
-@pytest.mark.parametrize("size", (2, 4))
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name, size", [("STREAM", 4), ("few documents", 2), ("few documents", 4)])
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_together_find_the_scores_of_one(method, name, size):
     changes = {"micro_batches": 4, "sgd_lr": 0.02}  # high rates magnify how sums of parts are rounded
@@ -1300,7 +1299,7 @@ def script(*argv, env=()):
                             env={**os.environ, **dict(env)})  # fmt: skip
 
 
-def test_script_takes_the_trainer_that_made_the_checkpoint(trained, cli, tmp_path):
+def test_script_takes_the_trainer_that_made_the_checkpoint(trained, cli, tmp_path, monkeypatch, capsys):
     """One whose configuration has a field that this trainer's doesn't."""
     own, field = tmp_path / "mine.py", '    track: str = "tiny" '
     own.write_text(open(t.__file__).read().replace(field, f"    extra: int = 7\n{field}"))
@@ -1311,11 +1310,15 @@ def test_script_takes_the_trainer_that_made_the_checkpoint(trained, cli, tmp_pat
     old.write_text("class GPT: ...\n")
     sample = path, "--sample=ab", "--sample_tokens=3", "--tokenizer=bytes"
     assert_refused(cli(*sample), str(path), "'extra'", "--script=FILE")
-    processes = [script(*sample, f"--script={file}") for file in (own, old)]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 2]
-    assert outputs[0][0].startswith("ab") and outputs[0][1] == ""
-    assert_refused((2, *outputs[1]), str(old), "--eval=METHODS")
+    monkeypatch.setitem(sys.modules, "train_gpt", t)  # so that it is put back
+    monkeypatch.setattr(sys, "argv", [ev.__file__, *map(str, sample), f"--script={own}"])
+    runpy.run_path(ev.__file__, run_name="__main__")
+    out, error = capsys.readouterr()
+    assert out.startswith("ab") and error == ""
+    sys.argv[-1] = f"--script={old}"
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(ev.__file__, run_name="__main__")
+    assert_refused((end.value.code, *capsys.readouterr()), str(old), "--eval=METHODS")
 
 
 @pytest.mark.slow  # seen once: gloo's threads aborted a process that had finished

@@ -262,9 +262,9 @@ def test_drafts_of_checkpoints_are_removed_only_if_their_writers_are_dead(tmp_pa
 # ------------------------------------------------------------------- data
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 100, b"x" * 1024], ids=len)
-@pytest.mark.parametrize("name, reached", [
-    ("w_train_000000.bin", True), ("x_train_000000_train_000000.bin", True), ("x_train_000002.bin", False),
+@pytest.mark.parametrize("name, content, reached", [
+    ("w_train_000000.bin", b"", True), ("w_train_000000.bin", b"x" * 100, True),
+    ("x_train_000000_train_000000.bin", b"x" * 1024, True), ("x_train_000002.bin", b"", False),
 ])  # fmt: skip
 def test_a_file_without_tokens_among_the_shards_is_refused_by_name_if_it_is_reached(
     cli, runs, tmp_path, name, reached, content
