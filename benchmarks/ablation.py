@@ -35,7 +35,6 @@ VARIANTS = {
     "bigram table of V rows": ["--bigram_ratio=1"],
     "head and embedding apart": ["--untie_at=0"],
     "pointer off": ["--pointer=off"],
-    "prefix-token prediction off": ["--prefix_weight=0"],
     "learning-rate floor 0.1": ["--lr_floor=0.1"],
     "value embeddings start at 0": ["--value_std=0"],
     "backout and late attention off": ["--backout_from=-1"],

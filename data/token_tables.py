@@ -6,8 +6,6 @@ The scripts that make or fetch shards write these files, too; the command is for
 also says so if documents of the validation split are in the training split.
 
     token_bytes.npy      (vocab,) int32: bytes of text per token; 0 for BOS, the last id
-    prefixes.npy         (vocab,) int64: for each token, the id of the one whose text is the longest proper
-                         prefix of its own; -1 where there is none
     tokenizer.tiktoken   texts and ids of all tokens but BOS, in tiktoken's format; for evaluate.py
 """
 
@@ -19,7 +17,7 @@ from shards import (Parser, atomic_file, check_shard, list_shards, main_guard, u
                     warn_of_shared_documents)
 from tokenizer import RANKS, Tokenizer, format_ranks, load_tokenizer
 
-TABLES = ("token_bytes.npy", "prefixes.npy", RANKS)
+TABLES = ("token_bytes.npy", RANKS)
 
 
 def token_bytes(texts):
@@ -27,24 +25,10 @@ def token_bytes(texts):
     return np.array([len(text) for text in texts], np.int32)
 
 
-def longest_prefixes(texts):
-    """Returns the place of each text's longest proper prefix among `texts`, (len(texts),) int64; -1: none."""
-    ids = {text: i for i, text in enumerate(texts)}
-    found = np.full(len(texts), -1, np.int64)
-    for i, text in enumerate(texts):
-        for length in range(len(text) - 1, 0, -1):
-            if text[:length] in ids:
-                found[i] = ids[text[:length]]
-                break
-    return found
-
-
 def write_tables(folder: Path, tokenizer: Tokenizer):
-    """Writes the three files into a folder, in place of older ones. Does not look at the shards."""
+    """Writes both files into a folder, in place of older ones. Does not look at the shards."""
     with atomic_file(folder / "token_bytes.npy") as file:
         np.save(file, token_bytes(tokenizer.texts))
-    with atomic_file(folder / "prefixes.npy") as file:
-        np.save(file, longest_prefixes(tokenizer.texts))
     with atomic_file(folder / RANKS) as file:
         file.write(format_ranks(tokenizer))
 

@@ -66,9 +66,8 @@ def random_tokens(rng, count):
 
 
 def write_tables(folder):
-    """token_bytes.npy of bytes; in prefixes.npy each token's is the one before, as bytes have none."""
+    """token_bytes.npy of bytes."""
     np.save(folder / "token_bytes.npy", np.append(np.ones(BOS, np.int32), 0))
-    np.save(folder / "prefixes.npy", np.arange(BOS + 1) - 1)
 
 
 def write_corpus(folder, train_tokens=8_000, val_tokens=300, seed=0):

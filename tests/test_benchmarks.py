@@ -110,7 +110,7 @@ def test_every_kernel_is_timed_and_checked(tmp_path, monkeypatch, capsys, interp
     lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     assert {len(line) for line in lines} == {8}
     names = [line[0].removeprefix("| ") for line in lines[1:]]
-    twice = {"polynomial", "attention"}  # two banks, two windows
+    twice = {"attention"}  # two windows
     assert names == [name for name in kernels.KERNELS for _ in range(2 if name in twice else 1)]
     rows = json.loads(out.read_text())["rows"]
     assert [row["kernel"] for row in rows] == names

@@ -310,10 +310,8 @@ MISTAKES = {
     "line_break": (["--document_rest=a\nb"], "--document_rest"),
     "no_value": (["--width"], "--width", "expected one argument"),
     "no_value_for_text": (["--data"], "--data", "expected one argument"),
-    "no_prefixes": (["--prefix_weight=0.25", "--data={tmp}/no_prefixes"], "--prefix_weight", "prefixes.npy"),
     "heads_do_not_divide": (["--width=32", "--heads=3"], "--width=32", "heads"),
     "head_of_two": (["--width=4", "--heads=2"], "--width=4"),
-    "odd_heads": (["--width=36", "--heads=3"], "--heads=3", "2"),
     "backout_beyond_the_model": (["--backout_from=99"], "--backout_from=99", "2"),
     "missing_data_folder": (["--data={tmp}/nowhere"], "{tmp}/nowhere", "--data"),
     "empty_data_folder": (["--data={tmp}/empty"], "{tmp}/empty", "_train_"),
@@ -334,13 +332,13 @@ MISTAKES = {
 @pytest.fixture
 def broken(tmp_path, data):
     """Folders with something wrong; where there are files, all but one are good."""
-    for name in ("empty", "train_only", "corrupted", "corrupted_val", "no_prefixes"):
+    for name in ("empty", "train_only", "corrupted", "corrupted_val"):
         (tmp_path / name).mkdir()
     for path in data.glob("x_*.bin"):
-        for name in ("corrupted", "corrupted_val", "train_only", "no_prefixes"):
+        for name in ("corrupted", "corrupted_val", "train_only"):
             if "val" not in path.name or name != "train_only":
                 (tmp_path / name / path.name).write_bytes(path.read_bytes())
-    for name in ("corrupted", "corrupted_val", "train_only", "no_prefixes"):
+    for name in ("corrupted", "corrupted_val", "train_only"):
         np.save(tmp_path / name / "token_bytes.npy", np.ones(BOS + 1, np.int32))
     write_shard(tmp_path / "corrupted" / "x_train_000000.bin", [BOS, 1, 2], count=4)
     write_shard(tmp_path / "corrupted_val" / "x_val_000000.bin", [BOS, 1, 2], magic=1)

@@ -664,15 +664,10 @@ def test_tokenizer_round_trip(source, request, tmp_path):
 def test_tables_against_their_definition(tmp_path, rank_file):
     tokenizer = load_tokenizer(rank_file)
     token_tables.write_tables(tmp_path, tokenizer)
-    token_bytes, prefixes = (np.load(tmp_path / f"{name}.npy") for name in ("token_bytes", "prefixes"))
-    assert token_bytes.dtype == np.int32 and prefixes.dtype == np.int64
+    token_bytes = np.load(tmp_path / "token_bytes.npy")
+    assert token_bytes.dtype == np.int32
     assert token_bytes.tolist() == [len(text) for text in tokenizer.texts] and token_bytes[263] == 0
     texts = tokenizer.texts[:-1]
-    for i, text in enumerate(texts):
-        proper = [other for other in texts if text.startswith(other) and other != text]
-        assert prefixes[i] == (texts.index(max(proper, key=len)) if proper else -1)
-    # th, the, " the" ("th" is no prefix of it), fo, " fo", qu, " qu"; BOS
-    assert prefixes[256:].tolist() == [ord("t"), 256, 32, ord("f"), 32, ord("q"), 32, -1]
     ranks = tiktoken.load.load_tiktoken_bpe(str(tmp_path / "tokenizer.tiktoken"))
     assert ranks == {text: i for i, text in enumerate(texts)}
     assert (tmp_path / "tokenizer.tiktoken").read_bytes() == rank_file.read_bytes()
@@ -681,7 +676,6 @@ def test_tables_against_their_definition(tmp_path, rank_file):
 def test_tables_of_bytes(tmp_path):
     token_tables.write_tables(tmp_path, load_tokenizer("bytes"))
     assert np.load(tmp_path / "token_bytes.npy").tolist() == [1] * 256 + [0]
-    assert (np.load(tmp_path / "prefixes.npy") == np.full(257, -1)).all()
     assert (tmp_path / "tokenizer.tiktoken").read_bytes().startswith(b"AA== 0\nAQ== 1\n")
 
 
@@ -689,7 +683,7 @@ def test_tables_command(mine, rank_file):
     stdout, stderr = run_script("token_tables.py", mine, "--tokenizer", rank_file)
     assert "264 tokens" in stdout and not stderr
     assert sorted(os.listdir(mine)) == sorted([*TABLES, "x_train_000000.bin", "x_val_000000.bin"])
-    assert len(np.load(mine / "token_bytes.npy")) == len(np.load(mine / "prefixes.npy")) == 264
+    assert len(np.load(mine / "token_bytes.npy")) == 264
     # a folder's own tokenizer can be named by the folder
     before = [(mine / file).read_bytes() for file in TABLES]
     run_script("token_tables.py", mine, "--tokenizer", mine)

@@ -45,7 +45,7 @@ CFG = t.Config(
     val_windows=(10, 20),
 )  # fmt: skip
 OFFSET = tuple(layer._replace(key_offset=True) for layer in LAYERS)
-ALL_ON = replace(CFG, layers=OFFSET, mtp_heads=2, prefix_weight=0.25, bigram_ratio=2.0, pointer=True)
+ALL_ON = replace(CFG, layers=OFFSET, mtp_heads=2, bigram_ratio=2.0, pointer=True)
 # With a smear_lambda of 0, too.
 ATTENTION_ONLY = replace(layers_without(CFG, "value_embeds", "key_offset"), smear_mtp=False)
 NEXT_ALONE = tuple(stage._replace(targets=((1, 1),)) for stage in STAGES)
@@ -222,7 +222,6 @@ def cross_entropies(model, head, x_TD, tokens, ahead):
 def micro_backward(model, batch, step=0, weights=None):
     """Gradients of one micro-batch in the model; returns its loss."""
     plan = t.plan_step(model.cfg, step)
-    model.prefix_V = torch.full((BOS + 1,), -1) if model.prefix_V is None else model.prefix_V
     rotary = build_rotary(model.cfg, 100)
     weights = weights or t.loss_weights(model.cfg, plan, CPU.device)
     return t.backward_micro_batch(model, batch, plan._replace(windows=WIDE), rotary, weights)
@@ -650,22 +649,19 @@ NO_COLUMNS = {"stage": lambda stage: stage._replace(columns=0)}
 @mechanism("columns", choose_columns=NO_COLUMNS, head_step={"columns_S": None},
            MicroBatch={"columns": None})  # fmt: skip
 def test_columns_are_the_tokens_among_which_all_training_losses_choose():
-    """Of the prefixes, some aren't among them."""
     batch = t.to_device(make_batch(9, 12, columns=48), CPU.device)
     assert batch.columns is not None and len(batch.columns) == 48
-    following, prefixes = batch.tokens[1:], torch.arange(257) - 1
+    following = batch.tokens[1:]
     further = [F.pad(following[k:], (0, k), value=-1) for k in range(3)]
-    missing = ~torch.isin(prefixes[following], batch.columns)
-    assert missing.any() and not missing.all() and torch.isin(following, batch.columns).all()
-    for stages, weights in ((STAGES, (1, 0.5, 0.25, 0.25)), (NEXT_ALONE, (1, 0.25))):
-        cfg = replace(CFG, mtp_heads=2, prefix_weight=0.25, stages=stages)
+    assert torch.isin(following, batch.columns).all()
+    for stages, weights in ((STAGES, (1, 0.5, 0.25)), (NEXT_ALONE, (1,))):
+        cfg = replace(CFG, mtp_heads=2, stages=stages)
         model, plain = make_model(cfg), make_model(cfg)
-        model.prefix_V = prefixes
         with mock.patch.object(t, "LOSS_CHUNK", 5):
             found = micro_backward(model, batch)
         x = latents(plain, batch.tokens[:-1], batch.docs)
         losses = partial(losses_among, batch.columns, x)
-        own_TK = torch.stack([*further[: len(weights) - 1], prefixes[following]], dim=1)
+        own_TK = torch.stack(further[: len(weights)], dim=1)
         own = losses(plain.head, own_TK, weights) / 64
         heads = [losses(plain.mtp_heads[k], further[k + 1][:, None], [0.05]) for k in range(2)]
         (own + sum(heads) / 64).backward()
@@ -686,7 +682,7 @@ def test_a_head_step_among_columns_has_the_loss_and_gradients_of_float64(k, exac
     targets[:5, 0] = columns[:5]
     model.refresh()
     (model.mtp_heads if k else model.head).grad = torch.ones_like(model.mtp_heads if k else model.head)
-    loss, x_grad = t.head_step(model, x.detach(), k, targets, weights, columns)
+    loss, x_grad, _ = t.head_step(model, x.detach(), k, targets, weights, columns)
     head, own = [plain.head, *plain.mtp_heads][k], [model.head.grad, *t.gradient(model.mtp_heads)][k]
     expected = losses_among(columns, x, head, targets, weights)
     head_grad, expected_grad = torch.autograd.grad(expected, (head, x))

@@ -295,7 +295,7 @@ FLAGS = {  # columns that the layer table lacks, flags
     "bare": (("value_embeds", "skip_from"), {"smear_mtp": False, "backout_from": -1, "pointer": False,
                                              "bigram_ratio": 0.0, "untie_at": 0.0}),
     "everything": ((), {"bigram_ratio": 5.0, "untie_at": 0.5, "mtp_heads": 2, "value_std": 0.01,
-                        "pointer": True, "prefix_weight": 0.25, "slow_momentum": 0.5, "average": 0.5}),
+                        "pointer": True, "slow_momentum": 0.5, "average": 0.5}),
 }  # fmt: skip
 
 

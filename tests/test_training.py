@@ -82,7 +82,7 @@ PLAN = [
 
 @pytest.mark.parametrize("track, step, batch, windows, lr, momentum, weights", PLAN, ids=lambda v: str(v)[:9])
 def test_plan_of_a_step(track, step, batch, windows, lr, momentum, weights):
-    plan = plan_step(replace(TRACKS[track], prefix_weight=0.0), step)
+    plan = plan_step(TRACKS[track], step)
     assert (plan.stage.batch_tokens, plan.windows) == (batch, {"short": windows[0], "long": windows[1]})
     assert plan.stage is TRACKS[track].stages[plan.stage_index]
     assert (plan.lr, plan.momentum) == (pytest.approx(lr), pytest.approx(momentum))

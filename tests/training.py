@@ -15,7 +15,7 @@ from small import CPU, SMALL, checkpoints, free_port, train_gpt
 from train_gpt import Validation
 
 TESTS = Path(__file__).resolve().parent
-STEP_SAVERS = ["--untie_at=0.5", "--bigram_ratio=2", "--heads=4", "--prefix_weight=0.25", "--value_std=0.01",
+STEP_SAVERS = ["--untie_at=0.5", "--bigram_ratio=2", "--heads=4", "--value_std=0.01",
                "--lr_floor=0.15", "--backout_from=0", "--slow_momentum=0.5", "--average=0.4",
                "--pointer"]  # fmt: skip
 

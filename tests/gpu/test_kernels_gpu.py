@@ -345,7 +345,6 @@ def race_model(cfg, hardware):
         for name, p in model.named_parameters():
             std = 0.05 if "bank" in name or name == "head" else 0.2
             p.add_((std * torch.randn(p.shape, generator=rng)).to(p.device))
-    model.prefix_V = torch.randint(cfg.vocab_size, (cfg.vocab_size,), generator=rng).to(model.embed.device)
     return model
 
 
