@@ -94,14 +94,6 @@ class Stage(NamedTuple):
     columns: int = 0             # tokens among which the training loss chooses, also in the log; 0: all
 
 
-class Softcap(NamedTuple):
-    """Logits become height * tanh((z + shift) / width) (record 54)."""
-
-    height: float
-    shift: float
-    width: float
-
-
 @dataclass(frozen=True)
 class Config:
     """Each field but the tuples is a command-line flag; the comment behind it is what --help says."""
@@ -160,39 +152,39 @@ class Config:
     adam_lr: float = 0.008             # learning rate of tables, heads, gates and scalars
 
     @property
-    def padded_vocab(self) -> int:
+    def padded_vocab(self):
         return -(-self.vocab_size // 128) * 128
 
     @property
-    def bos(self) -> int:
+    def bos(self):
         return self.vocab_size - 1
 
     @property
-    def total_steps(self) -> int:
+    def total_steps(self):
         return self.scheduled_steps + self.extension_steps
 
     @property
-    def attention_layers(self) -> list[int]:
+    def attention_layers(self):
         return [i for i, layer in enumerate(self.layers) if layer.window != "none"]
 
     @property
-    def value_tables(self) -> int:
+    def value_tables(self):
         return len({table for layer in self.layers for table in layer.value_embeds})
 
     @property
-    def skips(self) -> list[int]:
+    def skips(self):
         """Layers with a skip connection."""
         return [i for i, layer in enumerate(self.layers) if layer.skip_from >= 0]
 
     @property
-    def bigram_rows(self) -> int:
+    def bigram_rows(self):
         return round(self.bigram_ratio * self.padded_vocab)
 
-    def micro_tokens(self, stage: Stage) -> int:
+    def micro_tokens(self, stage: Stage):
         """Tokens of a micro-batch."""
         return stage.batch_tokens // self.micro_batches
 
-    def reads_late(self, i: int) -> bool:
+    def reads_late(self, i: int):
         """Whether attention in layer i reads the output of backout_from (record 77)."""
         return 0 <= self.backout_from < i and i in self.attention_layers
 
@@ -288,7 +280,9 @@ TRACKS = {
 
 # Constants that no track varies.
 MLP_RATIO = 4          # hidden width of the MLP over the model's
-SOFTCAP = Softcap(11.5, 5.0, 15.0)
+CAP_HEIGHT = 11.5      # logits become height * tanh((z + shift) / width) (record 54)
+CAP_SHIFT = 5.0
+CAP_WIDTH = 15.0
 ADAM_DECAY = 0.005     # weight decay of tables (x 5) and heads (x 150), times lr squared (record 50)
 GATE_INPUTS = 12       # leading channels that attention's gates and the smear's read
 ROTARY_FRACTION = 0.5  # of the head dimensions that rotate; the rest are stationary
@@ -325,7 +319,7 @@ def on_or_off(text):
     return text in ("on", "true", "1")
 
 
-def parse_flags(argv) -> dict:
+def parse_flags(argv):
     """The flags that are given, by name; --name alone means on. Raises UserError."""
     parser = Parser(usage="train_gpt.py [--flag=value ..]", description=f"{__doc__}\nDefaults are tiny's.",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -442,7 +436,7 @@ class World(NamedTuple):
         dist.all_gather_into_tensor(out, x)
         return out
 
-    def gather_objects(self, value) -> list:
+    def gather_objects(self, value):
         """Every rank's value, of whatever type."""
         values = [value] * self.size
         if self.size > 1:
@@ -468,7 +462,7 @@ class Hardware(NamedTuple):
     graphs: bool                 # training micro-batches as CUDA graphs
 
     @property
-    def name(self) -> str:
+    def name(self):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def synchronize(self):
@@ -575,7 +569,7 @@ def mlp_kernel(a, b, aux, out, square, flipped, scale, M, N, K, SLOPE: constexpr
                 square.store([m, column], tl.minimum(r * r, 448.0).to(tl.float8e4nv))
 
 
-def launch_mlp_kernel(a_MK, b_NK, aux_MN, scale, slope: float, mode: str):
+def launch_mlp_kernel(a_MK, b_NK, aux_MN, scale, slope, mode: str):
     """Run mlp_kernel forward or, if aux_MN is given, backward. Returns out, square and flipped (or None)."""
     (M, K), N, backward, device = a_MK.shape, b_NK.size(0), aux_MN is not None, a_MK.device
     out_MN = torch.empty(M, N, dtype=torch.float8_e5m2 if backward else torch.bfloat16, device=device)
@@ -598,7 +592,7 @@ def launch_mlp_kernel(a_MK, b_NK, aux_MN, scale, slope: float, mode: str):
     return out_MN, square, flipped_NM
 
 
-def mlp_forward(h_TD, up_FD, scale, slope: float, mode: str = "reference"):
+def mlp_forward(h_TD, up_FD, scale, slope, mode="reference"):
     """r = LeakyReLU(scale h up^T), bfloat16, and r^2, cut off at 448, float8_e4m3fn: both (T, F).
 
     h and up: float8_e4m3fn. r alone serves backward at any slope.
@@ -609,7 +603,7 @@ def mlp_forward(h_TD, up_FD, scale, slope: float, mode: str = "reference"):
     return r_TF, r_TF.float().square().clamp_max(448).to(h_TD.dtype)
 
 
-def mlp_backward(grad_TD, down_FD, r_TF, scale, slope: float, mode: str = "reference"):
+def mlp_backward(grad_TD, down_FD, r_TF, scale, slope, mode="reference"):
     """Gradient of the activation's input, scale grad down^T * 2 LeakyReLU(r), (T, F), cut off at its ends.
 
     grad and the result: float8_e5m2; down: float8_e4m3fn. Further r^2 as forward and the gradient again, both
@@ -626,7 +620,7 @@ def mlp_backward(grad_TD, down_FD, r_TF, scale, slope: float, mode: str = "refer
 def cap(logits):
     """Soft-capped logits, at least float32."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return SOFTCAP.height * torch.tanh((z + SOFTCAP.shift) / SOFTCAP.width)
+    return CAP_HEIGHT * torch.tanh((z + CAP_SHIFT) / CAP_WIDTH)
 
 
 @jit
@@ -673,8 +667,8 @@ def launch_softmax_kernel(logits_TV, lse_T, places_TK=None, pulls_TK=None, scale
     T, V = logits_TV.shape
     K = 0 if grad_TV is None else places_TK.size(1)
     softmax_kernel[T,](
-        logits_TV, lse_T, places_TK, pulls_TK, scale, grad_TV, V, K=K, HEIGHT=SOFTCAP.height,
-        SHIFT=SOFTCAP.shift, WIDTH=SOFTCAP.width, APPROXIMATE=logits_TV.is_cuda, BLOCK=4096, num_warps=16,
+        logits_TV, lse_T, places_TK, pulls_TK, scale, grad_TV, V, K=K, HEIGHT=CAP_HEIGHT,
+        SHIFT=CAP_SHIFT, WIDTH=CAP_WIDTH, APPROXIMATE=logits_TV.is_cuda, BLOCK=4096, num_warps=16,
     )
 
 
@@ -683,7 +677,7 @@ def log_sum_region(logits_TV):
     return cap(logits_TV).logsumexp(1)
 
 
-def log_sum(logits_TV, mode: str = "reference"):
+def log_sum(logits_TV, mode="reference"):
     """Log of the sum of each row's exponentials after the soft cap: (T,), at least float32."""
     if mode == "reference":
         return log_sum_region(logits_TV)
@@ -697,11 +691,11 @@ def gradient_region(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype):
     q_TV = cap(logits_TV)
     grad_TV = pulls_TK.sum(1, keepdim=True) * (q_TV - lse_T[:, None]).exp()
     grad_TV = grad_TV.scatter_add(1, places_TK.clamp_min(0), -pulls_TK)
-    slope_TV = (1 - (q_TV / SOFTCAP.height).square()) * (SOFTCAP.height / SOFTCAP.width)
+    slope_TV = (1 - (q_TV / CAP_HEIGHT).square()) * (CAP_HEIGHT / CAP_WIDTH)
     return (grad_TV * slope_TV / scale).to(dtype)
 
 
-def logits_gradient(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype, mode: str = "reference"):
+def logits_gradient(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype, mode="reference"):
     """Gradient by the logits of cross entropies with columns places, (T, K), times pulls, (T, K): (T, V).
 
     It is divided by `scale`, (), and in `dtype`. lse: log_sum. Where a place is -1, the pull is 0. The kernel
@@ -716,7 +710,7 @@ def logits_gradient(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype, mode: s
 
 
 @region
-def loss_region(logits_TV, lse_T, targets_TK, weights_K, masses_T2=None, slot: int = 0):
+def loss_region(logits_TV, lse_T, targets_TK, weights_K, masses_T2=None, slot=0):
     """Cross entropy of each row, (T,), summed over k with weights[k], none where target k is -1.
 
     masses_T2: of pointer_masses, or None. With c and s, the pointer's mass on copies of target 0 and on its
@@ -751,7 +745,7 @@ def transpose_kernel(x, out, R, C, TILE: constexpr):
     tl.store(out + (c * R + r).T, tile.T, inside.T)
 
 
-def transpose(x_RC, mode: str = "reference"):
+def transpose(x_RC, mode="reference"):
     """Contiguous (C, R) of 8-bit elements, several times as fast as torch's copy."""
     if mode == "reference":
         return x_RC.T.contiguous()
@@ -822,7 +816,7 @@ def add_product(grad_RC, a_TR, b_TC):
 
 
 @region
-def activation_region(u_TF, slope: float):
+def activation_region(u_TF, slope):
     return F.leaky_relu(u_TF, slope).square()
 
 
@@ -876,6 +870,13 @@ def weighted(x_TD, weight):
 
 
 @region
+def read_region(x_TD):
+    """What a layer reads of the stream: its norm, (T, D), and of that the leading channels, (T, G)."""
+    h_TD = norm(x_TD)
+    return h_TD, h_TD[:, :GATE_INPUTS].contiguous()
+
+
+@region
 def mix_region(x_TD, delta_TD, skip_TD, x0_TD, bigram_TD, weights: tuple, reads: bool):
     """Weighted sum of the streams that enter a layer, (T, D); None streams are skipped, None weights are 1.
 
@@ -887,8 +888,7 @@ def mix_region(x_TD, delta_TD, skip_TD, x0_TD, bigram_TD, weights: tuple, reads:
     sum_TD = sum(weighted(stream, weight) for stream, weight in streams if stream is not None).type_as(x_TD)
     if not reads:
         return sum_TD, None, None
-    h_TD = norm(sum_TD)
-    return sum_TD, h_TD, h_TD[:, :GATE_INPUTS].contiguous()
+    return sum_TD, *read_region(sum_TD)
 
 
 @region
@@ -920,7 +920,7 @@ class MLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h_TD, h8_TD, scales: tuple, eight: tuple, grad_2FD, slope: float, mode: str):
+    def forward(ctx, h_TD, h8_TD, scales: tuple, eight: tuple, grad_2FD, slope, mode: str):
         up8_FD, up8_DF, up_scale, down8_FD, down8_DF, down_scale = eight
         h_scale, grad_scale = scales
         r_TF, hidden_TF = mlp_forward(h8_TD, up8_FD, h_scale * up_scale, slope, mode)
@@ -942,7 +942,7 @@ class MLP(torch.autograd.Function):
         return h_grad_TD, None, None, None, None, None, None
 
 
-def attention_reference(q_THE, k_THE, v_THE, docs, window: int, block: int = 128):
+def attention_reference(q_THE, k_THE, v_THE, docs, window, block: int = 128):
     """Causal attention within documents and within `window` tokens back, scores q.k unscaled.
 
     Plain torch on any device; works block by block, so memory is linear in T. Returns (T, H, E).
@@ -962,7 +962,7 @@ def attention_reference(q_THE, k_THE, v_THE, docs, window: int, block: int = 128
     return torch.cat(out, dim=2)[0].transpose(0, 1)
 
 
-def attention_varlen(q_THE, k_THE, v_THE, docs, window: int):
+def attention_varlen(q_THE, k_THE, v_THE, docs, window):
     """The same through torch's variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -979,7 +979,7 @@ class Rotary(NamedTuple):
     offset_E: Tensor             # (E,) bool: dims that the key offset moves, the stationary ones
 
 
-def build_rotary(cfg, positions: int, device) -> Rotary:
+def build_rotary(cfg, positions, device):
     """Tables for `positions` tokens."""
     half = cfg.width // cfg.heads // 2
     moving = round(half * ROTARY_FRACTION)
@@ -1000,7 +1000,7 @@ def embed_region(embed_TD, gate_G, smear_lambda, edges_T):
 
 
 @region
-def bigram_region(tokens_T, edges_T, rows: int):
+def bigram_region(tokens_T, edges_T, rows):
     """The row of each token and the one before in a hashed table (record 62); the last where none is before.
 
     Products wrap around as int32.
@@ -1010,15 +1010,8 @@ def bigram_region(tokens_T, edges_T, rows: int):
 
 
 @region
-def late_region(x_TD):
-    """What attention in late layers reads, (T, D), and its leading channels, (T, G)."""
-    h_TD = norm(x_TD)
-    return h_TD, h_TD[:, :GATE_INPUTS].contiguous()
-
-
-@region
 def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale: float, offset_E, edges_T,
-               heads: int):
+               heads):
     """What attention reads: q, k, v with its value embeddings, (T, H, E) each, from the product (T, 3 D).
 
     value_TD: rows of value embeddings, or None. offset_E: dims of the key offset, or None for none.
@@ -1063,7 +1056,7 @@ def pointer_region(qk_TC, gain):
 
 
 @region
-def copy_region(q_TBE, k_TBE, sink, own_TB, targets_TB, reach_TB, behind: int):
+def copy_region(q_TBE, k_TBE, sink, own_TB, targets_TB, reach_TB, behind):
     """pointer_masses of blocks of B queries, (blocks, B, 2). k and targets begin `behind` blocks earlier."""
     blocks, B, _ = q_TBE.shape
     keys_TJE = torch.cat([k_TBE[i : i + blocks] for i in range(behind + 1)], dim=1)
@@ -1078,7 +1071,7 @@ def copy_region(q_TBE, k_TBE, sink, own_TB, targets_TB, reach_TB, behind: int):
     return torch.stack([copied_TB, sink_TB], dim=2) / (masses_TBJ.sum(2) + sink_TB)[:, :, None]
 
 
-def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window: int):
+def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window):
     """Attention as a distribution over earlier targets: (T, 2) float32, of which autograd knows the gradient.
 
     Query t attends to positions i < t of its document, at most `window` back, and to a sink of score `sink`,
@@ -1090,7 +1083,7 @@ def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window: int):
     document = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
     reach_T = (position - cu_seqlens[document]).clamp_max(window).int()
 
-    def blocks(x, before: int = 0):
+    def blocks(x, before=0):
         padding = (0, 0) * (x.dim() - 1) + (before * POINTER_BLOCK, -T % POINTER_BLOCK)
         return F.pad(x, padding).unflatten(0, (-1, POINTER_BLOCK))
 
@@ -1113,7 +1106,7 @@ def float8_product(a, b, a_scale, b_scale, dtype, fast=False):
     return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
 
 
-def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, masses_T2, slot: int):
+def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, masses_T2, slot):
     """head_step of tokens whose logits exist together. head: its compute_weights; grad_VD: its gradient.
 
     The logits' gradient leaves the loss in the precision that the next products read; for float8 (record 20)
@@ -1123,14 +1116,16 @@ def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, masses_
     weight_VD, *rest = head
     if model.fp8:
         weight_DV, scale = rest
-        x_scale, dtype = model.latent_scale, torch.float8_e5m2
+        x_scale = model.latent_scale
+        dtype = torch.float8_e5m2
         x8_TD = float8_region(x_TD, x_scale)
         logits_TV = float8_product(x8_TD, weight_VD.T, x_scale, scale, x_TD.dtype, fast=True)
-        steepest = max(1.0, SOFTCAP.height / SOFTCAP.width)
+        steepest = max(1.0, CAP_HEIGHT / CAP_WIDTH)
         grad_scale = (weights_K.sum() * steepest).clamp_min(1e-30) * 2.0**-14
     else:
         logits_TV = x_TD @ weight_VD.T
-        grad_scale, dtype = torch.ones((), device=x_TD.device), x_TD.dtype
+        grad_scale = torch.ones((), device=x_TD.device)
+        dtype = x_TD.dtype
     lse_T = log_sum(logits_TV, mode)
     loss_T, places_TK, pulls_TK, mass_grads_T2 = loss_region(
         logits_TV, lse_T, targets_TK, weights_K, masses_T2, slot)
@@ -1146,7 +1141,7 @@ def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, masses_
     return loss_T.sum(), x_grad_TD, mass_grads_T2
 
 
-def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, masses_T2=None):
+def head_step(model, x_TD, k, targets_TK, weights_K, columns_S=None, masses_T2=None):
     """Loss of head k (0: the main one) on latents, (), its gradient by them, (T, D), and by the masses.
 
     The head's own gradient is added in place. Chunks are backpropagated at once, so only LOSS_CHUNK tokens
@@ -1155,7 +1150,9 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, masses
     targets give no loss.
     """
     head_grad_VD = gradient(model.mtp_heads)[k - 1] if k else gradient(model.head)
-    head, grad_VD, slot = model.compute_weights["head", k], head_grad_VD, model.cfg.vocab_size
+    head = model.compute_weights["head", k]
+    grad_VD = head_grad_VD
+    slot = model.cfg.vocab_size
     if columns_S is not None:
         V, S = len(grad_VD), len(columns_S)
         places = torch.full((V + 1,), -1, device=x_TD.device)  # the last is that of no target, -1
@@ -1164,7 +1161,8 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, masses
         weight_SD = head[0].view(torch.uint8)[columns_S].view(head[0].dtype)  # not every float8 has indexing
         rest = (transpose(weight_SD, model.kernels), head[2]) if model.fp8 else ()
         head = weight_SD, *rest
-        grad_VD, slot = grad_VD.new_zeros(S, grad_VD.size(1)), 0
+        grad_VD = grad_VD.new_zeros(S, grad_VD.size(1))
+        slot = 0
     results = []
     for lo in range(0, x_TD.size(0), LOSS_CHUNK):
         chunk = slice(lo, lo + LOSS_CHUNK)
@@ -1180,8 +1178,8 @@ def head_step(model, x_TD, k: int, targets_TK, weights_K, columns_S=None, masses
 class GPT(nn.Module):
     """Parameters: see parameter_table; float32, and 0 until `initialise`. forward runs in `dtype`."""
 
-    def __init__(self, cfg, dtype: torch.dtype = torch.float32, attention: str = "reference",
-                 kernels: str = "reference", fp8: bool = False):
+    def __init__(self, cfg, dtype: torch.dtype = torch.float32, attention="reference",
+                 kernels="reference", fp8=False):
         super().__init__()
         self.cfg, self.dtype, self.kernels, self.fp8 = cfg, dtype, kernels, fp8
         self.attention = attention_reference if attention == "reference" else attention_varlen
@@ -1194,7 +1192,7 @@ class GPT(nn.Module):
         self.register_buffer("grad_scale", torch.ones(()), persistent=False)
 
     @torch.no_grad()
-    def initialise(self, seed: int):
+    def initialise(self, seed):
         """Give parameters their initial values, which depend on the seed alone: drawn on the CPU."""
         random = torch.Generator().manual_seed(seed)
         for row in optimizer_table(self.cfg):
@@ -1226,7 +1224,10 @@ class GPT(nn.Module):
         v_lambdas, out_lambdas = lambdas[::2], lambdas[1::2]
         attn_gates = self.attn_gate.unbind()
         scale8 = self.latent_scale if self.fp8 and torch.is_grad_enabled() else None
-        outputs, delta_TD, late_TD, late_lead_TG = {}, None, None, None
+        outputs = {}
+        delta_TD = None
+        late_TD = None
+        late_lead_TG = None
         for i, layer in enumerate(cfg.layers):
             skip_TD = outputs[layer.skip_from] if i in cfg.skips else None
             reads = not cfg.reads_late(i)
@@ -1256,7 +1257,7 @@ class GPT(nn.Module):
                 x_TD, delta_TD = x_TD + delta_TD, None
                 outputs[i] = x_TD
             if i == cfg.backout_from:
-                late_TD, late_lead_TG = late_region(x_TD)
+                late_TD, late_lead_TG = read_region(x_TD)
         backout_TD = outputs.get(cfg.backout_from)
         return final_region(x_TD, delta_TD, backout_TD, self.backout_lambda, self.smear_mtp_lambda, edges_T)
 
@@ -1270,7 +1271,8 @@ class GPT(nn.Module):
 
     def mlp(self, i: int, h_TD, h8_TD):
         """What the MLP of layer i adds to the residual stream, whose norm h is; h8: h as float8, or None."""
-        grad_2FD, slope = self.bank_gradient(self.mlp_bank, i), self.cfg.leaky_slope
+        grad_2FD = self.bank_gradient(self.mlp_bank, i)
+        slope = self.cfg.leaky_slope
         if h8_TD is not None:
             scales, eight = (self.latent_scale, self.grad_scale), self.compute_weights["mlp8", i]
             return MLP.apply(h_TD, h8_TD, scales, eight, grad_2FD, slope, self.kernels)
@@ -1308,7 +1310,7 @@ class GPT(nn.Module):
             if old.data_ptr() != new.data_ptr():
                 old.copy_(new)
 
-    def value_rows(self, tokens_T) -> list:
+    def value_rows(self, tokens_T):
         """Rows of every value-embedding table, (T, D) each."""
         first = range(0, self.cfg.value_tables * self.cfg.padded_vocab, self.cfg.padded_vocab)
         return [Lookup.apply(tokens_T + row, self.value_embeds, self.dtype) for row in first]
@@ -1320,7 +1322,7 @@ class GPT(nn.Module):
         row_T = bigram_region(tokens_T, edges_T, self.cfg.bigram_rows)
         return Lookup.apply(row_T, self.bigram_embed, self.dtype)
 
-    def stream_weights(self) -> list[tuple]:
+    def stream_weights(self):
         """Of each layer: what mix_region multiplies the stream, a skip connection, x0 and bigrams with."""
         cfg, layers = self.cfg, len(self.cfg.layers)
         x, x0 = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()  # by one operation, not [i] for each i
@@ -1336,7 +1338,7 @@ class GPT(nn.Module):
         qk_TC = Linear.apply(x_TD, self.pointer.detach().to(x_TD.dtype), grad_CD)
         return pointer_region(qk_TC, self.pointer_gain)
 
-    def copy_masses(self, x_TD, targets_T, docs, window: int):
+    def copy_masses(self, x_TD, targets_T, docs, window):
         """pointer_masses of final latents and the tokens that follow; None without a pointer head."""
         if not self.cfg.pointer:
             return None
@@ -1344,7 +1346,7 @@ class GPT(nn.Module):
         window = min(window, docs.longest)
         return pointer_masses(q_TE, k_TE, self.pointer_sink, targets_T, docs.cu_seqlens, window)
 
-    def token_losses(self, x_TD, targets_T, masses_T2, chunk: int):
+    def token_losses(self, x_TD, targets_T, masses_T2, chunk):
         """Yields the cross entropies of `chunk` targets at a time, float32; 0 where a target is -1."""
         masses = itertools.repeat(None) if masses_T2 is None else masses_T2.split(chunk)
         one = torch.ones(1, device=x_TD.device)
@@ -1357,13 +1359,13 @@ class GPT(nn.Module):
         """Logits before the soft cap, (T, V), of final latents, in their dtype."""
         return x_TD @ self.head.to(x_TD.dtype).T
 
-    def lambdas(self) -> dict:
+    def lambdas(self):
         """Learned scalars by name, for the log."""
         named = {name: p for name, p in self.named_parameters() if "lambda" in name}
         return {name: [round(v, 5) for v in p.detach().flatten().tolist()] for name, p in named.items()}
 
 
-def new_model(cfg, hardware) -> GPT:
+def new_model(cfg, hardware):
     """A GPT whose weights are 0, and the switch that has regions compiled or not."""
     region.compile = hardware.compile
     with hardware.device:
@@ -1372,7 +1374,7 @@ def new_model(cfg, hardware) -> GPT:
     return model
 
 
-def build_model(cfg, hardware) -> GPT:
+def build_model(cfg, hardware):
     """A GPT with its initial weights."""
     model = new_model(cfg, hardware)
     model.initialise(cfg.seed)
@@ -1428,7 +1430,7 @@ def nesterov(g_NRC, momentum_NRC, slow_NRC, mu, beta, share, dtype: torch.dtype)
     return (x_NRC / (1.02 * frobenius(x_NRC) + 1e-12)).to(dtype)
 
 
-def normalise_rows(x_NRC, second_NR1, beta2: float):
+def normalise_rows(x_NRC, second_NR1, beta2):
     """What NorMuon adds to Muon: each row over its running RMS, with each matrix's norm kept."""
     second_NR1.add_((1 - beta2) * (x_NRC.square().mean(-1, keepdim=True) - second_NR1))
     scaled = x_NRC * second_NR1.clamp_min(1e-10).rsqrt()
@@ -1436,13 +1438,13 @@ def normalise_rows(x_NRC, second_NR1, beta2: float):
 
 
 @region(dynamic=False)
-def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2: float):
+def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2):
     """Step along the normalised rows of x, with decay where it doesn't oppose that."""
     x = normalise_rows(x_NRC.to(p_NRC.dtype), second_NR1, beta2)
     p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
 
 
-def normuon_update(p_NRC, g_NRC, moments: dict, lr_N11, decay, mu, share: float, beta2: float,
+def normuon_update(p_NRC, g_NRC, moments: dict, lr_N11, decay, mu, share, beta2,
                    dtype: torch.dtype):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
@@ -1458,7 +1460,7 @@ def normuon_update(p_NRC, g_NRC, moments: dict, lr_N11, decay, mu, share: float,
 
 
 @region(dynamic=True)
-def adam_update(p, g, first, second, lr, bias1, bias2, beta1: float, beta2: float, decay=0.0):
+def adam_update(p, g, first, second, lr, bias1, bias2, beta1, beta2, decay=0.0):
     """One Adam step in place, any shape; bias = 1 - beta^t. eps is far below any gradient.
 
     Cautious decay, as in normuon_update; a row of a table that nothing has read yet (x = 0) has none.
@@ -1469,7 +1471,7 @@ def adam_update(p, g, first, second, lr, bias1, bias2, beta1: float, beta2: floa
     p.sub_(x + lr * decay * p * (x * p > 0))
 
 
-def scalar(value: float):
+def scalar(value):
     """A number that changes from step to step, on the CPU: as a tensor it needs no recompilation."""
     return torch.tensor(value, dtype=torch.float32)
 
@@ -1548,7 +1550,7 @@ class Part:
 
         return finish
 
-    def add_average(self, own, step: int):
+    def add_average(self, own, step):
         """Take the weights after `step` into their exponential average, if it has begun."""
         count = math.ceil(self.cfg.average * self.cfg.total_steps)
         taken = step - (self.cfg.total_steps - count)
@@ -1574,7 +1576,7 @@ class NorMuon(Part):
     def as_units(x):
         return x.view(-1, *x.shape[2:])
 
-    def make_moments(self, p_NRC) -> dict:
+    def make_moments(self, p_NRC):
         layers = self.parameter.size(0)
         lr = torch.tensor(self.row.lr, device=p_NRC.device).repeat(layers)
         self.lr_N11 = lr[self.lo : self.hi].view(-1, 1, 1)
@@ -1583,9 +1585,10 @@ class NorMuon(Part):
             moments["slow"] = torch.zeros_like(p_NRC)
         return moments
 
-    def update(self, p, grad, step: int, lr_multiplier: float, muon_momentum: float):
+    def update(self, p, grad, step, lr_multiplier, muon_momentum):
         if len(p):  # else there are more ranks than matrices
-            lr_N11, decay = self.lr_N11 * lr_multiplier, scalar(self.row.weight_decay * lr_multiplier)
+            lr_N11 = self.lr_N11 * lr_multiplier
+            decay = scalar(self.row.weight_decay * lr_multiplier)
             mixed = "slow" in self.moments and step >= self.cfg.slow_momentum * self.cfg.scheduled_steps
             share = SLOW_SHARE if mixed else 0.0
             normuon_update(p, grad, self.moments, lr_N11, decay, scalar(muon_momentum), share,
@@ -1599,12 +1602,13 @@ class Adam(Part):
     def as_units(x):
         return x.view(-1)
 
-    def make_moments(self, p) -> dict:
+    def make_moments(self, p):
         dtype = self.dtype if self.row.comms == "sharded" else torch.float32  # tables are many numbers
         return {name: torch.zeros_like(p, dtype=dtype) for name in ("first", "second")}
 
-    def update(self, p, grad, step: int, lr_multiplier: float, muon_momentum: float):
-        row, updates = self.row, (step + 1) // self.row.every
+    def update(self, p, grad, step, lr_multiplier, muon_momentum):
+        row = self.row
+        updates = (step + 1) // self.row.every
         lr, decay = scalar(row.lr[0] * lr_multiplier), scalar(row.weight_decay * lr_multiplier)
         bias1, bias2 = (scalar(1 - beta**updates) for beta in row.betas)
         # single numbers aren't compiled: torch 2.11 fails on them
@@ -1612,24 +1616,25 @@ class Adam(Part):
         update(p, grad, self.moments["first"], self.moments["second"], lr, bias1, bias2, *row.betas, decay)
 
 
-def normal(std: float):
+def normal(std):
     def draw(p, random: torch.Generator):
         p.copy_(torch.randn(p.shape, generator=random, device="cpu") * std)
 
     return draw
 
 
-def uniform(std: float, matrices: int):
+def uniform(std, matrices: int):
     """The first `matrices` of each layer of a bank; the others stay 0."""
 
     def draw(p, random: torch.Generator):
-        values, bound = torch.empty(p[:, :matrices].shape, device="cpu"), math.sqrt(3) * std
+        values = torch.empty(p[:, :matrices].shape, device="cpu")
+        bound = math.sqrt(3) * std
         p[:, :matrices] = values.uniform_(-bound, bound, generator=random).to(p.device)
 
     return draw
 
 
-def parameter_table(cfg) -> list[Row]:
+def parameter_table(cfg):
     """Every possible parameter. Learning rates are final: nothing rescales them by shape.
 
     Banks: Q, K, V, O of each layer with attention (muon_lr times attn_lr_ratio); up (times 2) and down^T
@@ -1684,7 +1689,7 @@ def parameter_table(cfg) -> list[Row]:
     ]
 
 
-def optimizer_table(cfg) -> list[Row]:
+def optimizer_table(cfg):
     """The parameters of this configuration."""
     return [row for row in parameter_table(cfg) if row.used]
 
@@ -1712,7 +1717,7 @@ class Optimizer:
         adam_first = sorted(table, key=lambda row: row.algorithm is NorMuon)
         self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in adam_first]
 
-    def due(self, step: int) -> tuple[list[Part], list[tuple]]:
+    def due(self, step):
         """Parts to update at the end of `step` (0, 1, ..), and those still a copy, each with its original."""
         by_name = {part.row.name: part for part in self.parts}
         at_turn = [part for part in self.parts if (step + 1) % part.row.every == 0]
@@ -1720,7 +1725,7 @@ class Optimizer:
         return due, [(part, by_name[part.row.copy_of]) for part in at_turn if step < part.row.copy_until]
 
     @torch.no_grad()
-    def step(self, step: int, lr_multiplier: float, momentum: float, report: dict) -> dict:
+    def step(self, step, lr_multiplier, momentum, report: dict):
         """Update the parameters that are due at the end of `step` and clear their gradients.
 
         report: numbers by name, () each, to be summed over ranks and logged. Returns the sums.
@@ -1770,7 +1775,7 @@ class Optimizer:
             for moment in part.moments.values():
                 moment.zero_()
 
-    def state_dict(self, step: int) -> dict:
+    def state_dict(self, step):
         """Full, unsharded state after `step` steps, on the CPU, the same at every world size; collective."""
         state = {}
         for part in self.parts:
@@ -1784,7 +1789,7 @@ class Optimizer:
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: dict, step: int):
+    def load_state_dict(self, tensors: dict, step):
         """Take own parts of the full state after `step` steps. Raises UserError if something is missing."""
         self.reset()
         try:
@@ -1850,7 +1855,7 @@ class Shards:
             self.opened[i] = open_shard(self.paths[i], self.cfg)
         return self.opened[i]
 
-    def sha256(self) -> str:
+    def sha256(self):
         """Of names, sizes and document starts of the shards opened so far: those that the schedule needs."""
         digest = hashlib.sha256()
         for i, (tokens, starts) in sorted(self.opened.items()):
@@ -1873,7 +1878,8 @@ class DocumentStream:
     """Pieces of documents, epoch after epoch."""
 
     def __init__(self, shards, cfg):
-        self.cfg, self.documents = cfg, self.all_documents(shards)
+        self.cfg = cfg
+        self.documents = self.all_documents(shards)
         self.rest = ()  # of the document that was read last
         self.epoch, self.offset = 0, 0  # of the next unread token
         self.skipped = 0  # tokens of long documents
@@ -1889,7 +1895,7 @@ class DocumentStream:
         raise UserError(f"{self.offset:,} training tokens don't last for {self.cfg.epochs} epochs: add "
                         f"shards, raise --epochs or lower --scheduled_steps{keep if self.skipped else ''}")
 
-    def piece(self, limit: int):
+    def piece(self, limit):
         """The next one, of at most `limit` tokens."""
         document = self.rest if len(self.rest) else next(self.documents)
         piece, self.rest = document[:limit], document[limit:]
@@ -1900,7 +1906,7 @@ class DocumentStream:
             self.rest = ()
         return piece
 
-    def pieces(self, step: int):
+    def pieces(self, step):
         """Those of the next micro-batch, which belongs to this step: one token more than it has inputs."""
         stage = plan_step(self.cfg, step).stage
         pieces, room = [], self.cfg.micro_tokens(stage) + 1
@@ -1916,14 +1922,14 @@ class MicroBatch(NamedTuple):
     columns: Tensor | None = None  # (S,) int64: see choose_columns
 
 
-def pack(stream, step: int):
+def pack(stream, step):
     """Tokens of a micro-batch of a step, one more than inputs, and where documents start among the inputs."""
     pieces = stream.pieces(step)
     starts = np.cumsum([0, *map(len, pieces)])
     return np.concatenate(pieces), starts[starts < starts[-1] - 1]
 
 
-def read_step(stream, step: int):
+def read_step(stream, step):
     """What `pack` gives for each micro-batch of a step.
 
     Updates stream.sha256: that of the step before and these tokens, so of all tokens and their batches.
@@ -1936,13 +1942,13 @@ def read_step(stream, step: int):
     return packed
 
 
-def to_documents(starts: np.ndarray, tokens: int, longest: int | None = None):
+def to_documents(starts: np.ndarray, tokens, longest: int | None = None):
     """longest: a bound on the lengths, where it is known; a constant one lets CUDA graphs be replayed."""
     cu_seqlens = np.append(starts, tokens).astype(np.int32)
     return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
 
 
-def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device):
+def choose_columns(cfg, stage, targets: np.ndarray, turn, device):
     """Distinct tokens among which the loss of micro-batch `turn` chooses (record 92, PR 360): (S,) int64.
 
     All targets, then others from a window that walks through the padded vocabulary from turn to turn. None
@@ -1961,7 +1967,7 @@ def choose_columns(cfg, stage, targets: np.ndarray, turn: int, device):
     return pinned(np.append(needed, others[: stage.columns - len(needed)]), device)
 
 
-def load_batches(stream, world, device, first: int = 0):
+def load_batches(stream, world, device, first=0):
     """Generates, for each step from `first` on: this rank's micro-batches, position and sha256 after them.
 
     Micro-batches are dealt in turn to the ranks, each of which walks the whole stream: the same micro-batches
@@ -2028,12 +2034,12 @@ class StepPlan(NamedTuple):
     weights: tuple               # of the losses of targets t+1, t+2, ..
 
     @property
-    def kind(self) -> tuple:
+    def kind(self):
         """Steps of a kind run the same code on the same shapes."""
         return self.stage_index, len(self.weights)
 
 
-def plan_step(cfg, step: int):
+def plan_step(cfg, step):
     """The schedule at `step`, 0 .. total_steps - 1; at total_steps the last stage's end, with val_windows."""
     last = step == cfg.total_steps
     starts = [math.ceil(stage.start * cfg.scheduled_steps - 1e-9) for stage in cfg.stages] + [cfg.total_steps]
@@ -2063,14 +2069,14 @@ def pinned(data, device):
     return tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
 
 
-def to_device(batch, device) -> MicroBatch:
+def to_device(batch, device):
     tokens = batch.tokens.to(device, non_blocking=True)
     cu_seqlens = batch.docs.cu_seqlens.to(device, non_blocking=True)
     columns = None if batch.columns is None else batch.columns.to(device, non_blocking=True)
     return MicroBatch(tokens, batch.docs._replace(cu_seqlens=cu_seqlens), columns)
 
 
-def multi_targets(targets_T, count: int):
+def multi_targets(targets_T, count):
     """(T, count): column k is the target k positions further on, -1 past the end of the micro-batch.
 
     Further targets may lie in the next document: they are not cut at document starts.
@@ -2115,9 +2121,10 @@ def backward_micro_batch(model, batch, plan, rotary, weights):
     return loss
 
 
-def graph_inputs(batch, weights) -> list | None:
+def graph_inputs(batch, weights):
     """What changes from one micro-batch to the next, in fixed shapes; None if it has too many documents."""
-    tokens, starts = len(batch.tokens) - 1, batch.docs.cu_seqlens
+    tokens = len(batch.tokens) - 1
+    starts = batch.docs.cu_seqlens
     room = max(64, tokens // 256)
     if len(starts) > room:
         return None
@@ -2147,7 +2154,7 @@ class Graphs:
         self.recipes[self.key(batch, plan)] = run, inputs
 
     @staticmethod
-    def key(batch, plan) -> tuple:
+    def key(batch, plan):
         """A micro-batch without columns, in a stage that has them, finds no graph."""
         return *plan.kind, batch.columns is None
 
@@ -2186,8 +2193,8 @@ def run_micro_batch(model, batch, plan, rotary, weights):
     return model.graphs.replay(key, inputs)
 
 
-def train_step(model, optimizer: Optimizer, batches: list, plan, rotary, step: int,
-               stop: bool = False) -> dict:
+def train_step(model, optimizer: Optimizer, batches: list, plan, rotary, step,
+               stop=False):
     """One optimizer step over this rank's micro-batches. The one step function: warm-up and training call it.
 
     Returns numbers for the log, on the device, summed over ranks: the training loss "train_loss" (over the
@@ -2203,7 +2210,7 @@ def train_step(model, optimizer: Optimizer, batches: list, plan, rotary, step: i
     return optimizer.step(step, plan.lr, plan.momentum, report)
 
 
-def cut_at_bos(tokens, bos: int) -> MicroBatch:
+def cut_at_bos(tokens, bos: int):
     """How validation lays out successive tokens of its stream: a document from each BOS to the next.
 
     The first may begin inside a document. Other cuts: other starts for to_documents. They bound attention;
@@ -2217,7 +2224,8 @@ class Validation:
     """The fixed validation tokens, the same at every world size, cut into chunks that ranks share."""
 
     def __init__(self, cfg, tokens: np.ndarray, token_bytes: np.ndarray | None = None):
-        self.cfg, self.count = cfg, len(tokens) - 1
+        self.cfg = cfg
+        self.count = len(tokens) - 1
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
         self.sha256 = hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()
         self.bytes = 0 if token_bytes is None else int(token_bytes[tokens[1:]].sum())
@@ -2236,15 +2244,16 @@ class Validation:
         return cls(cfg, tokens, token_bytes)
 
     @property
-    def positions(self) -> int:
+    def positions(self):
         """Tokens of the longest forward pass, training's included: how far the rotary tables must reach."""
         training = max(self.cfg.micro_tokens(stage) for stage in self.cfg.stages)
         return max(training, min(self.cfg.val_chunk, self.count))
 
     @torch.no_grad()
-    def run(self, model, windows: dict, rotary, world) -> dict:
+    def run(self, model, windows: dict, rotary, world):
         """{"val_loss": nats per token, "val_bpb": bits per byte of text, None without token_bytes.npy}."""
-        device, chunks = model.embed.device, self.tokens[:-1].split(self.cfg.val_chunk)
+        device = model.embed.device
+        chunks = self.tokens[:-1].split(self.cfg.val_chunk)
         totals = torch.zeros(len(chunks), dtype=torch.float64, device=device)
         model.refresh()
         for i in range(world.rank, len(chunks), world.size):
@@ -2310,7 +2319,7 @@ def check_finite(tensors: dict, path):
     require(not bad, f"{path}: not finite: {', '.join(bad)}; take an earlier checkpoint")
 
 
-def read_checkpoint(path, tensors: bool = False):
+def read_checkpoint(path, tensors=False):
     """Tensors, if wanted, and metadata: "config" and, but for an export, "progress". Raises UserError."""
     from safetensors import safe_open
 
@@ -2338,7 +2347,7 @@ def load_weights(model, tensors: dict, path):
         raise UserError(f"{path}: of another version of this script: {error}") from None
 
 
-def save_checkpoint(folder, model, optimizer, world, progress) -> str:
+def save_checkpoint(folder, model, optimizer, world, progress):
     """Collective: rank 0 writes all that a run needs to go on, and removes all but the folder's last.
 
     Returns "" or why nothing was written, on every rank: what isn't finite isn't saved.
@@ -2360,7 +2369,7 @@ def log_root(cfg):
     return Path(cfg.log_folder or Path(__file__).resolve().with_name("logs")).expanduser()
 
 
-def find_unfinished(cfg) -> str:
+def find_unfinished(cfg):
     """Last checkpoint of the newest run with this configuration that has one; "" if that run is over."""
     paths = log_root(cfg).glob("*/checkpoint_*.safetensors")
     for path in sorted(paths, reverse=True):  # a run's folder begins with its time
@@ -2380,7 +2389,7 @@ def find_unfinished(cfg) -> str:
 class Clock:
     """Training time in seconds: runs in steps and their data loading; `log_header` says when it doesn't."""
 
-    def __init__(self, hardware, seconds: float):
+    def __init__(self, hardware, seconds):
         self.hardware, self.seconds = hardware, seconds  # when it was paused last
 
     def resume(self):
@@ -2392,7 +2401,7 @@ class Clock:
         self.hardware.synchronize()
         self.seconds = self.read()
 
-    def read(self) -> float:
+    def read(self):
         return time.perf_counter() - self.zero
 
 
@@ -2427,14 +2436,14 @@ class Log:
             print(json.dumps(values), file=self.metrics)
 
 
-def source() -> str:
+def source():
     """This file's hash and its folder's commit, for the log."""
     path = Path(__file__).resolve()
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=path.parent, capture_output=True, text=True)
     return f"source sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} git:{git.stdout.strip() or 'none'}"
 
 
-def machine(device) -> str:
+def machine(device):
     """Hashes of this rank's GPU and of the host's boot: times of others don't compare."""
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "none"
     boot = Path("/proc/sys/kernel/random/boot_id")
@@ -2446,7 +2455,7 @@ def machine(device) -> str:
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
 
 
-def step_metrics(job, tokens: int, seconds: float) -> dict:
+def step_metrics(job, tokens, seconds):
     """Tokens per second and, on a known GPU, the share of its peak that the weights' products use."""
     rate = tokens / max(seconds, 1e-9)
     metrics = {"tokens_per_s": round(rate)}
@@ -2464,9 +2473,10 @@ class StepLog:
         self.log, self.clock, self.job = log, clock, job
         self.queued, self.before, self.stop = [], clock.seconds, False
 
-    def add(self, step: int, report: dict, plan):
+    def add(self, step, report: dict, plan):
         """Queue the line of `step` (1, 2, ..) and print the one before it. report: see train_step."""
-        values, event = torch.stack(list(report.values())), None
+        values = torch.stack(list(report.values()))
+        event = None
         on_host = values.to("cpu", non_blocking=True)
         if values.is_cuda:
             event = torch.cuda.Event()
@@ -2501,7 +2511,7 @@ class StepLog:
                 "or go on from the last checkpoint with --resume=auto")
 
 
-def write_plot(folder) -> str:
+def write_plot(folder):
     """Draw loss.png from metrics.jsonl; returns the file, or why it isn't drawn."""
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     try:
@@ -2544,7 +2554,7 @@ def warm_up(model, optimizer, val, world):
     synthetic.run(model, plan_step(cfg, cfg.total_steps).windows, rotary, world)
 
 
-def validate(job, rotary, step: int, seconds: float, log):
+def validate(job, rotary, step, seconds, log):
     """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
     cfg, lambdas = job.model.cfg, job.model.lambdas()
     result = job.val.run(job.model, plan_step(cfg, step).windows, rotary, job.world)
@@ -2630,7 +2640,7 @@ def set_up(cfg, hardware, world):
     return Job(model, hardware, world, optimizer, shards, val, progress, tensors, threading.Event())
 
 
-def train(cfg, job) -> bool:
+def train(cfg, job):
     """One run, with validations and checkpoints off the clock. Returns whether a signal ended it."""
     model, optimizer, device = job.model, job.optimizer, job.hardware.device
     start, position, seconds, read, _ = job.progress
