@@ -690,7 +690,7 @@ def log_sum(logits_TV, mode="reference"):
 def gradient_region(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype):
     q_TV = cap(logits_TV)
     grad_TV = pulls_TK.sum(1, keepdim=True) * (q_TV - lse_T[:, None]).exp()
-    grad_TV = grad_TV.scatter_add(1, places_TK.clamp_min(0), -pulls_TK)
+    grad_TV = grad_TV.scatter_add(1, places_TK.clamp_min(0), -pulls_TK.to(grad_TV.dtype))
     slope_TV = (1 - (q_TV / CAP_HEIGHT).square()) * (CAP_HEIGHT / CAP_WIDTH)
     return (grad_TV * slope_TV / scale).to(dtype)
 

@@ -111,11 +111,11 @@ def entropy(logits_TV, targets_TK, weights_K, scale, dtype, mode):
 
 def cross_entropy(s: Setting, stage: tg.Stage, dtype: torch.dtype, bound: float):
     """A chunk of the head, scaled as in head_step. The bounds allow for rounding and an approximate tanh."""
-    T, V, softcap = min(tg.LOSS_CHUNK, s.tokens(stage)), s.cfg.padded_vocab, tg.SOFTCAP
+    T, V = min(tg.LOSS_CHUNK, s.tokens(stage)), s.cfg.padded_vocab
     logits_TV, targets_TK = s.random(T, V, std=4), s.batch(stage)[0][1 : T + 1, None]
     weights_K = torch.full((1,), 1 / stage.batch_tokens, device=logits_TV.device)
     scale = weights_K.sum() * 2.0**-14 if dtype.itemsize == 1 else weights_K.new_ones(())
-    height, shift, width = softcap
+    height, shift, width = tg.CAP_HEIGHT, tg.CAP_SHIFT, tg.CAP_WIDTH
     tanh, targets = ((logits_TV[:ROWS].double() + shift) / width).tanh(), targets_TK[:ROWS]
     log_p = (height * tanh).log_softmax(-1)
     loss = -weights_K.double() * log_p.gather(1, targets)[:, 0]

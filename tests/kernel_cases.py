@@ -42,7 +42,8 @@ FLOAT8_SUM = 2e-3  # a floor: Hopper sums products of float8 in 14 bits
 # tanh, whose relative error of 2^-11 a softcap of 15 raises to 0.7 % in a probability and in their sum.
 EXACT, APPROXIMATE = 2e-5, 2e-2
 LOSS = 3e-3  # of the sum over rows
-SOFTCAPS = [t.Softcap(15.0, 0.0, 15.0), t.SOFTCAP]
+CAP = t.CAP_HEIGHT, t.CAP_SHIFT, t.CAP_WIDTH
+SOFTCAPS = [(15.0, 0.0, 15.0), CAP]
 # Whether there are a delta, a skip connection, x0 and bigrams, where streams are mixed.
 STREAMS = [(True,) * 4, (False, True, True, True), (True, False, True, True), (True, False, True, False)]
 
@@ -152,7 +153,7 @@ def targets_of(rng, T, V, K):
 
 def cross_entropy(logits, targets, weights, softcap, scale, dtype, mode="reference", masses=None, slot=0):
     """What head_chunk makes of logits: losses, their gradient over `scale` and that by the masses."""
-    with mock.patch.object(t, "SOFTCAP", softcap):
+    with mock.patch.multiple(t, **dict(zip(("CAP_HEIGHT", "CAP_SHIFT", "CAP_WIDTH"), softcap))):
         lse = t.log_sum(logits, mode)
         loss, places, pulls, mass_grads = t.loss_region(logits, lse, targets, weights, masses, slot)
         return loss, t.logits_gradient(logits, lse, places, pulls, scale, dtype, mode), mass_grads
@@ -201,7 +202,8 @@ def check_copying(rng, T, V, weights, softcap, dtype, grad_dtype, mode):
         loss, grad, grads = cross_entropy(
             logits, targets, weights, softcap, one, grad_dtype, mode, masses, slot)
     wide, c_s = logits.double().requires_grad_(), masses.double().requires_grad_()
-    q = (softcap.height * torch.tanh((wide + softcap.shift) / softcap.width)).softmax(1)
+    height, shift, width = softcap
+    q = (height * torch.tanh((wide + shift) / width)).softmax(1)
     a, (c, s) = q[:, slot], c_s.unbind(1)
     probabilities = q.gather(1, targets.clamp_min(0)).unbind(1)
     probabilities = probabilities[0] / (1 - a) * (1 - a * (1 - s)) + a * c, *probabilities[1:]
@@ -313,7 +315,8 @@ def check_pointer(rng, lengths, E, window, few, dtype):
     _, expected = naive_masses(*wide, targets, cu_seqlens, window)
     expected.backward(direction.double())
     rough = 1e-10 if dtype == torch.float64 else EXACT
-    check(masses.detach().contiguous(), expected.detach(), torch.promote_types(dtype, torch.float32), floor=rough)
+    wider = torch.promote_types(dtype, torch.float32)
+    check(masses.detach().contiguous(), expected.detach(), wider, floor=rough)
     for x, w in zip(narrow, wide, strict=True):
         assert x.grad.dtype == x.dtype and x.grad.shape == x.shape
         size = w.grad.norm() if x.dim() else direction.norm()  # the sink's is a sum that cancels

@@ -31,7 +31,7 @@ EQUAL = replace(
     mtp_heads=1, epochs=2, val_every=5, bigram_ratio=1.5, heads=4, muon_weight_decay=0.0,
 )  # fmt: skip
 VARIANTS = {  # flags, steps between Adam's updates, while gradients wait; the head is untied at step 10
-    "keep": (("--document_rest=keep", "--value_std=0.01", "--backout_from=0", 
+    "keep": (("--document_rest=keep", "--value_std=0.01", "--backout_from=0",
               "--untie_at=0.55", "--slow_momentum=0.5", "--average=0.4", "--save_every=7"), 3),
     "skip": (("--document_rest=skip", "--save_every=1"), 2),
 }  # fmt: skip

@@ -247,7 +247,7 @@ def check_head(rng, T, width, vocab, fp8, head, columns=None):
     places[among] = torch.arange(len(among), device=DEVICE)
     own = torch.where(targets < 0, -1, places[targets])
     losses, grad64, _ = cases.cross_entropy(
-        x64 @ weight64[among].T, own, weights.double(), t.SOFTCAP, one, torch.float64)
+        x64 @ weight64[among].T, own, weights.double(), cases.CAP, one, torch.float64)
     expected = torch.zeros_like(weight64)
     expected[among] = grad64.T @ x64
     for repeat in (1, 2):
