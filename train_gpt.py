@@ -1078,7 +1078,8 @@ def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window):
     () float32. Scores are q.k, unscaled. Column 0: the mass on positions with the same target as t, column 1:
     the sink's. Target i is token i + 1, so it is known at t. cu_seqlens: see Documents.
     """
-    T, behind = len(q_TE), -(-window // POINTER_BLOCK)
+    T = len(q_TE)
+    behind = max(2, -(-window // POINTER_BLOCK))  # with 1, what torch 2.11 compiles for a GPU fails its tests
     position = torch.arange(T, device=q_TE.device)
     document = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
     reach_T = (position - cu_seqlens[document]).clamp_max(window).int()

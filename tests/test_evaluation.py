@@ -132,18 +132,18 @@ def changed(tokens, place, value=None):
 @contextlib.contextmanager
 def recorded():
     """For each place of the stream, once it is over, the log-probabilities that its score was taken from."""
-    rows, batches, lay_out, loss_region = {}, [], ev.lay_out, t.loss_region
+    rows, batches, lay_out, token_losses = {}, [], ev.lay_out, t.GPT.token_losses
 
     def spy_lay_out(*args):
         batch = lay_out(*args)
         batches.append((batch.places.tolist(), []))
         return batch
 
-    def spy_loss_region(logits_TV, targets_T, *rest):
-        batches[-1][1].append(t.cap(logits_TV.detach()).log_softmax(-1))
-        return loss_region(logits_TV, targets_T, *rest)
+    def spy_losses(model, x_TD, *rest):
+        batches[-1][1].append(t.cap(model.products(x_TD).detach()).log_softmax(-1))
+        return token_losses(model, x_TD, *rest)
 
-    with mock.patch.object(ev, "lay_out", spy_lay_out), mock.patch.object(t, "loss_region", spy_loss_region):
+    with mock.patch.object(ev, "lay_out", spy_lay_out), mock.patch.object(t.GPT, "token_losses", spy_losses):
         yield rows
     for places, found in batches:
         for place, row in zip(places, torch.cat(found).numpy(), strict=True):
