@@ -35,7 +35,6 @@ import time
 
 STARTED = time.time()  # before torch is imported: that is part of the launch
 # ruff: noqa: E402
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -56,34 +55,26 @@ try:
 except ImportError:  # torch's CPU builds come without it
     triton = None
 
-
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
-
 
 def require(condition, message: str):
     """Raise UserError unless the condition holds."""
     if not condition:
         raise UserError(message)
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Config
-
+# ---- Config ---------------------------------------------------------------------------------------------
 
 class Layer(NamedTuple):
     """One row of the per-layer table: the only place where a layer is singled out by its position."""
-
     window: str                  # "short", "long", or "none": a layer without attention
     value_embeds: tuple = ()     # value-embedding tables, 0, 1, .., whose rows are added to v
     key_offset: bool = False     # k[t] takes its stationary dims from k[t-1]: induction within one layer
     skip_from: int = -1          # earlier layer whose output is added before this layer; -1: none
     inject: bool = True          # x0 and bigrams are added before it
 
-
 class Stage(NamedTuple):
     """One row of the stage table: in force from `start` until the next row's start, all columns together."""
-
     start: float                 # fraction of scheduled_steps
     batch_tokens: int            # tokens of one optimizer step, over all ranks
     max_doc: int                 # tokens; longer documents are cut
@@ -92,7 +83,6 @@ class Stage(NamedTuple):
     lr: float                    # multiplier on every learning rate
     targets: tuple = ((1, 1),)   # loss weights of targets t+1, t+2, ..: each (at the stage's start, end)
     columns: int = 0             # tokens among which the training loss chooses, also in the log; 0: all
-
 
 @dataclass(frozen=True)
 class Config:
@@ -188,7 +178,6 @@ class Config:
         """Whether attention in layer i reads the output of backout_from (record 77)."""
         return 0 <= self.backout_from < i and i in self.attention_layers
 
-
 SHORT_LAYERS = (
     Layer("short", value_embeds=(0,)),
     Layer("short", value_embeds=(1,)),
@@ -255,13 +244,13 @@ TINY_STAGES = (
 SHORT = Config(
     track="short", data="data/fineweb10B", layers=SHORT_LAYERS, stages=SHORT_STAGES,
     scheduled_steps=2070, extension_steps=40, val_tokens=10_485_760, val_every=250, backout_from=7,
-    cooldown=0.6, lr_floor=0.3, slow_momentum=0.43, average=0.25, value_std=0.01,
-    bigram_ratio=5.0, untie_at=2 / 3, pointer=True,
+    cooldown=0.6, lr_floor=0.3, slow_momentum=0.43, average=0.25, value_std=0.01, bigram_ratio=5.0,
+    untie_at=2 / 3, pointer=True,
 )
 
 TRACKS = {
     "tiny": Config(
-        layers=TINY_LAYERS, stages=TINY_STAGES, width=128, heads=2, scheduled_steps=250, backout_from=2,
+        layers=TINY_LAYERS, stages=TINY_STAGES, width=128, heads=2, scheduled_steps=200, backout_from=2,
         micro_batches=2, document_rest="keep", epochs=4, val_chunk=16_384, val_every=50,
         val_windows=(128, 512), attn_scale=0.17, adam_lr=0.016, attn_lr_ratio=1.0, momentum_warmup=100,
         momentum_cooldown=25,
@@ -284,6 +273,7 @@ CAP_HEIGHT = 11.5      # logits become height * tanh((z + shift) / width) (recor
 CAP_SHIFT = 5.0
 CAP_WIDTH = 15.0
 ADAM_DECAY = 0.005     # weight decay of tables (x 5) and heads (x 150), times lr squared (record 50)
+EPS = 1e-6             # of the RMS norm
 GATE_INPUTS = 12       # leading channels that attention's gates and the smear's read
 ROTARY_FRACTION = 0.5  # of the head dimensions that rotate; the rest are stationary
 LOSS_CHUNK = 16_384    # tokens whose logits exist at a time
@@ -300,24 +290,20 @@ POINTER_SCORES = 2**27  # that exist at a time
 # What a resumed run may change, as well as `data`: where the data lies; that it is the same isn't checked.
 RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "runs")
 
-
 CHOICES = {"track": TRACKS, "document_rest": ("skip", "keep")}
 LEAST = {  # values of flags; others' is 0
     "runs": 1, "save_every": -1, "epochs": 1, "micro_batches": 1, "val_chunk": 1, "val_every": 1,
     "scheduled_steps": 1, "width": 1, "heads": 1, "backout_from": -1,
 }
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
-
 
 def on_or_off(text):
     if text not in ("on", "off", "true", "false", "1", "0"):
         raise ValueError(text)
     return text in ("on", "true", "1")
-
 
 def parse_flags(argv):
     """The flags that are given, by name; --name alone means on. Raises UserError."""
@@ -339,7 +325,6 @@ def parse_flags(argv):
                 f"--{name}={value}: expected a number from {least} to 1e12")
     return given
 
-
 def parse_config(argv, ranks: int = 1):
     """The track, or a resumed checkpoint's configuration, with the given flags. Raises UserError."""
     given = parse_flags(argv)
@@ -357,11 +342,9 @@ def parse_config(argv, ranks: int = 1):
                 f"--{name}: {cfg.resume} has {getattr(saved, name)}; leave the flag out")
     return resumed
 
-
 def with_run_flags(saved, cfg):
     """saved, but RUN_FLAGS are those of cfg."""
     return replace(saved, **{name: getattr(cfg, name) for name in RUN_FLAGS})
-
 
 def check_config(cfg):
     """Fill in the vocabulary's size. Raises UserError where fields don't fit together."""
@@ -380,11 +363,9 @@ def check_config(cfg):
     require(not cfg.pointer or cfg.vocab_size < cfg.padded_vocab, "--pointer: no column is unused")
     return cfg
 
-
 def tuples(value):
     """JSON's lists, of lists, as the tuples that were written."""
     return tuple(map(tuples, value)) if isinstance(value, list) else value
-
 
 def config_from_json(values: dict):
     """The Config whose vars() were written as JSON. Raises KeyError or TypeError on anything else."""
@@ -393,14 +374,10 @@ def config_from_json(values: dict):
     values["stages"] = tuple(Stage(*row) for row in values["stages"])
     return Config(**values)
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Hardware
-
+# ---- Hardware -------------------------------------------------------------------------------------------
 
 class World(NamedTuple):
     """This process among its peers. A world of one takes the same code path without communication."""
-
     rank: int = 0
     size: int = 1
     local_rank: int = 0
@@ -430,12 +407,6 @@ class World(NamedTuple):
             dist.all_reduce(x)
         return x
 
-    def all_gather(self, x):
-        """The rows of all ranks, of which there are several, in their order."""
-        out = x.new_empty(self.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x)
-        return out
-
     def gather_objects(self, value):
         """Every rank's value, of whatever type."""
         values = [value] * self.size
@@ -449,10 +420,8 @@ class World(NamedTuple):
             dist.barrier()
             dist.destroy_process_group()
 
-
 class Hardware(NamedTuple):
     """What this process computes with."""
-
     device: torch.device
     dtype: torch.dtype           # of activations; parameters are always float32
     compile: bool                # regions and the optimizer's updates
@@ -468,7 +437,6 @@ class Hardware(NamedTuple):
     def synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
 
 def choose_hardware(cfg, world):
     """The fastest that this machine has and the flags allow. Raises UserError if a rank has no GPU."""
@@ -494,7 +462,6 @@ def choose_hardware(cfg, world):
     graphs = cfg.graphs and cfg.compile and modern
     return Hardware(device, dtype, cfg.compile, kernels, attention, fp8, graphs)
 
-
 def region(function=None, **options):
     """Decorator: compile a function of tensors by itself, once `region.compile` is set.
 
@@ -518,20 +485,16 @@ def region(function=None, **options):
 
     return call
 
-
 region.compile = False
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Kernels. Each wrapper takes a mode: "reference" is plain torch, anything else the kernel. Only the MLP's has
-# two: "large" tiles need the shared memory of datacenter GPUs since Hopper, "small" ones fit any.
-
+# ---- Kernels --------------------------------------------------------------------------------------------
+# Each wrapper takes a mode: "reference" is plain torch, anything else the kernel. Only the MLP's has two:
+# "large" tiles need the shared memory of datacenter GPUs since Hopper, "small" ones fit any.
 
 if triton:
     jit, constexpr = triton.jit, tl.constexpr
 else:
     jit, constexpr = (lambda function: function), None
-
 
 @jit
 def mlp_kernel(a, b, aux, out, square, flipped, scale, M, N, K, SLOPE: constexpr, BACKWARD: constexpr,
@@ -568,7 +531,6 @@ def mlp_kernel(a, b, aux, out, square, flipped, scale, M, N, K, SLOPE: constexpr
                 r = u.to(tl.float32)
                 square.store([m, column], tl.minimum(r * r, 448.0).to(tl.float8e4nv))
 
-
 def launch_mlp_kernel(a_MK, b_NK, aux_MN, scale, slope, mode: str):
     """Run mlp_kernel forward or, if aux_MN is given, backward. Returns out, square and flipped (or None)."""
     (M, K), N, backward, device = a_MK.shape, b_NK.size(0), aux_MN is not None, a_MK.device
@@ -591,7 +553,6 @@ def launch_mlp_kernel(a_MK, b_NK, aux_MN, scale, slope, mode: str):
     )
     return out_MN, square, flipped_NM
 
-
 def mlp_forward(h_TD, up_FD, scale, slope, mode="reference"):
     """r = LeakyReLU(scale h up^T), bfloat16, and r^2, cut off at 448, float8_e4m3fn: both (T, F).
 
@@ -601,7 +562,6 @@ def mlp_forward(h_TD, up_FD, scale, slope, mode="reference"):
         return launch_mlp_kernel(h_TD, up_FD, None, scale, slope, mode)[:2]
     r_TF = F.leaky_relu(h_TD.float() @ up_FD.float().T * scale, slope).bfloat16()
     return r_TF, r_TF.float().square().clamp_max(448).to(h_TD.dtype)
-
 
 def mlp_backward(grad_TD, down_FD, r_TF, scale, slope, mode="reference"):
     """Gradient of the activation's input, scale grad down^T * 2 LeakyReLU(r), (T, F), cut off at its ends.
@@ -616,12 +576,10 @@ def mlp_backward(grad_TD, down_FD, r_TF, scale, slope, mode="reference"):
     hidden_TF = r_TF.float().square().clamp_max(448).to(down_FD.dtype)
     return u_grad_TF, hidden_TF.T.contiguous(), u_grad_TF.T.contiguous()
 
-
 def cap(logits):
     """Soft-capped logits, at least float32."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return CAP_HEIGHT * torch.tanh((z + CAP_SHIFT) / CAP_WIDTH)
-
 
 @jit
 def soft_tanh(x, APPROXIMATE: constexpr):
@@ -631,7 +589,6 @@ def soft_tanh(x, APPROXIMATE: constexpr):
     else:
         y = 1 - 2 / (1 + tl.exp(2 * x))
     return y
-
 
 @jit
 def softmax_kernel(logits, lse, places, pulls, scale, grad, V, K: constexpr, HEIGHT: constexpr,
@@ -662,7 +619,6 @@ def softmax_kernel(logits, lse, places, pulls, scale, grad, V, K: constexpr, HEI
     if grad is None:
         tl.store(lse + row, tl.log(tl.sum(total)) + HEIGHT)
 
-
 def launch_softmax_kernel(logits_TV, lse_T, places_TK=None, pulls_TK=None, scale=None, grad_TV=None):
     T, V = logits_TV.shape
     K = 0 if grad_TV is None else places_TK.size(1)
@@ -671,11 +627,9 @@ def launch_softmax_kernel(logits_TV, lse_T, places_TK=None, pulls_TK=None, scale
         SHIFT=CAP_SHIFT, WIDTH=CAP_WIDTH, APPROXIMATE=logits_TV.is_cuda, BLOCK=4096, num_warps=16,
     )
 
-
 @region
 def log_sum_region(logits_TV):
     return cap(logits_TV).logsumexp(1)
-
 
 def log_sum(logits_TV, mode="reference"):
     """Log of the sum of each row's exponentials after the soft cap: (T,), at least float32."""
@@ -685,7 +639,6 @@ def log_sum(logits_TV, mode="reference"):
     launch_softmax_kernel(logits_TV.contiguous(), lse_T)
     return lse_T
 
-
 @region
 def gradient_region(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype):
     q_TV = cap(logits_TV)
@@ -693,7 +646,6 @@ def gradient_region(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype):
     grad_TV = grad_TV.scatter_add(1, places_TK.clamp_min(0), -pulls_TK.to(grad_TV.dtype))
     slope_TV = (1 - (q_TV / CAP_HEIGHT).square()) * (CAP_HEIGHT / CAP_WIDTH)
     return (grad_TV * slope_TV / scale).to(dtype)
-
 
 def logits_gradient(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype, mode="reference"):
     """Gradient by the logits of cross entropies with columns places, (T, K), times pulls, (T, K): (T, V).
@@ -707,7 +659,6 @@ def logits_gradient(logits_TV, lse_T, places_TK, pulls_TK, scale, dtype, mode="r
     launch_softmax_kernel(logits_TV.contiguous(), lse_T, places_TK.contiguous(), pulls_TK.contiguous(), scale,
                           grad_TV)
     return grad_TV
-
 
 @region
 def loss_region(logits_TV, lse_T, targets_TK, weights_K, masses_T2=None, slot=0):
@@ -735,7 +686,6 @@ def loss_region(logits_TV, lse_T, targets_TK, weights_K, masses_T2=None, slot=0)
     pulls_T = torch.cat([(share_T * kept_T)[:, None], weights_TK[:, 1:], slot_T[:, None]], dim=1)
     return loss_T - weight_T * ratio_T.log(), F.pad(targets_TK, (0, 1), value=slot), pulls_T, mass_grads_T2
 
-
 @jit
 def transpose_kernel(x, out, R, C, TILE: constexpr):
     r = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
@@ -743,7 +693,6 @@ def transpose_kernel(x, out, R, C, TILE: constexpr):
     inside = (r < R) & (c < C)
     tile = tl.load(x + r * C + c, inside)
     tl.store(out + (c * R + r).T, tile.T, inside.T)
-
 
 def transpose(x_RC, mode="reference"):
     """Contiguous (C, R) of 8-bit elements, several times as fast as torch's copy."""
@@ -756,32 +705,22 @@ def transpose(x_RC, mode="reference"):
     transpose_kernel[grid](source, out, R, C, TILE=128, num_warps=8)
     return out_CR
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Model
-
+# ---- Model ----------------------------------------------------------------------------------------------
 
 class Documents(NamedTuple):
     """Where the documents of a packed micro-batch begin; attention never leaves a document."""
-
     cu_seqlens: Tensor           # (documents + 1,) int32: 0, starts of the others, T
     longest: int                 # tokens
     first_T: Tensor | None = None  # (T,) bool, set by evaluate.py alone: nothing looks back across these
-
-
-EPS = 1e-6
-
 
 def norm(x):
     """RMS norm over the last dimension, without a weight."""
     return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
-
 def shift(x, edges_T):
     """x[t-1] at position t; zero where edges_T (bool) is true."""
     previous = torch.cat([x[:1], x[:-1]])
     return previous.masked_fill(edges_T.view(-1, *[1] * (x.dim() - 1)), 0)
-
 
 def rotate(x_THE, cos_TJ, sin_TJ):
     """Rotary embedding, pairs (j, j + E/2), J = E/2."""
@@ -789,21 +728,15 @@ def rotate(x_THE, cos_TJ, sin_TJ):
     cos, sin = cos_TJ[:, None], sin_TJ[:, None]
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_THE)
 
-
 def offset_keys(k_THE, dims_E, edges_T):
-    """Partial key offset (record 49): k[t] with the marked dims taken from k[t-1], but for edges.
-
-    dims_E: bool. edges_T: bool, positions that keep their own key.
-    """
+    """Partial key offset (record 49): k[t] with dims_E taken from k[t-1], but not at edges_T; bool both."""
     return torch.where(dims_E & ~edges_T[:, None, None], shift(k_THE, edges_T), k_THE)
-
 
 def gradient(p):
     """The parameter's gradient, float32, which products and look-ups add to in place."""
     if p.grad is None:
         p.grad = torch.zeros_like(p)
     return p.grad
-
 
 def add_product(grad_RC, a_TR, b_TC):
     """grad += a^T b, summed in the precision of grad."""
@@ -814,22 +747,18 @@ def add_product(grad_RC, a_TR, b_TC):
     else:
         grad_RC.addmm_(a_TR.T.to(grad_RC.dtype), b_TC.to(grad_RC.dtype))
 
-
 @region
 def activation_region(u_TF, slope):
     return F.leaky_relu(u_TF, slope).square()
-
 
 @region
 def rows_region(tokens_T, table_VD, dtype):
     return F.embedding(tokens_T, table_VD).to(dtype)
 
-
 @region
 def add_rows_region(total_VD, tokens_T, rows_TD):
     """total[tokens[t]] += rows[t] for every t, in total's precision; on a GPU usually in any order."""
     total_VD.index_add_(0, tokens_T, rows_TD.to(total_VD.dtype))
-
 
 class Lookup(torch.autograd.Function):
     """Rows of a table in `dtype`: (T, D). Their gradients are added to the table's, which stays dense."""
@@ -845,7 +774,6 @@ class Lookup(torch.autograd.Function):
         (tokens_T,) = ctx.saved_tensors
         add_rows_region(gradient(ctx.table), tokens_T, grad_TD)
         return None, None, None
-
 
 class Linear(torch.autograd.Function):
     """x_TC @ weight_RC.T. The weight's gradient is added to grad_RC, if given, by its own product."""
@@ -863,18 +791,15 @@ class Linear(torch.autograd.Function):
             add_product(ctx.grad_RC, grad_TR, x_TC)
         return grad_TR @ weight_RC, None, None
 
-
 def weighted(x_TD, weight):
     """weight * x. As (T, 1) the weight makes the product float32 and gets its gradient row by row."""
     return x_TD if weight is None else weight.expand(x_TD.size(0), 1) * x_TD
-
 
 @region
 def read_region(x_TD):
     """What a layer reads of the stream: its norm, (T, D), and of that the leading channels, (T, G)."""
     h_TD = norm(x_TD)
     return h_TD, h_TD[:, :GATE_INPUTS].contiguous()
-
 
 @region
 def mix_region(x_TD, delta_TD, skip_TD, x0_TD, bigram_TD, weights: tuple, reads: bool):
@@ -890,19 +815,16 @@ def mix_region(x_TD, delta_TD, skip_TD, x0_TD, bigram_TD, weights: tuple, reads:
         return sum_TD, None, None
     return sum_TD, *read_region(sum_TD)
 
-
 @region
 def float8_region(x_TD, scale, dtype=torch.float8_e4m3fn):
     """x / scale in float8, cut off at the largest value: 448 or, of float8_e5m2, 57344."""
     largest = torch.finfo(dtype).max
     return (x_TD.float() / scale).clamp(-largest, largest).to(dtype)
 
-
 def as_float8(weight):
     """The weight over its scale, whose largest value float8 can just hold, and the scale, ()."""
     scale = (torch.linalg.vector_norm(weight, math.inf) / 448).clamp_min(1e-12)
     return float8_region(weight, scale), scale
-
 
 @region
 def branch_region(x_TD, o_TD, scale8):
@@ -910,7 +832,6 @@ def branch_region(x_TD, o_TD, scale8):
     sum_TD = x_TD + o_TD
     h_TD = norm(sum_TD)
     return sum_TD, h_TD, None if scale8 is None else float8_region(h_TD.detach(), scale8)
-
 
 class MLP(torch.autograd.Function):
     """LeakyReLU(slope)(h @ up.T)^2 @ down with all products in float8 (PRs 344 and 360): (T, D).
@@ -941,11 +862,10 @@ class MLP(torch.autograd.Function):
         h_grad_TD = float8_product(u_grad_TF, up8_DF.T, scale, up_scale, grad_TD.dtype)
         return h_grad_TD, None, None, None, None, None, None
 
-
 def attention_reference(q_THE, k_THE, v_THE, docs, window, block: int = 128):
-    """Causal attention within documents and within `window` tokens back, scores q.k unscaled.
+    """Causal attention within documents, at most `window` tokens back; scores q.k are unscaled. (T, H, E).
 
-    Plain torch on any device; works block by block, so memory is linear in T. Returns (T, H, E).
+    Plain torch on any device; works block by block, so memory is linear in T.
     """
     T = q_THE.size(0)
     position = torch.arange(T, device=q_THE.device)
@@ -961,23 +881,18 @@ def attention_reference(q_THE, k_THE, v_THE, docs, window, block: int = 128):
         out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0))
     return torch.cat(out, dim=2)[0].transpose(0, 1)
 
-
 def attention_varlen(q_THE, k_THE, v_THE, docs, window):
     """The same through torch's variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
-
     cu = docs.cu_seqlens  # of queries and of keys
     return varlen_attn(q_THE, k_THE, v_THE, cu, cu, docs.longest, docs.longest, scale=1.0,
                        window_size=(window, 0))
 
-
 class Rotary(NamedTuple):
     """Rotary tables, of which half the dims are stationary."""
-
     cos_PJ: Tensor               # (positions, E/2) float32; stationary dims have cos 1, sin 0
     sin_PJ: Tensor
     offset_E: Tensor             # (E,) bool: dims that the key offset moves, the stationary ones
-
 
 def build_rotary(cfg, positions, device):
     """Tables for `positions` tokens."""
@@ -988,30 +903,20 @@ def build_rotary(cfg, positions, device):
     tables = angle_PJ.cos().float(), angle_PJ.sin().float(), (frequency == 0).repeat(2)
     return Rotary(*(table.to(device) for table in tables))
 
-
-# Learned factors are expanded to (T, 1) as in `weighted`.
-
-
 @region
 def embed_region(embed_TD, gate_G, smear_lambda, edges_T):
     """Token embeddings smeared with their predecessor, normed: (T, D)."""
     gate_T1 = torch.sigmoid(embed_TD[:, :GATE_INPUTS] @ gate_G.to(embed_TD.dtype))[:, None]
     return norm(embed_TD + smear_lambda * gate_T1 * shift(embed_TD, edges_T))
 
-
 @region
 def bigram_region(tokens_T, edges_T, rows):
-    """The row of each token and the one before in a hashed table (record 62); the last where none is before.
-
-    Products wrap around as int32.
-    """
+    """Row of each token and the one before in a hashed table (record 62), the last for none; int32 wraps."""
     row_T = ((36313 * tokens_T.int()) ^ (27191 * shift(tokens_T, edges_T).int())) % (rows - 1)
     return row_T.masked_fill(edges_T, rows - 1).long()
 
-
 @region
-def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale: float, offset_E, edges_T,
-               heads):
+def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale: float, offset_E, edges_T, heads):
     """What attention reads: q, k, v with its value embeddings, (T, H, E) each, from the product (T, 3 D).
 
     value_TD: rows of value embeddings, or None. offset_E: dims of the key offset, or None for none.
@@ -1027,13 +932,11 @@ def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale: float, offset_
         v_THE = v_THE + value_TD.view_as(v_THE)
     return q_THE, k_THE, v_THE.contiguous()
 
-
 @region
 def gate_region(y_THE, lead_TG, gate_HG, out_lambda):
     """Attention output times each head's gate, a function of the leading channels, and a factor: (T, D)."""
     factor_TH = out_lambda.expand(y_THE.size(0), 1) * torch.sigmoid(lead_TG.float() @ gate_HG.float().T)
     return (y_THE * factor_TH[..., None]).type_as(y_THE).flatten(1)
-
 
 @region
 def final_region(x_TD, delta_TD, backout_TD, backout_lambda, smear_mtp_lambda, edges_T):
@@ -1047,13 +950,11 @@ def final_region(x_TD, delta_TD, backout_TD, backout_lambda, smear_mtp_lambda, e
         return x_TD
     return (x_TD + weighted(shift(x_TD, edges_T), smear_mtp_lambda)).type_as(x_TD)
 
-
 @region
 def pointer_region(qk_TC, gain):
     """Normed queries, scaled, and keys of the pointer head."""
     q_TE, k_TE = (norm(x) for x in qk_TC.chunk(2, dim=1))
     return weighted(q_TE, gain * POINTER_WIDTH**-0.5).type_as(q_TE), k_TE
-
 
 @region
 def copy_region(q_TBE, k_TBE, sink, own_TB, targets_TB, reach_TB, behind):
@@ -1069,7 +970,6 @@ def copy_region(q_TBE, k_TBE, sink, own_TB, targets_TB, reach_TB, behind):
     masses_TBJ, sink_TB = (scores_TBJ - top_TB[:, :, None]).exp(), (sink - top_TB).exp()
     copied_TB = (masses_TBJ * (targets_TJ[:, None] == own_TB[:, :, None])).sum(2)
     return torch.stack([copied_TB, sink_TB], dim=2) / (masses_TBJ.sum(2) + sink_TB)[:, :, None]
-
 
 def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window):
     """Attention as a distribution over earlier targets: (T, 2) float32, of which autograd knows the gradient.
@@ -1098,14 +998,12 @@ def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window):
             q_TBE[own], k_TBE[read], sink, own_TB[own], targets_TB[read], reach_TB[own], behind))
     return torch.cat(masses).flatten(0, 1)[:T]
 
-
 def float8_product(a, b, a_scale, b_scale, dtype, fast=False):
     """a_scale a @ b_scale b in `dtype`; a row-major, b column-major. fast: lower precision of long sums."""
     from torch.nn.functional import ScalingType, scaled_mm
 
     whole = ScalingType.TensorWise
     return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
-
 
 def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, masses_T2, slot):
     """head_step of tokens whose logits exist together. head: its compute_weights; grad_VD: its gradient.
@@ -1141,7 +1039,6 @@ def head_chunk(model, x_TD, head: tuple, grad_VD, targets_TK, weights_K, masses_
         add_product(grad_VD, grad_TV, x_TD)
     return loss_T.sum(), x_grad_TD, mass_grads_T2
 
-
 def head_step(model, x_TD, k, targets_TK, weights_K, columns_S=None, masses_T2=None):
     """Loss of head k (0: the main one) on latents, (), its gradient by them, (T, D), and by the masses.
 
@@ -1175,12 +1072,10 @@ def head_step(model, x_TD, k, targets_TK, weights_K, columns_S=None, masses_T2=N
     losses, x_grads, mass_grads = zip(*results)
     return sum(losses), torch.cat(x_grads), None if masses_T2 is None else torch.cat(mass_grads)
 
-
 class GPT(nn.Module):
     """Parameters: see parameter_table; float32, and 0 until `initialise`. forward runs in `dtype`."""
 
-    def __init__(self, cfg, dtype: torch.dtype = torch.float32, attention="reference",
-                 kernels="reference", fp8=False):
+    def __init__(self, cfg, dtype=torch.float32, attention="reference", kernels="reference", fp8=False):
         super().__init__()
         self.cfg, self.dtype, self.kernels, self.fp8 = cfg, dtype, kernels, fp8
         self.attention = attention_reference if attention == "reference" else attention_varlen
@@ -1365,7 +1260,6 @@ class GPT(nn.Module):
         named = {name: p for name, p in self.named_parameters() if "lambda" in name}
         return {name: [round(v, 5) for v in p.detach().flatten().tolist()] for name, p in named.items()}
 
-
 def new_model(cfg, hardware):
     """A GPT whose weights are 0, and the switch that has regions compiled or not."""
     region.compile = hardware.compile
@@ -1374,22 +1268,11 @@ def new_model(cfg, hardware):
     model.graphs = Graphs() if hardware.graphs else None
     return model
 
-
-def build_model(cfg, hardware):
-    """A GPT with its initial weights."""
-    model = new_model(cfg, hardware)
-    model.initialise(cfg.seed)
-    return model
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Optimizer
-
+# ---- Optimizer ------------------------------------------------------------------------------------------
 
 def frobenius(x_NRC):
     """Norm of each matrix, (N, 1, 1)."""
     return x_NRC.norm(dim=(-2, -1), keepdim=True)
-
 
 # Polar Express, five iterations (arXiv 2505.16932, safety 2 %): X <- a X + (b A + c A A) X with A = X X^T.
 POLAR_EXPRESS = (
@@ -1399,7 +1282,6 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169301323),
 )
-
 
 def polar_express(x_NRC):
     """Nearly orthogonal factor, singular values about 1, of each matrix of Frobenius norm below 1."""
@@ -1411,14 +1293,10 @@ def polar_express(x_NRC):
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
 
-
 AVERAGE_BLEND = 0.5                   # share of the averaged weights in the final ones
 SLOW_BETA, SLOW_SHARE = 0.98, 0.5615  # of the slow momentum; the fast one's beta is 0.85 beside it
 
-
 # The updates only add and multiply: unlike those of lerp_, the results don't depend on where a shard begins.
-
-
 @region(dynamic=False)
 def nesterov(g_NRC, momentum_NRC, slow_NRC, mu, beta, share, dtype: torch.dtype):
     """Update the momenta in place; the direction to orthogonalise, of Frobenius norm below 1, in `dtype`."""
@@ -1430,13 +1308,11 @@ def nesterov(g_NRC, momentum_NRC, slow_NRC, mu, beta, share, dtype: torch.dtype)
     x_NRC = g_NRC + mu * (both_NRC - g_NRC)
     return (x_NRC / (1.02 * frobenius(x_NRC) + 1e-12)).to(dtype)
 
-
 def normalise_rows(x_NRC, second_NR1, beta2):
     """What NorMuon adds to Muon: each row over its running RMS, with each matrix's norm kept."""
     second_NR1.add_((1 - beta2) * (x_NRC.square().mean(-1, keepdim=True) - second_NR1))
     scaled = x_NRC * second_NR1.clamp_min(1e-10).rsqrt()
     return scaled * (frobenius(x_NRC) / frobenius(scaled).clamp_min(1e-10))
-
 
 @region(dynamic=False)
 def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2):
@@ -1444,42 +1320,32 @@ def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2):
     x = normalise_rows(x_NRC.to(p_NRC.dtype), second_NR1, beta2)
     p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
 
-
-def normuon_update(p_NRC, g_NRC, moments: dict, lr_N11, decay, mu, share, beta2,
-                   dtype: torch.dtype):
+def normuon_update(p_NRC, g_NRC, moments: dict, lr_N11, decay, mu, share, beta2, dtype: torch.dtype):
     """One NorMuon step (arXiv 2510.05491) in place on a stack of matrices, e.g. (44, 768, 768).
 
     Nesterov momentum, orthogonalisation, division of each row by its running RMS with the matrix's norm kept,
     and decoupled decay only where it does not oppose the update. A row is an output of Q, K, V, O and up, and
     an input of down, which is stored transposed. mu, decay: () float32; lr_N11: one per matrix.
-    moments: "momentum", (N, R, C), "second", (N, R, 1), and "slow", as momentum, if there is a slow momentum;
-    share: its part in their sum (record 92).
+    moments: "momentum", (N, R, C), "second", (N, R, 1), and "slow", as momentum, whose part is share.
     """
     beta = scalar(0.85) if share else mu
     x_NRC = nesterov(g_NRC, moments["momentum"], moments.get("slow"), mu, beta, scalar(share), dtype)
     apply_update(p_NRC, polar_express(x_NRC), moments["second"], lr_N11, decay, beta2)
 
-
 @region(dynamic=True)
 def adam_update(p, g, first, second, lr, bias1, bias2, beta1, beta2, decay=0.0):
-    """One Adam step in place, any shape; bias = 1 - beta^t. eps is far below any gradient.
-
-    Cautious decay, as in normuon_update; a row of a table that nothing has read yet (x = 0) has none.
-    """
+    """One Adam step in place, any shape; bias = 1 - beta^t. Decay where it doesn't oppose the step."""
     first.add_((1 - beta1) * (g - first))
     second.add_((1 - beta2) * (g * g - second))
     x = lr * (first.type_as(p) / bias1) / ((second.type_as(p) / bias2).sqrt() + 1e-15)
     p.sub_(x + lr * decay * p * (x * p > 0))
 
-
 def scalar(value):
     """A number that changes from step to step, on the CPU: as a tensor it needs no recompilation."""
     return torch.tensor(value, dtype=torch.float32)
 
-
 class Row(NamedTuple):
     """One parameter: its shape, its initial value and how it is trained."""
-
     name: str
     shape: tuple
     algorithm: type              # NorMuon, Adam or another subclass of Part
@@ -1493,7 +1359,6 @@ class Row(NamedTuple):
     copy_until: int = 0          # .. until this step; its gradient is added to that row's
     averaged: bool = False       # over the last steps, see Optimizer.finish
     used: bool = True            # False: its mechanism is off
-
 
 class Part:
     """The part of one parameter that this rank updates, units lo to hi - 1, and their moments.
@@ -1567,8 +1432,9 @@ class Part:
             return part.to("cpu", copy=True)
         own = part.new_zeros(self.per_rank, *part.shape[1:])
         own[: part.size(0)] = part
-        return self.world.all_gather(own)[: self.units].cpu()
-
+        whole = own.new_empty(self.per_rank * self.world.size, *part.shape[1:])
+        dist.all_gather_into_tensor(whole, own)
+        return whole[: self.units].cpu()
 
 class NorMuon(Part):
     """normuon_update on matrices of a bank, e.g. (11, 4, 768, 768): 44 units."""
@@ -1595,7 +1461,6 @@ class NorMuon(Part):
             normuon_update(p, grad, self.moments, lr_N11, decay, scalar(muon_momentum), share,
                            self.row.betas[1], self.dtype)
 
-
 class Adam(Part):
     """adam_update on elements of a parameter of any shape."""
 
@@ -1616,13 +1481,11 @@ class Adam(Part):
         update = adam_update if row.comms == "sharded" else adam_update.__wrapped__
         update(p, grad, self.moments["first"], self.moments["second"], lr, bias1, bias2, *row.betas, decay)
 
-
 def normal(std):
     def draw(p, random: torch.Generator):
         p.copy_(torch.randn(p.shape, generator=random, device="cpu") * std)
 
     return draw
-
 
 def uniform(std, matrices: int):
     """The first `matrices` of each layer of a bank; the others stay 0."""
@@ -1633,7 +1496,6 @@ def uniform(std, matrices: int):
         p[:, :matrices] = values.uniform_(-bound, bound, generator=random).to(p.device)
 
     return draw
-
 
 def parameter_table(cfg):
     """Every possible parameter. Learning rates are final: nothing rescales them by shape.
@@ -1689,11 +1551,9 @@ def parameter_table(cfg):
         scalars("pointer_sink", (), 0.0, adam, used=cfg.pointer),
     ]
 
-
 def optimizer_table(cfg):
     """The parameters of this configuration."""
     return [row for row in parameter_table(cfg) if row.used]
-
 
 class Optimizer:
     """Every parameter's algorithm over one table; state is sharded over ranks.
@@ -1701,7 +1561,7 @@ class Optimizer:
     A step launches all reductions, updates each part as it arrives (Adam's first, to overlap the banks'
     communication) and starts each gather at once. Gradients are summed in float32 on a rank and in the
     activations' dtype across ranks. The loss is already divided by the step's tokens.
-    Raises ValueError unless every parameter is in exactly one row and copies have their original's algorithm.
+    Raises ValueError unless every parameter is in exactly one row.
     """
 
     def __init__(self, model, table: list[Row], world):
@@ -1710,10 +1570,6 @@ class Optimizer:
         if sorted(names) != sorted(parameters):
             wrong = set(parameters) ^ set(names) or [name for name in names if names.count(name) > 1]
             raise ValueError(f"optimizer table: missing, unknown or there twice: {wrong}")
-        algorithms = {row.name: row.algorithm for row in table}
-        wrong = [row.name for row in table if row.copy_of and row.algorithm is not algorithms[row.copy_of]]
-        if wrong:
-            raise ValueError(f"optimizer table: {wrong} must be trained as what they copy (untie_at)")
         self.world = world
         adam_first = sorted(table, key=lambda row: row.algorithm is NorMuon)
         self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in adam_first]
@@ -1803,10 +1659,7 @@ class Optimizer:
         except (KeyError, RuntimeError) as error:
             raise UserError(f"checkpoint of another version of this script: {error}") from None
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Data
-
+# ---- Data -----------------------------------------------------------------------------------------------
 
 def data_folder(cfg):
     """cfg.data as given, or else beside this file or further up, if it is there."""
@@ -1814,12 +1667,10 @@ def data_folder(cfg):
     places = (parent / given for parent in (Path(), *Path(__file__).resolve().parents))
     return next(filter(Path.is_dir, places), given)
 
-
 def load_token_table(cfg, name: str):
     """A table with an entry for each token that lies beside the shards, or None if there is none."""
     path = data_folder(cfg) / name
     return np.load(path) if path.exists() else None
-
 
 def find_shards(cfg, split: str):
     """Paths of a split's shards, in order. Raises UserError if there are none."""
@@ -1828,7 +1679,6 @@ def find_shards(cfg, split: str):
     maker = "sample.py" if folder.name == "sample" else "fineweb.py"
     require(shards, f"no {folder}/*_{split}_000000.bin: make them with python data/{maker}, or give --data=")
     return shards
-
 
 def open_shard(path, cfg):
     """A checked shard's tokens, uint16 in a memory map, and its documents' starts. Raises UserError."""
@@ -1843,7 +1693,6 @@ def open_shard(path, cfg):
     require(len(starts), f"{path}: no document start, token {cfg.bos}; "
             "python data/token_tables.py FOLDER --tokenizer=.. says what the tokens are")
     return tokens, starts
-
 
 class Shards:
     """A sequence of (tokens, document starts) of training shards, each opened and checked when first used."""
@@ -1873,7 +1722,6 @@ class Shards:
                 yield document
                 document = tokens[lo:hi]
         yield document
-
 
 class DocumentStream:
     """Pieces of documents, epoch after epoch."""
@@ -1916,12 +1764,10 @@ class DocumentStream:
             room -= len(pieces[-1])
         return pieces
 
-
 class MicroBatch(NamedTuple):
     tokens: Tensor               # (T + 1,) int64: inputs are [:-1], targets [1:]
     docs: Documents
     columns: Tensor | None = None  # (S,) int64: see choose_columns
-
 
 def pack(stream, step):
     """Tokens of a micro-batch of a step, one more than inputs, and where documents start among the inputs."""
@@ -1929,12 +1775,8 @@ def pack(stream, step):
     starts = np.cumsum([0, *map(len, pieces)])
     return np.concatenate(pieces), starts[starts < starts[-1] - 1]
 
-
 def read_step(stream, step):
-    """What `pack` gives for each micro-batch of a step.
-
-    Updates stream.sha256: that of the step before and these tokens, so of all tokens and their batches.
-    """
+    """What `pack` gives for each micro-batch of a step; stream.sha256 then stands for all batches so far."""
     packed = [pack(stream, step) for _ in range(stream.cfg.micro_batches)]
     digest = hashlib.sha256(stream.sha256.encode())
     for tokens, _ in packed:
@@ -1942,12 +1784,10 @@ def read_step(stream, step):
     stream.sha256 = digest.hexdigest()
     return packed
 
-
 def to_documents(starts: np.ndarray, tokens, longest: int | None = None):
     """longest: a bound on the lengths, where it is known; a constant one lets CUDA graphs be replayed."""
     cu_seqlens = np.append(starts, tokens).astype(np.int32)
     return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
-
 
 def choose_columns(cfg, stage, targets: np.ndarray, turn, device):
     """Distinct tokens among which the loss of micro-batch `turn` chooses (record 92, PR 360): (S,) int64.
@@ -1967,12 +1807,10 @@ def choose_columns(cfg, stage, targets: np.ndarray, turn, device):
     others = np.setdiff1d(window, needed, assume_unique=True)  # in the window's order
     return pinned(np.append(needed, others[: stage.columns - len(needed)]), device)
 
-
 def load_batches(stream, world, device, first=0):
     """Generates, for each step from `first` on: this rank's micro-batches, position and sha256 after them.
 
-    Micro-batches are dealt in turn to the ranks, each of which walks the whole stream: the same micro-batches
-    at every world size.
+    Ranks take turns, but each walks the whole stream: the same micro-batches at every world size.
     """
     cfg = stream.cfg
     for step in range(first, cfg.total_steps):
@@ -1986,7 +1824,6 @@ def load_batches(stream, world, device, first=0):
             own.append(MicroBatch(pinned(tokens.astype(np.int64), device), docs, columns))
         yield own, (stream.epoch, stream.offset), stream.sha256
 
-
 def read_ahead(batches):
     """A function that returns a generator's next item, or raises its error; a thread works 3 items ahead."""
     reader = ThreadPoolExecutor(1)
@@ -1998,7 +1835,6 @@ def read_ahead(batches):
 
     return take
 
-
 def check_supply(cfg, world, shards):
     """Open and check the shards that the schedule needs (short: 1.5 s). Raises UserError if it needs more."""
     require(cfg.micro_batches % world.size == 0,
@@ -2008,25 +1844,20 @@ def check_supply(cfg, world, shards):
         for _ in range(cfg.micro_batches):
             stream.pieces(step)
 
-
 def begin_stream(cfg, shards, progress):
     """The stream after what a resumed run has read. Raises UserError if that is something else now."""
     stream = DocumentStream(shards, cfg)
     for step in range(progress.step):
         read_step(stream, step)
+    folder = shards.paths[0].parent
     require(progress.read in ("", stream.sha256), f"{cfg.resume}: its run has read other training tokens "
-            f"than those first in {shards.paths[0].parent}: give their folder as --data=, or leave --resume "
-            "out")
+            f"than those first in {folder}: give their folder as --data=, or leave --resume out")
     return stream
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Schedule
-
+# ---- Schedule -------------------------------------------------------------------------------------------
 
 class StepPlan(NamedTuple):
     """All that the schedule says of one step."""
-
     stage: Stage
     stage_index: int
     windows: dict                # "short", "long" -> tokens
@@ -2038,7 +1869,6 @@ class StepPlan(NamedTuple):
     def kind(self):
         """Steps of a kind run the same code on the same shapes."""
         return self.stage_index, len(self.weights)
-
 
 def plan_step(cfg, step):
     """The schedule at `step`, 0 .. total_steps - 1; at total_steps the last stage's end, with val_windows."""
@@ -2059,16 +1889,12 @@ def plan_step(cfg, step):
     short, long = cfg.val_windows if last else (stage.window_short, stage.window_long)
     return StepPlan(stage, index, {"short": short, "long": long}, lr, momentum, weights)
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Training step and validation
-
+# ---- Training step and validation -----------------------------------------------------------------------
 
 def pinned(data, device):
     """As a tensor, pinned if bound for a GPU, so that copies don't block."""
     tensor = torch.as_tensor(data)
     return tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-
 
 def to_device(batch, device):
     tokens = batch.tokens.to(device, non_blocking=True)
@@ -2076,15 +1902,10 @@ def to_device(batch, device):
     columns = None if batch.columns is None else batch.columns.to(device, non_blocking=True)
     return MicroBatch(tokens, batch.docs._replace(cu_seqlens=cu_seqlens), columns)
 
-
 def multi_targets(targets_T, count):
-    """(T, count): column k is the target k positions further on, -1 past the end of the micro-batch.
-
-    Further targets may lie in the next document: they are not cut at document starts.
-    """
+    """(T, count): column k is the target k positions further on, in whatever document; -1 past the end."""
     columns = [F.pad(targets_T[k:], (0, k), value=-1) for k in range(count)]
     return torch.stack(columns, dim=1)
-
 
 def loss_weights(cfg, plan, device):
     """Weights of the head's targets (K,) and of an auxiliary head (1,), over the tokens of the whole step."""
@@ -2093,24 +1914,19 @@ def loss_weights(cfg, plan, device):
     both = pinned(both, device).to(device, non_blocking=True)
     return both[:-1], both[-1:]
 
-
 def backward_micro_batch(model, batch, plan, rotary, weights):
-    """Add the gradient of this micro-batch's part of the step's mean loss; returns that part, ().
-
-    weights: see loss_weights.
-    """
+    """Add the gradient of this micro-batch's part of the step's mean loss; returns that part, ()."""
     cfg, tokens = model.cfg, batch.tokens
     main_weights, auxiliary_weight = weights
-    # Over the weights' sum, MLPs' gradients had an RMS of 0.001 to 0.012, those of their activations' inputs
-    # one of 0.0002 to 0.024 and a maximum of 1.2 (on a CPU: tiny, and ten small steps of a wide model). The
-    # middle of float8_e5m2's range is 2: this scale leaves a factor of 180 above that maximum.
+    # Over the weights' sum, MLPs' gradients were measured to be 1.2 at most, with an RMS of 0.0002 to 0.024.
+    # float8_e5m2 holds 57344: this scale leaves a factor of 180.
     model.grad_scale.copy_(main_weights.sum() * 2.0**-8)
     x_TD = model(tokens[:-1], batch.docs, plan.windows, rotary)
-    latent_TD = x_TD.detach()
     targets_TK = multi_targets(tokens[1:], max(len(plan.weights), cfg.mtp_heads + 1))
     own_TK = targets_TK[:, : len(plan.weights)]
     masses_T2 = model.copy_masses(x_TD, tokens[1:], batch.docs, POINTER_WINDOW[0])
     masses = None if masses_T2 is None else masses_T2.detach()
+    latent_TD = x_TD.detach()
     loss, grad_TD, mass_grads_T2 = head_step(
         model, latent_TD, 0, own_TK, main_weights, batch.columns, masses)
     for k in range(1, cfg.mtp_heads + 1):
@@ -2120,7 +1936,6 @@ def backward_micro_batch(model, batch, plan, rotary, weights):
     outputs, grads = ([x_TD], [grad_TD]) if masses is None else ([x_TD, masses_T2], [grad_TD, mass_grads_T2])
     torch.autograd.backward(outputs, grads)
     return loss
-
 
 def graph_inputs(batch, weights):
     """What changes from one micro-batch to the next, in fixed shapes; None if it has too many documents."""
@@ -2133,12 +1948,8 @@ def graph_inputs(batch, weights):
     columns = [] if batch.columns is None else [batch.columns]
     return [batch.tokens, padded, *weights, *columns]
 
-
 class Graphs:
-    """CUDA graphs of micro-batches, one per kind of step, in one pool of memory, as one runs at a time.
-
-    Launching the kernels one by one takes the host longer than running them takes a fast GPU.
-    """
+    """CUDA graphs of micro-batches, one a kind of step: launched one by one, kernels keep a GPU waiting."""
 
     def __init__(self):
         self.recipes, self.captured = {}, {}
@@ -2161,7 +1972,7 @@ class Graphs:
 
     def capture(self):
         """Record what was added, unless it is."""
-        pool = torch.cuda.graph_pool_handle()
+        pool = torch.cuda.graph_pool_handle()  # of memory, for all: one runs at a time
         for key, (run, _) in self.recipes.items():  # the largest was added first: others fit in
             if key not in self.captured:
                 graph = torch.cuda.CUDAGraph()
@@ -2183,7 +1994,6 @@ class Graphs:
         graph.replay()
         return output
 
-
 def run_micro_batch(model, batch, plan, rotary, weights):
     """backward_micro_batch, as a graph where there is one. batch: on the CPU; it is copied here."""
     key = Graphs.key(batch, plan)
@@ -2193,9 +2003,7 @@ def run_micro_batch(model, batch, plan, rotary, weights):
     inputs[1] = pinned(inputs[1], model.embed.device)
     return model.graphs.replay(key, inputs)
 
-
-def train_step(model, optimizer: Optimizer, batches: list, plan, rotary, step,
-               stop=False):
+def train_step(model, optimizer: Optimizer, batches: list, plan, rotary, step, stop=False):
     """One optimizer step over this rank's micro-batches. The one step function: warm-up and training call it.
 
     Returns numbers for the log, on the device, summed over ranks: the training loss "train_loss" (over the
@@ -2210,16 +2018,13 @@ def train_step(model, optimizer: Optimizer, batches: list, plan, rotary, step,
     report = {"train_loss": loss, "stop": torch.full_like(loss, stop)}
     return optimizer.step(step, plan.lr, plan.momentum, report)
 
-
 def cut_at_bos(tokens, bos: int):
-    """How validation lays out successive tokens of its stream: a document from each BOS to the next.
+    """Successive tokens of the validation stream, a document from each BOS to the next.
 
-    The first may begin inside a document. Other cuts: other starts for to_documents. They bound attention;
-    what else reads the previous token stops at BOS, or where first_T says.
+    The first may begin inside a document. Attention stops at the cuts, all else at BOS or where first_T says.
     """
     starts = np.append(0, np.flatnonzero(tokens[1:-1].numpy() == bos) + 1)
     return MicroBatch(tokens, to_documents(starts, len(tokens) - 1))
-
 
 class Validation:
     """The fixed validation tokens, the same at every world size, cut into chunks that ranks share."""
@@ -2269,20 +2074,15 @@ class Validation:
         bpb = nats / math.log(2) / self.bytes if self.bytes else None
         return {"val_loss": nats / self.count, "val_bpb": bpb}
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Checkpoint: a safetensors file, tensors and JSON only; nothing is ever unpickled
-
+# ---- Checkpoint: a safetensors file, tensors and JSON only; nothing is ever unpickled
 
 class Progress(NamedTuple):
     """How far a run is."""
-
     step: int = 0                # steps done
     position: tuple = (0, 0)     # epoch and offset of the next unread training token, for readers
     train_seconds: float = 0.0
     read: str = ""               # sha256 of the training tokens so far, see read_step; "": unknown
     val_sha256: str = ""         # of the validation tokens
-
 
 def write_checkpoint(path, tensors: dict, meta: dict):
     """Atomic: the final name appears only when everything is on disk. meta: JSON values by name."""
@@ -2302,7 +2102,6 @@ def write_checkpoint(path, tensors: dict, meta: dict):
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
-
 def remove_leftovers(root):
     """Delete what processes of this machine that were killed left of checkpoints in the runs of a folder."""
     for folder in root.glob(f"*/checkpoint_*.{platform.node()}.*.tmp"):
@@ -2310,15 +2109,13 @@ def remove_leftovers(root):
             os.kill(int(folder.suffixes[-2][1:]), 0)
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:  # it lives, and is another user's
-            pass
-
+        except PermissionError:
+            pass  # it lives, and is another user's
 
 def check_finite(tensors: dict, path):
     """Raise UserError if a number of these isn't finite: neither saved nor taken from a file."""
     bad = [name for name, x in tensors.items() if not x.isfinite().all()]
     require(not bad, f"{path}: not finite: {', '.join(bad)}; take an earlier checkpoint")
-
 
 def read_checkpoint(path, tensors=False):
     """Tensors, if wanted, and metadata: "config" and, but for an export, "progress". Raises UserError."""
@@ -2338,7 +2135,6 @@ def read_checkpoint(path, tensors=False):
     check_finite(found, path)
     return found, meta
 
-
 def load_weights(model, tensors: dict, path):
     """Copy weights into the model. Raises UserError unless names and shapes are exactly the model's."""
     weights = {name[6:]: x for name, x in tensors.items() if name.startswith("model.")}
@@ -2347,9 +2143,8 @@ def load_weights(model, tensors: dict, path):
     except RuntimeError as error:
         raise UserError(f"{path}: of another version of this script: {error}") from None
 
-
 def save_checkpoint(folder, model, optimizer, world, progress):
-    """Collective: rank 0 writes all that a run needs to go on, and removes all but the folder's last.
+    """Collective: rank 0 writes all that a run needs to go on; the folder's last ones stay.
 
     Returns "" or why nothing was written, on every rank: what isn't finite isn't saved.
     """
@@ -2365,10 +2160,8 @@ def save_checkpoint(folder, model, optimizer, world, progress):
             failed = f"checkpoint of step {progress.step} not written: {error}"
     return world.gather_objects(failed)[0]
 
-
 def log_root(cfg):
     return Path(cfg.log_folder or Path(__file__).resolve().with_name("logs")).expanduser()
-
 
 def find_unfinished(cfg):
     """Last checkpoint of the newest run with this configuration that has one; "" if that run is over."""
@@ -2382,10 +2175,7 @@ def find_unfinished(cfg):
             return str(path) if meta["progress"].step < cfg.total_steps else ""
     return ""
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Run: clock, log, training loop
-
+# ---- Run: clock, log, training loop ---------------------------------------------------------------------
 
 class Clock:
     """Training time in seconds: runs in steps and their data loading; `log_header` says when it doesn't."""
@@ -2404,7 +2194,6 @@ class Clock:
 
     def read(self):
         return time.perf_counter() - self.zero
-
 
 class Log:
     """log.txt and metrics.jsonl in a folder of their own, and the console; silent except on rank 0."""
@@ -2436,25 +2225,20 @@ class Log:
         if self.folder:
             print(json.dumps(values), file=self.metrics)
 
-
 def source():
     """This file's hash and its folder's commit, for the log."""
     path = Path(__file__).resolve()
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=path.parent, capture_output=True, text=True)
     return f"source sha256:{hashlib.sha256(path.read_bytes()).hexdigest()} git:{git.stdout.strip() or 'none'}"
 
-
 def machine(device):
     """Hashes of this rank's GPU and of the host's boot: times of others don't compare."""
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "none"
     boot = Path("/proc/sys/kernel/random/boot_id")
     facts = {"gpu": gpu, "boot": boot.read_text() if boot.exists() else platform.node()}
-    return " ".join(f"{name}:{hashlib.sha256(fact.encode()).hexdigest()[:12]}"
-                    for name, fact in facts.items())
-
+    return " ".join(f"{name}:{hashlib.sha256(x.encode()).hexdigest()[:12]}" for name, x in facts.items())
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16
-
 
 def step_metrics(job, tokens, seconds):
     """Tokens per second and, on a known GPU, the share of its peak that the weights' products use."""
@@ -2465,7 +2249,6 @@ def step_metrics(job, tokens, seconds):
             weights = sum(p.numel() for p in (job.model.attn_bank, job.model.mlp_bank, job.model.head))
             metrics["mfu"] = round(6 * weights * rate / job.world.size / (tflops * 1e12), 4)
     return metrics
-
 
 class StepLog:
     """Lines of training steps, on a GPU one step late: a report is read while the next step runs."""
@@ -2511,7 +2294,6 @@ class StepLog:
         require(math.isfinite(loss), f"step {step}: the training loss is {loss}: lower the learning rates, "
                 "or go on from the last checkpoint with --resume=auto")
 
-
 def write_plot(folder):
     """Draw loss.png from metrics.jsonl; returns the file, or why it isn't drawn."""
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
@@ -2529,7 +2311,6 @@ def write_plot(folder):
     except (ImportError, OSError) as error:
         return f"not drawn: {error}"
     return str(folder / "loss.png")
-
 
 def warm_up(model, optimizer, val, world):
     """Run, and so compile, each kind of step and a validation chunk. Changes weights and optimizer state."""
@@ -2554,7 +2335,6 @@ def warm_up(model, optimizer, val, world):
     synthetic = Validation(cfg, np.resize(tokens, chunk * world.size + 1))
     synthetic.run(model, plan_step(cfg, cfg.total_steps).windows, rotary, world)
 
-
 def validate(job, rotary, step, seconds, log):
     """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
     cfg, lambdas = job.model.cfg, job.model.lambdas()
@@ -2568,7 +2348,6 @@ def validate(job, rotary, step, seconds, log):
              f"train_time:{seconds * 1e3:.0f}ms step_avg:{seconds * 1e3 / max(step, 1):.2f}ms{single}")
     log.metric(step=step, **result, train_time=round(seconds, 4), lambdas=lambdas)
 
-
 def check_ranks_agree(facts: dict, world):
     """Raise UserError unless all ranks have the same facts, by name."""
     found = world.gather_objects(facts)
@@ -2576,10 +2355,8 @@ def check_ranks_agree(facts: dict, world):
         others = [rank for rank, other in enumerate(found) if other[name] != first]
         require(not others, f"{name}: ranks {others} have another than rank 0: start all with the same")
 
-
 class Job(NamedTuple):
     """What the runs of a process share."""
-
     model: GPT
     hardware: Hardware
     world: World
@@ -2589,7 +2366,6 @@ class Job(NamedTuple):
     progress: Progress           # of a resumed run
     tensors: dict                # of its checkpoint; empty if none is resumed
     asked: threading.Event       # by a signal, to stop after the running step
-
 
 def log_header(log, job):
     """What a reader needs to judge and repeat the run. records/ parses these lines and those of the steps."""
@@ -2604,19 +2380,16 @@ def log_header(log, job):
         f"attention {hardware.attention}, float8 {hardware.fp8}, CUDA graphs {hardware.graphs}\n"
         f"data: {shards.paths[0].parent.name} shards:{len(shards.opened)} sha256:{shards.sha256()}\n"
         f"validation: tokens:{job.val.count} bytes:{job.val.bytes or 'unknown'} sha256:{job.val.sha256}\n"
-        f"model: {sum(p.numel() for p in job.model.parameters()):,} parameters, {len(cfg.layers)} x "
-        f"{cfg.width}, vocabulary {cfg.padded_vocab}\n"
-        "timed: training steps with their data, of which up to 3 steps' are read ahead, also in pauses; "
-        "averaging at the end\n"
-        "untimed: set-up, compilation, warm-up on synthetic tokens, validation, recording of graphs, "
-        "checkpoints"
+        f"model: {sum(p.numel() for p in job.model.parameters()):,} parameters, "
+        f"{len(cfg.layers)} x {cfg.width}, vocabulary {cfg.padded_vocab}\n"
+        "timed: training steps with their data (3 steps' are read ahead, also in pauses), final averaging\n"
+        "untimed: set-up, compilation, warm-up on synthetic tokens, validation, graph capture, saving"
     )
     if progress.step:
         log.line(f"resumed: {cfg.resume} at step {progress.step}; the clock goes on from "
                  f"{progress.train_seconds:.1f} s: later steps of the earlier run don't count")
         if progress.val_sha256 != job.val.sha256:
             log.line("warning: validation losses are not of the earlier run's tokens, or those are unknown")
-
 
 def set_up(cfg, hardware, world):
     """Check the data, read the checkpoint of a resumed run, build and compile. Raises UserError."""
@@ -2639,7 +2412,6 @@ def set_up(cfg, hardware, world):
     if hardware.compile:
         warm_up(model, optimizer, val, world)
     return Job(model, hardware, world, optimizer, shards, val, progress, tensors, threading.Event())
-
 
 def train(cfg, job):
     """One run, with validations and checkpoints off the clock. Returns whether a signal ended it."""
@@ -2700,7 +2472,6 @@ def train(cfg, job):
     require(not unsaved, f"{unsaved}; --resume=auto goes on from the one before")
     return steps.stop
 
-
 def run(argv):
     world = World.from_environment()
     cfg = parse_config(argv, world.size)
@@ -2714,7 +2485,6 @@ def run(argv):
             break
     world.leave()
 
-
 def main():
     try:
         run(sys.argv[1:])
@@ -2725,7 +2495,6 @@ def main():
         print(f"train_gpt.py: {str(error).split('. ')[0]}: raise --micro_batches=, which makes them smaller,",
               "or lower --val_chunk= or --bigram_ratio=", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

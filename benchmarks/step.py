@@ -73,7 +73,8 @@ class Bench:
         if small and self.hardware.kernels == "large":
             self.hardware = self.hardware._replace(kernels="small")
         self.cuda = self.hardware.device.type == "cuda"
-        self.model = tg.build_model(cfg, self.hardware)
+        self.model = tg.new_model(cfg, self.hardware)
+        self.model.initialise(cfg.seed)
         self.optimizer = tg.Optimizer(self.model, tg.optimizer_table(cfg), self.world)
         first = {}  # of the steps of each size
         for step in range(cfg.total_steps):

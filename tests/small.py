@@ -38,6 +38,13 @@ CPU = train_gpt.Hardware(
 )  # fmt: skip
 
 
+def build_model(cfg, hardware):
+    """A GPT with its initial weights."""
+    model = train_gpt.new_model(cfg, hardware)
+    model.initialise(cfg.seed)
+    return model
+
+
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(tokens) if count is None else count

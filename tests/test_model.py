@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import train_gpt as t
-from small import BOS, CPU, final_windows, layers_without, random_tokens, rms_normed, write_split
+from small import BOS, CPU, build_model, final_windows, layers_without, random_tokens, rms_normed, write_split
 
 WIDE = {"short": 1000, "long": 1000}
 LAYERS = (
@@ -243,7 +243,7 @@ def values_added(cfg, text):
 def test_value_embeds_are_added_to_v_in_the_layers_of_the_table_and_start_inert():
     tokens, _ = text = packed(9, 12)
     fresh = make_model(CFG, value_embeds=0)
-    assert not t.build_model(CFG, CPU).value_embeds.any()
+    assert not build_model(CFG, CPU).value_embeds.any()
     off = make_model(layers_without(CFG, "value_embeds"))
     assert torch.equal(latents(fresh, *text), latents(off, *text))
     latents(fresh, *text).square().sum().backward()
@@ -280,7 +280,7 @@ def test_a_layer_adds_the_sum_of_its_value_tables_and_layers_may_share_them():
 
 @mechanism("value_std", GPT={"cfg": having(value_std=0.0)})
 def test_value_std_is_that_of_value_embeddings_at_the_start():
-    fresh = t.build_model(replace(CFG, value_std=0.01), CPU).value_embeds
+    fresh = build_model(replace(CFG, value_std=0.01), CPU).value_embeds
     assert_close(fresh.std().item(), 0.01, rtol=0.02, atol=0)
 
 
@@ -313,7 +313,7 @@ def test_batch_documents_windows_rate_and_targets_change_at_one_step():
     with tempfile.TemporaryDirectory() as folder:
         write_split(Path(folder), "train", [random_tokens(np.random.default_rng(0), 2000)])
         cfg = replace(CFG, stages=GROWING, data=folder, micro_batches=2, cooldown=0.0)
-        model = t.build_model(cfg, CPU)
+        model = build_model(cfg, CPU)
         model.attention, optimizer = attention, t.Optimizer(model, t.optimizer_table(cfg), t.World())
         stream = t.DocumentStream(t.Shards(t.find_shards(cfg, "train"), cfg), cfg)
         loader = t.load_batches(stream, t.World(), CPU.device)
@@ -450,7 +450,7 @@ def test_backout_subtracts_its_layers_output_before_the_last_norm():
 @mechanism("drawn output matrices", uniform={"matrices": lambda count: min(count, 3)})
 def test_output_matrices_start_as_q_k_and_v():
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
-    o = t.build_model(CFG, CPU).attn_bank[:, 3]
+    o = build_model(CFG, CPU).attn_bank[:, 3]
     assert 0.95 * bound < o.abs().max() <= bound
     assert_close(o.std(), torch.tensor(0.5 / math.sqrt(32)), rtol=0.03, atol=0)
 
@@ -477,7 +477,7 @@ def test_late_attention_and_its_gates_read_the_backout_layers_output():
 @mechanism("attention gates", gate_region={"gate_HG": torch.zeros_like})
 def test_attention_gates_scale_each_head_and_start_at_one_half():
     text, cfg = packed(9, 12), replace(CFG, backout_from=-1)
-    assert not t.build_model(CFG, CPU).attn_gate.any()
+    assert not build_model(CFG, CPU).attn_gate.any()
     start, (_, factors) = Trace(make_model(CFG, attn_gate=0), *text), make_model(CFG).attn_lambdas.T
     for (y, out), factor in zip(start.gated, factors.detach(), strict=True):
         assert torch.equal(out, factor * 0.5 * y)
@@ -555,7 +555,7 @@ def test_smear_mtp_adds_lambda_times_the_previous_latent():
     out, lam = latents(model, *text), torch.tensor(0.7)
     expected = torch.stack([y[i] if tokens[i] == BOS else y[i] + lam * y[i - 1] for i in range(len(y))])
     assert torch.equal(out, expected)
-    start = make_model(CFG, smear_mtp_lambda=t.build_model(CFG, CPU).smear_mtp_lambda)
+    start = make_model(CFG, smear_mtp_lambda=build_model(CFG, CPU).smear_mtp_lambda)
     assert torch.equal(latents(start, *text), y)
     latents(start, *text).square().sum().backward()
     assert start.smear_mtp_lambda.grad != 0
@@ -583,7 +583,7 @@ def test_the_loss_is_the_weighted_sum_of_the_cross_entropies_of_the_next_tokens(
 @mechanism("mtp_heads", MTP_WEIGHT=0.0)
 def test_mtp_heads_learn_reach_the_trunk_and_can_be_left_out():
     cfg = replace(CFG, mtp_heads=2, scheduled_steps=12, cooldown=0.0)
-    model, plan = t.build_model(cfg, CPU), t.plan_step(cfg, 0)
+    model, plan = build_model(cfg, CPU), t.plan_step(cfg, 0)
     with mock.patch.object(t, "ADAM_EVERY", 1):
         table = t.optimizer_table(cfg)
     assert [row.algorithm for row in table if row.name == "mtp_heads"] == [t.Adam]
@@ -800,7 +800,7 @@ def test_head_and_embedding_are_one_weight_until_they_are_untied_with_the_moment
                                      (0.6, 20.0, ("tied", "tied", "own", "own")),
                                      (9.0, 20.0, ("tied",) * 4)):  # fmt: skip
         cfg = replace(CFG, untie_at=untie_at, scheduled_steps=8)
-        model, names = t.build_model(cfg, CPU), ("embed", "head")
+        model, names = build_model(cfg, CPU), ("embed", "head")
         with mock.patch.object(t, "ADAM_DECAY", decay):
             optimizer = t.Optimizer(model, t.optimizer_table(cfg), t.World())
         expected = {name: model.get_parameter(name).detach().clone() for name in names}
@@ -1271,7 +1271,7 @@ def test_initial_weights_depend_on_the_seed_alone():
     models = []
     for seed in (0, 0, 1):
         torch.rand(7)
-        models.append(t.build_model(replace(ALL_ON, seed=seed), CPU))
+        models.append(build_model(replace(ALL_ON, seed=seed), CPU))
     first, again, other = (model.state_dict() for model in models)
     assert all(torch.equal(first[name], again[name]) for name in first)
     for name in ("embed", "attn_bank", "mlp_bank"):
@@ -1279,7 +1279,7 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 def test_initial_values_are_the_documented_ones():
-    model = t.build_model(ALL_ON, CPU)
+    model = build_model(ALL_ON, CPU)
     bound = math.sqrt(3) * 0.5 / math.sqrt(32)
     zero = ("value_embeds", "head", "mtp_heads", "attn_gate", "smear_gate", "smear_lambda", "x0_lambdas",
             "smear_mtp_lambda", "bigram_embed", "pointer_sink")  # fmt: skip
@@ -1300,7 +1300,7 @@ def test_initial_values_are_the_documented_ones():
 
 def test_every_parameter_receives_a_gradient_within_four_steps():
     """Every matrix of a bank, every table and every scalar by itself."""
-    model = t.build_model(ALL_ON, CPU)
+    model = build_model(ALL_ON, CPU)
     with mock.patch.object(t, "ADAM_EVERY", 1):
         optimizer = t.Optimizer(model, t.optimizer_table(ALL_ON), t.World())
     shapes = {"attn_bank": (3, 4, -1), "mlp_bank": (4, 2, -1), "attn_gate": (3, 2, -1), "mtp_heads": (2, -1),

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from small import BOS, CPU, SMALL, final_windows, random_tokens, train_gpt, write_corpus
+from small import BOS, CPU, SMALL, build_model, final_windows, random_tokens, train_gpt, write_corpus
 from train_gpt import (
     TRACKS, GPT, Optimizer, Progress, UserError, Validation, World, build_rotary, cap,
     optimizer_table, plan_step, read_checkpoint,
@@ -232,7 +232,7 @@ def test_first_training_loss_is_that_of_a_uniform_guess_over_the_targets_there_a
 def test_initial_weights_depend_on_the_seed_alone():
     cfg = replace(SMALL, value_std=0.01, seed=3)
     torch.manual_seed(0)
-    expected = weights_of(train_gpt.build_model(cfg, CPU))
+    expected = weights_of(build_model(cfg, CPU))
     torch.manual_seed(1)
     torch.randn(5)
     model = train_gpt.new_model(cfg, CPU)
@@ -275,7 +275,7 @@ def test_warm_up_leaves_no_trace(runs, monkeypatch):
 
 def test_warm_up_runs_each_kind_of_step_and_reset_clears_what_it_left():
     cfg = replace(SMALL, untie_at=0.5, mtp_heads=1)
-    model = train_gpt.build_model(cfg, CPU)
+    model = build_model(cfg, CPU)
     optimizer = Optimizer(model, optimizer_table(cfg), World())
     stages, step = [], optimizer.step
     optimizer.step = lambda *args: stages.append(model.embed.grad.any().item()) or step(*args)
@@ -286,7 +286,7 @@ def test_warm_up_runs_each_kind_of_step_and_reset_clears_what_it_left():
     assert all(moment.any() for part in optimizer.parts for moment in part.moments.values())
     model.initialise(cfg.seed)
     optimizer.reset()
-    assert_equal(weights_of(model), weights_of(train_gpt.build_model(cfg, CPU)))
+    assert_equal(weights_of(model), weights_of(build_model(cfg, CPU)))
     assert not any(moment.any() for part in optimizer.parts for moment in part.moments.values())
     assert not any(p.grad.any() for p in model.parameters())
 

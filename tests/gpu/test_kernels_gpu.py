@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import kernel_cases as cases
 import train_gpt as t
 from kernel_cases import BOUNDS, error, normal, seeded
-from small import CPU
+from small import CPU, build_model
 
 DEVICE = "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -207,7 +207,7 @@ def test_mixed_streams_have_the_gradients_of_float64(T, D, present, reads):
 def gpu_model(fp8=True, **changes):
     cfg = replace(t.TRACKS["tiny"], mtp_heads=1, **changes)
     hardware = CPU._replace(device=torch.device(DEVICE), dtype=BF16, kernels="large", fp8=fp8)
-    return t.build_model(cfg, hardware)
+    return build_model(cfg, hardware)
 
 
 @needs_gpu
@@ -340,7 +340,7 @@ def race_batch(cfg):
 
 def race_model(cfg, hardware):
     """All weights are drawn: none hides what it multiplies."""
-    model, rng = t.build_model(cfg, hardware), torch.Generator().manual_seed(0)
+    model, rng = build_model(cfg, hardware), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             std = 0.05 if "bank" in name or name == "head" else 0.2
