@@ -342,13 +342,6 @@ def test_decay_follows_the_learning_rate_and_the_multiplier_twice():
 # --------------------------------------------------------------------- copies
 
 
-def test_a_copy_that_is_trained_otherwise_than_its_original_is_refused():
-    table = optimizer_table(replace(SMALL, untie_at=0.5))
-    wrong = [row._replace(algorithm=NorMuon) if row.name == "embed" else row for row in table]
-    with pytest.raises(ValueError, match="embed.* copy"):
-        Optimizer(GPT(SMALL), wrong, World())
-
-
 def test_a_copy_is_its_original_until_its_step_and_a_parameter_of_its_own_from_then_on():
     cfg = replace(SMALL, untie_at=0.5, scheduled_steps=8)  # the embedding is a copy of the head until step 4
     model, optimizer = small_optimizer(cfg)
