@@ -131,7 +131,6 @@ class Config:
     bigram_ratio: float = 0.0          # rows of the hashed bigram table over vocabulary; 0: off (record 62)
     untie_at: float = 0.0              # fraction of scheduled_steps with a tied head (records 51, 53)
     pointer: bool = False              # p(y) mixes in a copy distribution over the document (PR 379)
-    # loss
     mtp_heads: int = 0                 # auxiliary heads for t+2, t+3, ..: trained, not exported
     # optimizer: `parameter_table` has each parameter's own learning rate
     muon_lr: float = 0.023             # learning rate of NorMuon: attention x attn_lr_ratio, MLP x 2 and x 4
@@ -170,26 +169,26 @@ class Config:
     def bigram_rows(self):
         return round(self.bigram_ratio * self.padded_vocab)
 
-    def micro_tokens(self, stage: Stage):
+    def micro_tokens(self, stage):
         """Tokens of a micro-batch."""
         return stage.batch_tokens // self.micro_batches
 
-    def reads_late(self, i: int):
+    def reads_late(self, i):
         """Whether attention in layer i reads the output of backout_from (record 77)."""
         return 0 <= self.backout_from < i and i in self.attention_layers
 
 SHORT_LAYERS = (
-    Layer("short", value_embeds=(0,)),
-    Layer("short", value_embeds=(1,)),
-    Layer("short", value_embeds=(2,), inject=False),
-    Layer("long", key_offset=True, inject=False),
-    Layer("none"),
-    Layer("short"),
-    Layer("none", skip_from=3, inject=False),
-    Layer("short", inject=False),
-    Layer("short", value_embeds=(3,), inject=False),
-    Layer("none"),
-    Layer("long", value_embeds=(4,), key_offset=True, inject=False),
+    Layer("short", value_embeds=(0,)),                                    # 0
+    Layer("short", value_embeds=(1,)),                                    # 1
+    Layer("short", value_embeds=(2,), inject=False),                      # 2
+    Layer("long", key_offset=True, inject=False),                         # 3
+    Layer("none"),                                                        # 4
+    Layer("short"),                                                       # 5
+    Layer("none", skip_from=3, inject=False),                             # 6
+    Layer("short", inject=False),                                         # 7
+    Layer("short", value_embeds=(3,), inject=False),                      # 8
+    Layer("none"),                                                        # 9
+    Layer("long", value_embeds=(4,), key_offset=True, inject=False),      # 10
 )
 
 SHORT_STAGES = (
@@ -202,22 +201,22 @@ SHORT_STAGES = (
 )
 
 MEDIUM_LAYERS = (
-    Layer("long", value_embeds=(0,), key_offset=True),
-    Layer("short", value_embeds=(1,)),
-    Layer("short", value_embeds=(2,)),
-    Layer("short", value_embeds=(3,)),
-    Layer("long", value_embeds=(4,), key_offset=True),
-    Layer("short"),
-    Layer("short"),
-    Layer("short"),
-    Layer("short"),
-    Layer("short", skip_from=6),
-    Layer("short", skip_from=4),
-    Layer("long", value_embeds=(0,), key_offset=True, skip_from=2),
-    Layer("short", value_embeds=(1,)),
-    Layer("short", value_embeds=(2,)),
-    Layer("short", value_embeds=(3,)),
-    Layer("long", value_embeds=(4,), key_offset=True),
+    Layer("long", value_embeds=(0,), key_offset=True),                    # 0
+    Layer("short", value_embeds=(1,)),                                    # 1
+    Layer("short", value_embeds=(2,)),                                    # 2
+    Layer("short", value_embeds=(3,)),                                    # 3
+    Layer("long", value_embeds=(4,), key_offset=True),                    # 4
+    Layer("short"),                                                       # 5
+    Layer("short"),                                                       # 6
+    Layer("short"),                                                       # 7
+    Layer("short"),                                                       # 8
+    Layer("short", skip_from=6),                                          # 9
+    Layer("short", skip_from=4),                                          # 10
+    Layer("long", value_embeds=(0,), key_offset=True, skip_from=2),       # 11
+    Layer("short", value_embeds=(1,)),                                    # 12
+    Layer("short", value_embeds=(2,)),                                    # 13
+    Layer("short", value_embeds=(3,)),                                    # 14
+    Layer("long", value_embeds=(4,), key_offset=True),                    # 15
 )
 
 MEDIUM_STAGES = (
@@ -228,11 +227,11 @@ MEDIUM_STAGES = (
 )
 
 TINY_LAYERS = (
-    Layer("short", value_embeds=(0,)),
-    Layer("long", value_embeds=(1,), key_offset=True),
-    Layer("short"),
-    Layer("none", skip_from=1),
-    Layer("long", value_embeds=(1,), key_offset=True),
+    Layer("short", value_embeds=(0,)),                                    # 0
+    Layer("long", value_embeds=(1,), key_offset=True),                    # 1
+    Layer("short"),                                                       # 2
+    Layer("none", skip_from=1),                                           # 3
+    Layer("long", value_embeds=(1,), key_offset=True),                    # 4
 )
 
 TINY_STAGES = (
@@ -502,6 +501,7 @@ def mlp_kernel(a, b, aux, out, square, flipped, scale, M, N, K, SLOPE: constexpr
     """u = scale a b^T tile by tile, with the activation fused. Matrices are tensor descriptors.
 
     a: (M, K) and b: (N, K) float8; aux: (M, N) bfloat16; scale: () float32.
+    The activation is in mlp_forward, mlp_backward and activation_region, too. Backward knows r alone.
     Forward: a is h, b is up; out = r = LeakyReLU(u), bfloat16, square = r^2, float8. aux, flipped: unused.
     Backward: a is the MLP's gradient, b is down, aux is r; out = u * 2 LeakyReLU(r), float8. flipped is out
     transposed and square is r^2 transposed, (N, M) both: products that sum over M read them.
@@ -575,6 +575,11 @@ def mlp_backward(grad_TD, down_FD, r_TF, scale, slope, mode="reference"):
     u_grad_TF = float8_region(u_grad_TF, scale.new_ones(()), grad_TD.dtype)
     hidden_TF = r_TF.float().square().clamp_max(448).to(down_FD.dtype)
     return u_grad_TF, hidden_TF.T.contiguous(), u_grad_TF.T.contiguous()
+
+@region
+def activation_region(u_TF, slope):
+    """The MLP's activation where no float8 is: in validation, and in training if it is off."""
+    return F.leaky_relu(u_TF, slope).square()
 
 def cap(logits):
     """Soft-capped logits, at least float32."""
@@ -711,7 +716,7 @@ class Documents(NamedTuple):
     """Where the documents of a packed micro-batch begin; attention never leaves a document."""
     cu_seqlens: Tensor           # (documents + 1,) int32: 0, starts of the others, T
     longest: int                 # tokens
-    first_T: Tensor | None = None  # (T,) bool, set by evaluate.py alone: nothing looks back across these
+    first_T: Tensor | None = None  # (T,) bool: smear, bigrams, key offset don't look back; None: at BOS
 
 def norm(x):
     """RMS norm over the last dimension, without a weight."""
@@ -746,10 +751,6 @@ def add_product(grad_RC, a_TR, b_TC):
         torch.ops.aten.addmm.dtype_out(grad_RC, a_TR.T, b_TC, grad_RC.dtype, out=grad_RC)
     else:
         grad_RC.addmm_(a_TR.T.to(grad_RC.dtype), b_TC.to(grad_RC.dtype))
-
-@region
-def activation_region(u_TF, slope):
-    return F.leaky_relu(u_TF, slope).square()
 
 @region
 def rows_region(tokens_T, table_VD, dtype):
@@ -1316,7 +1317,7 @@ def normalise_rows(x_NRC, second_NR1, beta2):
 
 @region(dynamic=False)
 def apply_update(p_NRC, x_NRC, second_NR1, lr_N11, decay, beta2):
-    """Step along the normalised rows of x, with decay where it doesn't oppose that."""
+    """Step along the normalised rows of x (plain Muon: along x), with decay where it doesn't oppose that."""
     x = normalise_rows(x_NRC.to(p_NRC.dtype), second_NR1, beta2)
     p_NRC.sub_(lr_N11 * (x + decay * p_NRC * (x * p_NRC >= 0)))
 
@@ -1500,6 +1501,7 @@ def uniform(std, matrices: int):
 def parameter_table(cfg):
     """Every possible parameter. Learning rates are final: nothing rescales them by shape.
 
+    A new one needs a row here and its use: most are unbound in GPT.forward and handed to a region.
     Banks: Q, K, V, O of each layer with attention (muon_lr times attn_lr_ratio); up (times 2) and down^T
     (times 4) of each layer.
     """
@@ -1520,10 +1522,11 @@ def parameter_table(cfg):
         return Row(name, shape, Adam, "replicated", (lr,), start, betas, every=ADAM_EVERY, used=used)
 
     head = table("head", (V, D), decay=150, betas=(0.5, 0.95), averaged=cfg.average > 0)
-    embed = table("embed", (V, D), ratio=EMBED_LR_RATIO, start=normal(1))
-    if cfg.untie_at:  # a copy of the head, at its rate and decay, until it gets a life of its own (record 53)
+    if cfg.untie_at:  # short: trained as the head, of which it is a copy up to a step (record 53)
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
         embed = head._replace(name="embed", start=normal(0.005), copy_of="head", copy_until=untied)
+    else:
+        embed = table("embed", (V, D), ratio=EMBED_LR_RATIO, start=normal(1))
     values = normal(cfg.value_std) if cfg.value_std else 0.0
     pairs = bool(cfg.bigram_rows)
     return [
@@ -1561,7 +1564,7 @@ class Optimizer:
     A step launches all reductions, updates each part as it arrives (Adam's first, to overlap the banks'
     communication) and starts each gather at once. Gradients are summed in float32 on a rank and in the
     activations' dtype across ranks. The loss is already divided by the step's tokens.
-    Raises ValueError unless every parameter is in exactly one row.
+    Raises ValueError unless every parameter is in exactly one row and copies are trained as their originals.
     """
 
     def __init__(self, model, table: list[Row], world):
@@ -1570,6 +1573,9 @@ class Optimizer:
         if sorted(names) != sorted(parameters):
             wrong = set(parameters) ^ set(names) or [name for name in names if names.count(name) > 1]
             raise ValueError(f"optimizer table: missing, unknown or there twice: {wrong}")
+        for row in table:
+            if row.copy_of and row.algorithm is not table[names.index(row.copy_of)].algorithm:
+                raise ValueError(f"optimizer table: {row.name} must have the algorithm of {row.copy_of}")
         self.world = world
         adam_first = sorted(table, key=lambda row: row.algorithm is NorMuon)
         self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in adam_first]
@@ -1598,7 +1604,7 @@ class Optimizer:
                 work.wait()
             own = part.as_units(part.parameter.data)[part.lo : part.hi]
             grad = grad.to(own.dtype)
-            # A metric of the gradient goes into the report here. It is summed over ranks: square norms first.
+            # A metric of grad goes into the report here; ranks' are summed: square norms, rooted in StepLog.
             part.update(own, grad, step, lr_multiplier, momentum)
             if part.row.averaged:
                 part.add_average(own, step)
@@ -1667,12 +1673,12 @@ def data_folder(cfg):
     places = (parent / given for parent in (Path(), *Path(__file__).resolve().parents))
     return next(filter(Path.is_dir, places), given)
 
-def load_token_table(cfg, name: str):
+def load_token_table(cfg, name):
     """A table with an entry for each token that lies beside the shards, or None if there is none."""
     path = data_folder(cfg) / name
     return np.load(path) if path.exists() else None
 
-def find_shards(cfg, split: str):
+def find_shards(cfg, split):
     """Paths of a split's shards, in order. Raises UserError if there are none."""
     folder = data_folder(cfg)
     shards = sorted(folder.glob(f"[!.]*_{split}_{'[0-9]' * 6}.bin"))
@@ -1784,10 +1790,10 @@ def read_step(stream, step):
     stream.sha256 = digest.hexdigest()
     return packed
 
-def to_documents(starts: np.ndarray, tokens, longest: int | None = None):
-    """longest: a bound on the lengths, where it is known; a constant one lets CUDA graphs be replayed."""
+def to_documents(starts: np.ndarray, tokens, bound: int | None = None):
+    """bound: on the documents' lengths, where it is known; a constant one lets CUDA graphs be replayed."""
     cu_seqlens = np.append(starts, tokens).astype(np.int32)
-    return Documents(torch.from_numpy(cu_seqlens), longest or int(np.diff(cu_seqlens).max()))
+    return Documents(torch.from_numpy(cu_seqlens), bound or int(np.diff(cu_seqlens).max()))
 
 def choose_columns(cfg, stage, targets: np.ndarray, turn, device):
     """Distinct tokens among which the loss of micro-batch `turn` chooses (record 92, PR 360): (S,) int64.
@@ -1878,11 +1884,9 @@ def plan_step(cfg, step):
     stage = cfg.stages[index]
     done = (step - starts[index]) / (starts[index + 1] - starts[index])
     weights = tuple(a + (b - a) * done for a, b in stage.targets)
-
     left = max(0.0, 1 - step / cfg.scheduled_steps)
-    fall = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0  # the learning rate's, from 1 to 0
-    lr = stage.lr * fall + cfg.lr_floor * (1 - fall)
-
+    height = min(1.0, left / cfg.cooldown) if cfg.cooldown else 1.0  # the learning rate's, from 1 to 0
+    lr = stage.lr * height + cfg.lr_floor * (1 - height)
     warm = step / max(cfg.momentum_warmup, 1)
     cold = (cfg.total_steps - step) / max(cfg.momentum_cooldown, 1)
     momentum = 0.85 + 0.1 * min(1.0, warm, cold)
@@ -1897,15 +1901,15 @@ def pinned(data, device):
     return tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
 
 def to_device(batch, device):
-    tokens = batch.tokens.to(device, non_blocking=True)
-    cu_seqlens = batch.docs.cu_seqlens.to(device, non_blocking=True)
-    columns = None if batch.columns is None else batch.columns.to(device, non_blocking=True)
-    return MicroBatch(tokens, batch.docs._replace(cu_seqlens=cu_seqlens), columns)
+    def move(x):
+        return None if x is None else x.to(device, non_blocking=True)
+
+    docs = batch.docs._replace(cu_seqlens=move(batch.docs.cu_seqlens), first_T=move(batch.docs.first_T))
+    return MicroBatch(move(batch.tokens), docs, move(batch.columns))
 
 def multi_targets(targets_T, count):
     """(T, count): column k is the target k positions further on, in whatever document; -1 past the end."""
-    columns = [F.pad(targets_T[k:], (0, k), value=-1) for k in range(count)]
-    return torch.stack(columns, dim=1)
+    return torch.stack([F.pad(targets_T[k:], (0, k), value=-1) for k in range(count)], dim=1)
 
 def loss_weights(cfg, plan, device):
     """Weights of the head's targets (K,) and of an auxiliary head (1,), over the tokens of the whole step."""
@@ -2021,7 +2025,7 @@ def train_step(model, optimizer: Optimizer, batches: list, plan, rotary, step, s
 def cut_at_bos(tokens, bos: int):
     """Successive tokens of the validation stream, a document from each BOS to the next.
 
-    The first may begin inside a document. Attention stops at the cuts, all else at BOS or where first_T says.
+    The first may begin inside a document. Other cuts: other starts for to_documents, and first_T.
     """
     starts = np.append(0, np.flatnonzero(tokens[1:-1].numpy() == bos) + 1)
     return MicroBatch(tokens, to_documents(starts, len(tokens) - 1))
@@ -2087,7 +2091,6 @@ class Progress(NamedTuple):
 def write_checkpoint(path, tensors: dict, meta: dict):
     """Atomic: the final name appears only when everything is on disk. meta: JSON values by name."""
     from safetensors.torch import save_file
-
     check_finite(tensors, path)
     folder = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")  # safetensors has drafts, too
     temporary = folder / path.name
@@ -2181,19 +2184,20 @@ class Clock:
     """Training time in seconds: runs in steps and their data loading; `log_header` says when it doesn't."""
 
     def __init__(self, hardware, seconds):
-        self.hardware, self.seconds = hardware, seconds  # when it was paused last
+        self.hardware, self.seconds, self.since = hardware, seconds, None
 
     def resume(self):
         self.hardware.synchronize()
-        self.zero = time.perf_counter() - self.seconds
+        self.since = time.perf_counter()
 
     def pause(self):
         """Waits for the GPU: pausing in every step would slow training."""
         self.hardware.synchronize()
         self.seconds = self.read()
+        self.since = None
 
     def read(self):
-        return time.perf_counter() - self.zero
+        return self.seconds + (time.perf_counter() - self.since if self.since else 0)
 
 class Log:
     """log.txt and metrics.jsonl in a folder of their own, and the console; silent except on rank 0."""
@@ -2215,7 +2219,7 @@ class Log:
             raise UserError(f"can't write {folder}: {error.strerror}; give --log_folder=") from None
         self.folder = folder
 
-    def line(self, text: str, console: bool = True):
+    def line(self, text, console=True):
         if self.folder:
             print(text, file=self.text)
             if console:
@@ -2255,7 +2259,7 @@ class StepLog:
 
     def __init__(self, log, clock, job):
         self.log, self.clock, self.job = log, clock, job
-        self.queued, self.before, self.stop = [], clock.seconds, False
+        self.queued, self.before, self.stop = [], clock.read(), False
 
     def add(self, step, report: dict, plan):
         """Queue the line of `step` (1, 2, ..) and print the one before it. report: see train_step."""
@@ -2280,14 +2284,13 @@ class StepLog:
         report = dict(zip(names, values.tolist()))
         self.stop |= report.pop("stop") > 0
         loss = report.pop("train_loss") / sum(plan.weights)
-
         cfg, now = self.job.model.cfg, self.clock.read()
         seconds, self.before = now - self.before, now
         speed = step_metrics(self.job, plan.stage.batch_tokens, seconds)
         line = f"step:{step}/{cfg.total_steps} train_loss:{loss:.4f}"
         self.log.line(f"{line} train_time:{now * 1e3:.0f}ms step_avg:{now * 1e3 / step:.2f}ms", console=False)
         self.log.metric(step=step, train_loss=round(loss, 5), train_time=round(now, 4), lr=round(plan.lr, 5),
-                        **speed, **report)
+                        **speed, **report)  # a metric of the host goes here
         if self.log.folder and step % max(cfg.val_every // 5, 1) == 0:
             rates = [f"{name}:{value:,}" for name, value in speed.items()]
             print(line, *rates, f"eta:{now / step * (cfg.total_steps - step):.0f}s", flush=True)
@@ -2299,7 +2302,6 @@ def write_plot(folder):
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     try:
         from matplotlib.figure import Figure
-
         figure = Figure()
         axes = figure.subplots()
         for key in ("train_loss", "val_loss"):
@@ -2441,21 +2443,20 @@ def train(cfg, job):
             steps.flush()  # a GPU's report is read here at last
             if last:
                 optimizer.finish()
-            if step > start:
-                clock.pause()
+            clock.pause()  # until clock.resume() below
             check_ranks_agree({"training tokens": read}, job.world)
             if model.graphs:
                 model.graphs.release()  # what follows needs the memory
             saving = saving or (cfg.save_every >= 0 and (last or steps.stop))
             if saving and step > start:  # before a validation that might fail
-                done = Progress(step, position, clock.seconds, read, job.val.sha256)
+                done = Progress(step, position, clock.read(), read, job.val.sha256)
                 unsaved = save_checkpoint(log.folder, model, optimizer, job.world, done)
                 log.line(unsaved or f"checkpoint of step {step} written")
             if steps.stop and not last:
                 log.line(f"stopped after step {step}: a signal asked for it; --resume=auto goes on")
                 break
             if validating:
-                validate(job, rotary, step, clock.seconds, log)
+                validate(job, rotary, step, clock.read(), log)
             if model.graphs and not last:
                 model.graphs.capture()
             if step == start:
@@ -2465,8 +2466,7 @@ def train(cfg, job):
             batches, position, read = next_batches()  # waits only if the reader isn't ahead
             report = train_step(model, optimizer, batches, plan, rotary, step, job.asked.is_set())
             steps.add(step + 1, report, plan)
-    memory = torch.cuda.max_memory_allocated() // 2**20  # 0 without a GPU
-    log.line(f"training tokens: sha256:{read}\npeak memory: {memory} MiB")
+    log.line(f"training tokens: sha256:{read}\npeak memory: {torch.cuda.max_memory_allocated() >> 20} MiB")
     if log.folder:
         log.line(f"plot: {write_plot(log.folder)}\nlog: {log.folder / 'log.txt'}")
     require(not unsaved, f"{unsaved}; --resume=auto goes on from the one before")
