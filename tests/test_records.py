@@ -683,9 +683,9 @@ def test_several_gpus_go_through_torchrun(made, tmp_path, monkeypatch):
     assert "--seed=0" in commands[0] and "--track=short" in commands[0]
 
 
-def finished_logs(made, place):
-    for seed in (4, 9):
-        command = [sys.executable, made.trainer, "--track=short", f"--seed={seed}", "--muon_lr=0.01",
+def finished_logs(made, place, seeds=(4, 9), track="short"):
+    for seed in seeds:
+        command = [sys.executable, made.trainer, f"--track={track}", f"--seed={seed}", "--muon_lr=0.01",
                    "--smear=off", f"--log_folder={place}"]
         subprocess.run(command, check=True)
     return sorted(place.glob("2*"))
