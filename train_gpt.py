@@ -250,8 +250,8 @@ SHORT = Config(
 TRACKS = {
     "tiny": Config(
         layers=TINY_LAYERS, stages=TINY_STAGES, width=128, heads=2, scheduled_steps=200, backout_from=2,
-        micro_batches=2, document_rest="keep", epochs=4, val_chunk=16_384, val_every=50,
-        val_windows=(128, 512), attn_scale=0.17, adam_lr=0.016, attn_lr_ratio=1.0, momentum_warmup=100,
+        micro_batches=2, document_rest="keep", epochs=4, val_chunk=16_384, val_every=100,
+        val_windows=(128, 512), attn_scale=0.15, adam_lr=0.016, attn_lr_ratio=1.0, momentum_warmup=100,
         momentum_cooldown=25,
     ),
     "race300": replace(
