@@ -38,7 +38,7 @@ STARTED = time.time()  # before torch is imported: that is part of the launch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache, partial, wraps
+from functools import cache, lru_cache, partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,7 +286,7 @@ POINTER_WINDOW = 2048, 8192  # tokens that the pointer head looks back: in train
 POINTER_BLOCK = 512    # queries that look back together
 POINTER_SCORES = 2**27  # that exist at a time
 
-# What a resumed run may change, as well as `data`: where the data lies; that it is the same isn't checked.
+# What a resumed run may change, as well as `data`, the folder's place.
 RUN_FLAGS = ("resume", "save_every", "log_folder", "compile", "kernels", "fa3", "graphs", "runs")
 
 CHOICES = {"track": TRACKS, "document_rest": ("skip", "keep")}
@@ -455,6 +455,7 @@ def choose_hardware(cfg, world):
     if cfg.fa3 and hopper and importlib.util.find_spec("flash_attn_interface"):
         attention = "fa3"
         torch.nn.attention.activate_flash_attention_impl("FA3")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # see attention_varlen
     fits = math.gcd(16, cfg.width, *map(cfg.micro_tokens, cfg.stages)) == 16
     fp8 = cfg.fp8 and kernels != "reference" and capability >= (8, 9) and fits
     dtype = torch.bfloat16 if modern else torch.float32
@@ -886,8 +887,11 @@ def attention_varlen(q_THE, k_THE, v_THE, docs, window):
     """The same through torch's variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
     cu = docs.cu_seqlens  # of queries and of keys
-    return varlen_attn(q_THE, k_THE, v_THE, cu, cu, docs.longest, docs.longest, scale=1.0,
-                       window_size=(window, 0))
+    torch.set_deterministic_debug_mode("error")  # else FlashAttention 3 splits keys, which takes longer
+    y_THE = varlen_attn(q_THE, k_THE, v_THE, cu, cu, docs.longest, docs.longest, scale=1.0,
+                        window_size=(window, 0))
+    torch.set_deterministic_debug_mode("default")
+    return y_THE
 
 class Rotary(NamedTuple):
     """Rotary tables, of which half the dims are stationary."""
@@ -980,7 +984,7 @@ def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window):
     the sink's. Target i is token i + 1, so it is known at t. cu_seqlens: see Documents.
     """
     T = len(q_TE)
-    behind = max(2, -(-window // POINTER_BLOCK))  # with 1, what torch 2.11 compiles for a GPU fails its tests
+    behind = max(2, -(-window // POINTER_BLOCK))  # with 1, torch 2.11's compilation fails on a GPU
     position = torch.arange(T, device=q_TE.device)
     document = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
     reach_T = (position - cu_seqlens[document]).clamp_max(window).int()
@@ -1002,7 +1006,6 @@ def pointer_masses(q_TE, k_TE, sink, targets_T, cu_seqlens, window):
 def float8_product(a, b, a_scale, b_scale, dtype, fast=False):
     """a_scale a @ b_scale b in `dtype`; a row-major, b column-major. fast: lower precision of long sums."""
     from torch.nn.functional import ScalingType, scaled_mm
-
     whole = ScalingType.TensorWise
     return scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
 
@@ -1089,15 +1092,10 @@ class GPT(nn.Module):
         self.register_buffer("grad_scale", torch.ones(()), persistent=False)
 
     @torch.no_grad()
-    def initialise(self, seed):
-        """Give parameters their initial values, which depend on the seed alone: drawn on the CPU."""
-        random = torch.Generator().manual_seed(seed)
-        for row in optimizer_table(self.cfg):
-            p = getattr(self, row.name)
-            if callable(row.start):
-                row.start(p.zero_(), random)
-            else:
-                p.copy_(torch.tensor(row.start))
+    def initialise(self, weights: dict):
+        """Give parameters their initial values: see draw_weights."""
+        for name, p in self.named_parameters():
+            p.copy_(weights[name])
         if self.cfg.untie_at:
             self.head.copy_(self.embed)
 
@@ -1240,7 +1238,6 @@ class GPT(nn.Module):
         if not self.cfg.pointer:
             return None
         q_TE, k_TE = self.pointer_heads(x_TD)
-        window = min(window, docs.longest)
         return pointer_masses(q_TE, k_TE, self.pointer_sink, targets_T, docs.cu_seqlens, window)
 
     def token_losses(self, x_TD, targets_T, masses_T2, chunk):
@@ -1483,20 +1480,24 @@ class Adam(Part):
         update(p, grad, self.moments["first"], self.moments["second"], lr, bias1, bias2, *row.betas, decay)
 
 def normal(std):
-    def draw(p, random: torch.Generator):
-        p.copy_(torch.randn(p.shape, generator=random, device="cpu") * std)
-
-    return draw
+    return lambda shape, random: torch.randn(shape, generator=random) * std
 
 def uniform(std, matrices: int):
-    """The first `matrices` of each layer of a bank; the others stay 0."""
+    """The first `matrices` of each layer of a bank; the others are 0."""
 
-    def draw(p, random: torch.Generator):
-        values = torch.empty(p[:, :matrices].shape, device="cpu")
-        bound = math.sqrt(3) * std
-        p[:, :matrices] = values.uniform_(-bound, bound, generator=random).to(p.device)
+    def draw(shape, random: torch.Generator):
+        values, bound = torch.zeros(shape), math.sqrt(3) * std
+        values[:, :matrices].uniform_(-bound, bound, generator=random)
+        return values
 
     return draw
+
+@lru_cache(1)  # what set_up draws beside the compilation serves the first run
+def draw_weights(cfg):
+    """Initial values by parameter, on the CPU, to broadcast to its shape. They depend on the seed alone."""
+    random = torch.Generator().manual_seed(cfg.seed)
+    return {row.name: row.start(row.shape, random) if callable(row.start) else torch.tensor(row.start)
+            for row in optimizer_table(cfg)}
 
 def parameter_table(cfg):
     """Every possible parameter. Learning rates are final: nothing rescales them by shape.
@@ -2123,7 +2124,6 @@ def check_finite(tensors: dict, path):
 def read_checkpoint(path, tensors=False):
     """Tensors, if wanted, and metadata: "config" and, but for an export, "progress". Raises UserError."""
     from safetensors import safe_open
-
     path = Path(path).expanduser()
     try:
         with safe_open(path, "pt") as file:
@@ -2264,11 +2264,8 @@ class StepLog:
     def add(self, step, report: dict, plan):
         """Queue the line of `step` (1, 2, ..) and print the one before it. report: see train_step."""
         values = torch.stack(list(report.values()))
-        event = None
         on_host = values.to("cpu", non_blocking=True)
-        if values.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
+        event = torch.cuda.current_stream().record_event() if values.is_cuda else None
         self.flush()
         self.queued.append((step, plan, list(report), on_host, event))
         if event is None:
@@ -2409,10 +2406,12 @@ def set_up(cfg, hardware, world):
     facts = {"train_gpt.py": source().split()[1], "checkpoint": progress, "training data": shards.sha256(),
              "validation data": val.sha256}
     check_ranks_agree(flags | facts, world)
+    drawing = ThreadPoolExecutor(1).submit(draw_weights, cfg)  # takes seconds, beside the compilation
     model = new_model(cfg, hardware)
     optimizer = Optimizer(model, optimizer_table(cfg), world)
     if hardware.compile:
         warm_up(model, optimizer, val, world)
+    drawing.result()
     return Job(model, hardware, world, optimizer, shards, val, progress, tensors, threading.Event())
 
 def train(cfg, job):
@@ -2424,7 +2423,7 @@ def train(cfg, job):
         load_weights(model, job.tensors, cfg.resume)
         optimizer.load_state_dict(job.tensors, start)
     else:
-        model.initialise(cfg.seed)
+        model.initialise(draw_weights(cfg))
         optimizer.reset()
     log = Log(cfg, job.world)
     log_header(log, job)

@@ -74,7 +74,7 @@ class Bench:
             self.hardware = self.hardware._replace(kernels="small")
         self.cuda = self.hardware.device.type == "cuda"
         self.model = tg.new_model(cfg, self.hardware)
-        self.model.initialise(cfg.seed)
+        self.model.initialise(tg.draw_weights(cfg))
         self.optimizer = tg.Optimizer(self.model, tg.optimizer_table(cfg), self.world)
         first = {}  # of the steps of each size
         for step in range(cfg.total_steps):

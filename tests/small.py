@@ -41,7 +41,7 @@ CPU = train_gpt.Hardware(
 def build_model(cfg, hardware):
     """A GPT with its initial weights."""
     model = train_gpt.new_model(cfg, hardware)
-    model.initialise(cfg.seed)
+    model.initialise(train_gpt.draw_weights(cfg))
     return model
 
 

@@ -78,7 +78,7 @@ def train_as_rank(rank, folder, job, root):
     """Body of a process: the command line; weights and losses go to a file."""
     flags, train_gpt.ADAM_EVERY = VARIANTS[job.variant]
     train_gpt.TRACKS["tiny"], train_gpt.KEEP_CHECKPOINTS = EQUAL, 99
-    GPT.initialise = randomise
+    GPT.initialise = lambda model, weights: randomise(model)
     losses, validations, step, train = [], [], train_gpt.train_step, train_gpt.train
 
     def step_or_die(*args):

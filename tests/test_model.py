@@ -278,7 +278,7 @@ def test_a_layer_adds_the_sum_of_its_value_tables_and_layers_may_share_them():
         assert torch.equal(v, v_without + sum(rows[table] for table in own) if own else v_without)
 
 
-@mechanism("value_std", GPT={"cfg": having(value_std=0.0)})
+@mechanism("value_std", draw_weights={"cfg": having(value_std=0.0)})
 def test_value_std_is_that_of_value_embeddings_at_the_start():
     fresh = build_model(replace(CFG, value_std=0.01), CPU).value_embeds
     assert_close(fresh.std().item(), 0.01, rtol=0.02, atol=0)

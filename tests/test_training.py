@@ -237,9 +237,9 @@ def test_initial_weights_depend_on_the_seed_alone():
     torch.randn(5)
     model = train_gpt.new_model(cfg, CPU)
     assert not any(p.any() for p in model.parameters())
-    randomise(model).initialise(3)
+    randomise(model).initialise(train_gpt.draw_weights(cfg))
     assert_equal(weights_of(model), expected)
-    model.initialise(4)
+    model.initialise(train_gpt.draw_weights(replace(cfg, seed=4)))
     drawn = {"embed", "value_embeds", "attn_bank", "mlp_bank"}
     assert {name for name, p in weights_of(model).items() if not torch.equal(p, expected[name])} == drawn
 
@@ -284,7 +284,7 @@ def test_warm_up_runs_each_kind_of_step_and_reset_clears_what_it_left():
     kinds = {plan_step(cfg, step).kind for step in range(cfg.total_steps)}
     assert len(stages) == train_gpt.ADAM_EVERY * len(kinds) and all(stages)
     assert all(moment.any() for part in optimizer.parts for moment in part.moments.values())
-    model.initialise(cfg.seed)
+    model.initialise(train_gpt.draw_weights(cfg))
     optimizer.reset()
     assert_equal(weights_of(model), weights_of(build_model(cfg, CPU)))
     assert not any(moment.any() for part in optimizer.parts for moment in part.moments.values())

@@ -33,7 +33,7 @@ def test_neighbours_run_in_step_until_the_longest_of_them_ends():
 def test_schedules_and_settings_of_test_time_training_are_compared(tmp_path, monkeypatch, capsys):
     data, out = write_corpus(tmp_path / "data", val_tokens=200), tmp_path / "out.json"
     model = train_gpt.GPT(SMALL)
-    model.initialise(0)
+    model.initialise(train_gpt.draw_weights(SMALL))
     evaluate.export_model(tmp_path / "model.safetensors", model)
     arguments = ["--settings=lora_lr=0.01;lora_lr=0,stride=16", f"--data={data}",
                  f"{tmp_path}/model.safetensors", "--context=32", "--stride=8",
