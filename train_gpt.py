@@ -108,7 +108,7 @@ class Config:
     epochs: int = 1                    # passes over the training data that the schedule may use
     micro_batches: int = 8             # micro-batches of a step over all ranks; more need less memory
     val_tokens: int = 0                # validation tokens; 0: all
-    val_chunk: int = 262_144           # tokens of one validation forward pass
+    val_chunk: int = 131_072           # tokens of one validation forward pass
     val_every: int = 100               # steps between validations
     # schedule
     scheduled_steps: int = 100         # steps of the stage table and the cooldown
@@ -490,6 +490,7 @@ region.compile = False
 # ---- Kernels --------------------------------------------------------------------------------------------
 # Each wrapper takes a mode: "reference" is plain torch, anything else the kernel. Only the MLP's has two:
 # "large" tiles need the shared memory of datacenter GPUs since Hopper, "small" ones fit any.
+# TRITON_INTERPRET=1 in the environment runs them on a CPU, slowly.
 
 if triton:
     jit, constexpr = triton.jit, tl.constexpr
@@ -502,7 +503,7 @@ def mlp_kernel(a, b, aux, out, square, flipped, scale, M, N, K, SLOPE: constexpr
     """u = scale a b^T tile by tile, with the activation fused. Matrices are tensor descriptors.
 
     a: (M, K) and b: (N, K) float8; aux: (M, N) bfloat16; scale: () float32.
-    The activation is in mlp_forward, mlp_backward and activation_region, too. Backward knows r alone.
+    Lines marked "activation" here and below have it. Backward knows r alone, rounded to bfloat16.
     Forward: a is h, b is up; out = r = LeakyReLU(u), bfloat16, square = r^2, float8. aux, flipped: unused.
     Backward: a is the MLP's gradient, b is down, aux is r; out = u * 2 LeakyReLU(r), float8. flipped is out
     transposed and square is r^2 transposed, (N, M) both: products that sum over M read them.
@@ -520,14 +521,14 @@ def mlp_kernel(a, b, aux, out, square, flipped, scale, M, N, K, SLOPE: constexpr
             column = n + half * HALF
             if BACKWARD:
                 r = aux.load([m, column]).to(tl.float32)
-                u = tl.clamp(2 * u * tl.where(r > 0, r, SLOPE * r), -57344.0, 57344.0)
+                u = tl.clamp(2 * u * tl.where(r > 0, r, SLOPE * r), -57344.0, 57344.0)  # activation
                 eight = u.to(tl.float8e5)
                 out.store([m, column], eight)
                 flipped.store([column, m], eight.T)
                 r = tl.where(u == u, r, u)  # so r has u's layout: in another, loads of r wait for each other
                 square.store([column, m], tl.minimum(r * r, 448.0).to(tl.float8e4nv).T)
             else:
-                u = tl.where(u > 0, u, SLOPE * u).to(tl.bfloat16)
+                u = tl.where(u > 0, u, SLOPE * u).to(tl.bfloat16)  # activation
                 out.store([m, column], u)
                 r = u.to(tl.float32)
                 square.store([m, column], tl.minimum(r * r, 448.0).to(tl.float8e4nv))
@@ -561,7 +562,7 @@ def mlp_forward(h_TD, up_FD, scale, slope, mode="reference"):
     """
     if mode != "reference":
         return launch_mlp_kernel(h_TD, up_FD, None, scale, slope, mode)[:2]
-    r_TF = F.leaky_relu(h_TD.float() @ up_FD.float().T * scale, slope).bfloat16()
+    r_TF = F.leaky_relu(h_TD.float() @ up_FD.float().T * scale, slope).bfloat16()  # activation
     return r_TF, r_TF.float().square().clamp_max(448).to(h_TD.dtype)
 
 def mlp_backward(grad_TD, down_FD, r_TF, scale, slope, mode="reference"):
@@ -572,7 +573,8 @@ def mlp_backward(grad_TD, down_FD, r_TF, scale, slope, mode="reference"):
     """
     if mode != "reference":
         return launch_mlp_kernel(grad_TD, down_FD, r_TF, scale, slope, mode)
-    u_grad_TF = grad_TD.float() @ down_FD.float().T * scale * F.leaky_relu(r_TF.float(), slope) * 2
+    u_grad_TF = grad_TD.float() @ down_FD.float().T * scale
+    u_grad_TF = u_grad_TF * F.leaky_relu(r_TF.float(), slope) * 2  # activation
     u_grad_TF = float8_region(u_grad_TF, scale.new_ones(()), grad_TD.dtype)
     hidden_TF = r_TF.float().square().clamp_max(448).to(down_FD.dtype)
     return u_grad_TF, hidden_TF.T.contiguous(), u_grad_TF.T.contiguous()
@@ -580,7 +582,7 @@ def mlp_backward(grad_TD, down_FD, r_TF, scale, slope, mode="reference"):
 @region
 def activation_region(u_TF, slope):
     """The MLP's activation where no float8 is: in validation, and in training if it is off."""
-    return F.leaky_relu(u_TF, slope).square()
+    return F.leaky_relu(u_TF, slope).square()  # activation
 
 def cap(logits):
     """Soft-capped logits, at least float32."""
@@ -932,10 +934,10 @@ def qkv_region(qkv_TC, v_lambda, value_TD, cos_PJ, sin_PJ, scale: float, offset_
     k_THE = rotate(norm(k_THE), cos_PJ[:T], sin_PJ[:T])
     if offset_E is not None:
         k_THE = offset_keys(k_THE, offset_E, edges_T)
-    v_THE = (v_lambda.expand(T, 1, 1) * v_THE).type_as(qkv_TC)
+    v_THE = v_lambda.expand(T, 1, 1) * v_THE
     if value_TD is not None:
         v_THE = v_THE + value_TD.view_as(v_THE)
-    return q_THE, k_THE, v_THE.contiguous()
+    return q_THE, k_THE, v_THE.type_as(qkv_TC).contiguous()
 
 @region
 def gate_region(y_THE, lead_TG, gate_HG, out_lambda):
@@ -945,7 +947,7 @@ def gate_region(y_THE, lead_TG, gate_HG, out_lambda):
 
 @region
 def final_region(x_TD, delta_TD, backout_TD, backout_lambda, smear_mtp_lambda, edges_T):
-    """Latents that the head reads: backout, norm, and smear-MTP y'[t] = y[t] + lambda y[t-1] (PR 151)."""
+    """Latents that the head reads: backout, norm, and smear_mtp's y'[t] = y[t] + lambda y[t-1] (PR 151)."""
     if delta_TD is not None:
         x_TD = x_TD + delta_TD
     if backout_TD is not None:
@@ -1087,7 +1089,7 @@ class GPT(nn.Module):
         self.tap_layers = {layer.skip_from for layer in cfg.layers} | {cfg.backout_from}
         for row in parameter_table(cfg):
             self.register_parameter(row.name, nn.Parameter(torch.zeros(row.shape)) if row.used else None)
-        scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # 2: smear-MTP adds two latents up
+        scale = torch.tensor(2 * math.sqrt(cfg.width) / 448)  # 2: smear_mtp adds two latents up
         self.register_buffer("latent_scale", scale, persistent=False)
         self.register_buffer("grad_scale", torch.ones(()), persistent=False)
 
@@ -1353,7 +1355,7 @@ class Row(NamedTuple):
     betas: tuple = (0.0, 0.95)   # of the moments; NorMuon's first is the schedule's momentum instead
     weight_decay: float = 0.0
     every: int = 1               # steps between updates; gradients add up meanwhile
-    copy_of: str = ""            # a row of the same shape, of which this is a copy, moments and all ..
+    copy_of: str = ""            # a row of this shape, of which this is a copy, with moments both have ..
     copy_until: int = 0          # .. until this step; its gradient is added to that row's
     averaged: bool = False       # over the last steps, see Optimizer.finish
     used: bool = True            # False: its mechanism is off
@@ -1502,7 +1504,7 @@ def draw_weights(cfg):
 def parameter_table(cfg):
     """Every possible parameter. Learning rates are final: nothing rescales them by shape.
 
-    A new one needs a row here and its use: most are unbound in GPT.forward and handed to a region.
+    A new one needs a row here and its use, as attn_gate: unbound in GPT.forward and handed to a region.
     Banks: Q, K, V, O of each layer with attention (muon_lr times attn_lr_ratio); up (times 2) and down^T
     (times 4) of each layer.
     """
@@ -1565,7 +1567,7 @@ class Optimizer:
     A step launches all reductions, updates each part as it arrives (Adam's first, to overlap the banks'
     communication) and starts each gather at once. Gradients are summed in float32 on a rank and in the
     activations' dtype across ranks. The loss is already divided by the step's tokens.
-    Raises ValueError unless every parameter is in exactly one row and copies are trained as their originals.
+    Raises ValueError unless every parameter is in exactly one row.
     """
 
     def __init__(self, model, table: list[Row], world):
@@ -1574,9 +1576,6 @@ class Optimizer:
         if sorted(names) != sorted(parameters):
             wrong = set(parameters) ^ set(names) or [name for name in names if names.count(name) > 1]
             raise ValueError(f"optimizer table: missing, unknown or there twice: {wrong}")
-        for row in table:
-            if row.copy_of and row.algorithm is not table[names.index(row.copy_of)].algorithm:
-                raise ValueError(f"optimizer table: {row.name} must have the algorithm of {row.copy_of}")
         self.world = world
         adam_first = sorted(table, key=lambda row: row.algorithm is NorMuon)
         self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in adam_first]
@@ -1605,7 +1604,7 @@ class Optimizer:
                 work.wait()
             own = part.as_units(part.parameter.data)[part.lo : part.hi]
             grad = grad.to(own.dtype)
-            # A metric of grad goes into the report here; ranks' are summed: square norms, rooted in StepLog.
+            # A metric of grad goes into the report here, summed over ranks: a square norm, rooted in StepLog.
             part.update(own, grad, step, lr_multiplier, momentum)
             if part.row.averaged:
                 part.add_average(own, step)
@@ -1616,8 +1615,8 @@ class Optimizer:
             finish()
         for copy, original in copies:
             copy.parameter.copy_(original.parameter)
-            for name, moment in original.moments.items():
-                copy.moments[name].copy_(moment)
+            for name in copy.moments.keys() & original.moments.keys():
+                copy.moments[name].copy_(original.moments[name])
         return dict(zip(report, sums))
 
     @torch.no_grad()
@@ -2026,7 +2025,7 @@ def train_step(model, optimizer: Optimizer, batches: list, plan, rotary, step, s
 def cut_at_bos(tokens, bos: int):
     """Successive tokens of the validation stream, a document from each BOS to the next.
 
-    The first may begin inside a document. Other cuts: other starts for to_documents, and first_T.
+    The first may begin inside a document. Other cuts: other starts for to_documents, and first_T, true there.
     """
     starts = np.append(0, np.flatnonzero(tokens[1:-1].numpy() == bos) + 1)
     return MicroBatch(tokens, to_documents(starts, len(tokens) - 1))
@@ -2181,7 +2180,7 @@ def find_unfinished(cfg):
 # ---- Run: clock, log, training loop ---------------------------------------------------------------------
 
 class Clock:
-    """Training time in seconds: runs in steps and their data loading; `log_header` says when it doesn't."""
+    """Training time in seconds; `log_header` says what it covers. To leave x seconds out: seconds -= x."""
 
     def __init__(self, hardware, seconds):
         self.hardware, self.seconds, self.since = hardware, seconds, None
@@ -2325,7 +2324,7 @@ def warm_up(model, optimizer, val, world):
         docs = to_documents(np.arange(0, T, length), T, plan.stage.max_doc)
         columns = choose_columns(cfg, plan.stage, tokens[:1], 0, device)  # all targets might be too many
         batch = MicroBatch(torch.from_numpy(tokens), docs, columns)
-        for step in range(ADAM_EVERY):
+        for step in range(cfg.total_steps, cfg.total_steps + ADAM_EVERY):  # no parameter is a copy then
             train_step(model, optimizer, [batch], plan, rotary, step)
         weights = loss_weights(cfg, plan, device)
         if model.graphs and graph_inputs(batch, weights):
@@ -2334,11 +2333,11 @@ def warm_up(model, optimizer, val, world):
     synthetic = Validation(cfg, np.resize(tokens, chunk * world.size + 1))
     synthetic.run(model, plan_step(cfg, cfg.total_steps).windows, rotary, world)
 
-def validate(job, rotary, step, seconds, log):
+def validate(job, rotary, step, clock, log):
     """Validate with the windows of `step`, or the final ones after training, and log it with the lambdas."""
     cfg, lambdas = job.model.cfg, job.model.lambdas()
     result = job.val.run(job.model, plan_step(cfg, step).windows, rotary, job.world)
-    loss = result["val_loss"]
+    loss, seconds = result["val_loss"], clock.read()  # which may go on meanwhile
     require(math.isfinite(loss), f"step {step}: the validation loss is {loss}: lower the learning rates, "
             "or go on from the last checkpoint with --resume=auto")
     bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.4f}"
@@ -2455,7 +2454,7 @@ def train(cfg, job):
                 log.line(f"stopped after step {step}: a signal asked for it; --resume=auto goes on")
                 break
             if validating:
-                validate(job, rotary, step, clock.read(), log)
+                validate(job, rotary, step, clock, log)
             if model.graphs and not last:
                 model.graphs.capture()
             if step == start:

@@ -959,7 +959,7 @@ def test_final_windows_are_used_by_the_validation_after_training_and_lambdas_are
     model = make_model(cfg, smear_mtp_lambda=-0.125)
     job = SimpleNamespace(model=model, val=val, world=t.World())
     for step in (0, cfg.total_steps - 1, cfg.total_steps):
-        t.validate(job, None, step, 0.0, log)
+        t.validate(job, None, step, t.Clock(CPU, 0.0), log)
     assert seen == [{"short": 4, "long": 8}, {"short": 8, "long": 16}, {"short": 10, "long": 20}]
     assert all("val_loss:2.5000" in line and "smear_mtp_lambda:-0.1250" in line for line in lines)
     assert [row["lambdas"] for row in metrics] == [model.lambdas()] * 3
