@@ -1328,7 +1328,7 @@ def normuon_update(p_NRC, g_NRC, moments: dict, lr_N11, decay, mu, share, beta2,
     an input of down, which is stored transposed. mu, decay: () float32; lr_N11: one per matrix.
     moments: "momentum", (N, R, C), "second", (N, R, 1), and "slow", as momentum, whose part is share.
     """
-    beta = scalar(0.85) if share else mu
+    beta = scalar(0.85) if share else mu.clone()  # were it mu itself, that would be compiled for itself
     x_NRC = nesterov(g_NRC, moments["momentum"], moments.get("slow"), mu, beta, scalar(share), dtype)
     apply_update(p_NRC, polar_express(x_NRC), moments["second"], lr_N11, decay, beta2)
 

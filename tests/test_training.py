@@ -303,7 +303,8 @@ def compile_as_rank(rank, folder, data):
         (folder / "before").write_text(str(graphs["unique_graphs"]))
 
     train_gpt.warm_up = warm_up_and_count
-    run_main(f"--data={data}", f"--log_folder={folder / 'logs'}", "--mtp_heads=1", "--bigram_ratio=1.5")
+    flags = *EVERYTHING, "--bigram_ratio=1.5", "--untie_at=0.5"
+    run_main(f"--data={data}", f"--log_folder={folder / 'logs'}", *flags)
     (folder / "after").write_text(str(graphs["unique_graphs"]))
 
 
