@@ -23,8 +23,8 @@ SPRINT = {  # record: label
 }
 
 RACE300 = {  # log: label
-    "new_short/old_300_seed0.txt": "mechanisms of December 2025",
-    "new_short/short_300_seed0.txt": "short today",
+    "benchmarks/results/short_november/old_300_seed0.txt": "commit 47ba671, methods of December 2025",
+    "records/track_0_race300/2026-11-28_short_november/seed0.txt": "commit aeae3ba",
 }
 
 sys.path.insert(0, str(ROOT / "records"))
@@ -90,11 +90,11 @@ def draw_race300():
     """Validation losses over training seconds of 300 steps of short: old settings, and today's."""
     figure, axes = plt.subplots(figsize=(7.5, 4))
     for i, (name, label) in enumerate(RACE300.items()):
-        found = re.findall(r"val_loss:([\d.]+) .*train_time:(\d+)ms", (RESULTS / name).read_text())
+        found = re.findall(r"val_loss:([\d.]+) .*train_time:(\d+)ms", (ROOT / name).read_text())
         losses, seconds = np.array(found[1:], float).T / np.array([[1], [1000]])
         axes.plot(seconds, losses, "o-", color=f"C{i}", lw=1, ms=4, label=f"{label}: {losses[-1]:.4f}")
-    axes.plot(141.7, 3.3356, "k*", label="modded-nanogpt of August 2026, another H100: 3.3356")
-    finish(figure, axes, "race300_loss.png", xlabel="training seconds, one H100",
+    axes.axhline(3.3356, color="k", ls=":", lw=1, label="modded-nanogpt of August 2026 ends at 3.3356")
+    finish(figure, axes, "race300_loss.png", xlabel="training seconds, one H200",
            ylabel="validation loss (nats per token)", title="300 steps of the short track's batches")
 
 
