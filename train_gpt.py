@@ -82,7 +82,7 @@ class Stage(NamedTuple):
     window_long: int
     lr: float                    # multiplier on every learning rate
     targets: tuple = ((1, 1),)   # loss weights of targets t+1, t+2, ..: each (at the stage's start, end)
-    columns: int = 0             # tokens among which the training loss chooses, also in the log; 0: all
+    columns: int = 0             # tokens that the training loss chooses among; 0, or too few for a batch: all
 
 @dataclass(frozen=True)
 class Config:
@@ -581,7 +581,7 @@ def mlp_backward(grad_TD, down_FD, r_TF, scale, slope, mode="reference"):
 
 @region
 def activation_region(u_TF, slope):
-    """The MLP's activation where no float8 is: in validation, and in training if it is off."""
+    """The MLP's activation without float8: on a CPU and in validation. Others: "activation" above."""
     return F.leaky_relu(u_TF, slope).square()  # activation
 
 def cap(logits):
@@ -1364,7 +1364,7 @@ class Part:
     """The part of one parameter that this rank updates, units lo to hi - 1, and their moments.
 
     An algorithm is a subclass. It defines
-    as_units(x): a tensor of the parameter's shape as equal parts that ranks may share out, (units, ..);
+    as_units(x): static; a tensor of the parameter's shape as equal parts that ranks may share, (units, ..);
     make_moments(p): the moments of the own units p, by name;
     update(p, grad, step, lr_multiplier, muon_momentum): changes the own units p in place. grad is theirs, in
     p's dtype, summed over ranks and over `row.every` steps.
@@ -1504,7 +1504,8 @@ def draw_weights(cfg):
 def parameter_table(cfg):
     """Every possible parameter. Learning rates are final: nothing rescales them by shape.
 
-    A new one needs a row here and its use, as attn_gate: unbound in GPT.forward and handed to a region.
+    A new one needs a row here and its use, as attn_gate: unbound in GPT.forward and handed to a region. It is
+    None if its row isn't used.
     Banks: Q, K, V, O of each layer with attention (muon_lr times attn_lr_ratio); up (times 2) and down^T
     (times 4) of each layer.
     """
@@ -1525,7 +1526,7 @@ def parameter_table(cfg):
         return Row(name, shape, Adam, "replicated", (lr,), start, betas, every=ADAM_EVERY, used=used)
 
     head = table("head", (V, D), decay=150, betas=(0.5, 0.95), averaged=cfg.average > 0)
-    if cfg.untie_at:  # short: trained as the head, of which it is a copy up to a step (record 53)
+    if cfg.untie_at:  # short: a copy of the head up to a step (record 53), with its rate, decay, average
         untied = math.ceil(cfg.untie_at * cfg.scheduled_steps - 1e-9)
         embed = head._replace(name="embed", start=normal(0.005), copy_of="head", copy_until=untied)
     else:
@@ -1577,7 +1578,7 @@ class Optimizer:
             wrong = set(parameters) ^ set(names) or [name for name in names if names.count(name) > 1]
             raise ValueError(f"optimizer table: missing, unknown or there twice: {wrong}")
         self.world = world
-        adam_first = sorted(table, key=lambda row: row.algorithm is NorMuon)
+        adam_first = sorted(table, key=lambda row: issubclass(row.algorithm, NorMuon))
         self.parts = [row.algorithm(row, parameters[row.name], model, world) for row in adam_first]
 
     def due(self, step):
@@ -2180,14 +2181,14 @@ def find_unfinished(cfg):
 # ---- Run: clock, log, training loop ---------------------------------------------------------------------
 
 class Clock:
-    """Training time in seconds; `log_header` says what it covers. To leave x seconds out: seconds -= x."""
+    """Training time in seconds; `log_header` says what it covers. seconds -= x leaves x idle seconds out."""
 
     def __init__(self, hardware, seconds):
         self.hardware, self.seconds, self.since = hardware, seconds, None
 
     def resume(self):
         self.hardware.synchronize()
-        self.since = time.perf_counter()
+        self.seconds, self.since = self.read(), time.perf_counter()
 
     def pause(self):
         """Waits for the GPU: pausing in every step would slow training."""

@@ -520,6 +520,14 @@ def test_clock_runs_in_training_and_only_there(runs, monkeypatch):
     assert metrics_of(folder, "train_time") == [(step, pytest.approx(step * 1104.1)) for step in rows]
 
 
+def test_clock_that_is_resumed_while_it_runs_loses_nothing(monkeypatch):
+    time, clock = Time(monkeypatch), train_gpt.Clock(CPU, 5.0)
+    for act in (clock.resume, clock.resume, clock.pause):
+        act()
+        time.now += 2
+    assert clock.read() == 9.0
+
+
 def test_clock_goes_on_from_the_checkpoint(runs, monkeypatch):
     Time(monkeypatch).slow(Optimizer, "step", 1)
     begun = runs("--save_every=4")
