@@ -41,10 +41,10 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.shards import Parser, main_guard, user_path
 from runs import (
-    LEVEL, NO_WORSE, PER_PLACE, PER_RUN, SET_HERE, TRACKS, Difference, Mismatch, Run, UserError, check_plan,
-    check_run, check_same, comparable, demand, differences, expect, expect_text, log_text, mean_curve, moment,
-    other_data, overlap, paired, parse_flag, parse_log, read, read_json, runs_needed, same_losses, same_times,
-    sd, seconds_per_loss, sha256, summarise, welch, write,
+    LEVEL, NO_WORSE, PER_PLACE, PER_RUN, SET_HERE, TRACKS, Difference, Mismatch, Run, UserError, check_apart,
+    check_plan, check_run, check_same, comparable, demand, differences, expect, expect_text, log_text,
+    mean_curve, moment, other_data, paired, parse_flag, parse_log, read, read_json, runs_needed, sd,
+    seconds_per_loss, sha256, summarise, welch, without_names, write,
 )  # fmt: skip
 
 RECORDS = Path(__file__).resolve().parent
@@ -223,38 +223,36 @@ def check_starts(folder: Path, record: dict, rows: list[dict], runs: list[Run]):
                moment(registered) <= moment(row["started"]) < time.time() + 86400,
                f"one after the registration, {registered}")
         after = run.began - moment(row["started"])
-        demand(run.path, "stamp of its folder", run.folder[:15], -1 <= after <= run.launch + 60,
-               f"one soon after {row['started']}")
+        demand(run.path, "stamp of its folder", run.folder[:15],
+               -1 <= after <= run.launch + 60 and run.launch <= min(after + 600, 3600),
+               f"one soon after {row['started']}, and the first step, at {run.launch} s, soon after it")
+        expect(run.path, "folder of line log:", run.parent, run.config["log_folder"])
         if record["format"] > 1:
             expect(run.path, "config.log_folder", run.config["log_folder"].rpartition("/")[2],
                    work_folder(record, row["seed"]))
             demand(run.path, "machine", "none", "machine" in run.header, "a line of it")
-    for before, after in itertools.pairwise(runs):
-        demand(after.path, "start", after.folder[:15],
-               after.began >= before.began and not overlap(before, after),
-               f"one after the {before.seconds:.0f} s of {before.path.name}, {before.folder[:15]}")
+    for (row, before), (later, after) in itertools.pairwise(zip(rows, runs)):
+        took = before.launch + before.seconds
+        demand(after.path, "start", later["started"],  # both are whole seconds
+               moment(later["started"]) >= moment(row["started"]) + took - 1,
+               f"one after the {took:.0f} s of {before.path.name}, {row['started']}")
 
 
 def check_config(folder: Path, record: dict, run: Run):
     """Raises Mismatch unless the frozen script makes the run's configuration of the registered flags."""
     plan, track = record["plan"], record["track"]
-    elsewhere = PER_PLACE | {"vocab_size"}  # which follows from the data
-    flags = [flag for flag in plan["flags"] if parse_flag(flag)[0] not in elsewhere]
+    places = {name: value for name, value in map(parse_flag, plan["flags"]) if name in PER_PLACE}
+    flags = [flag for flag in plan["flags"] if parse_flag(flag)[0] not in places]  # as files may be missing
     try:
-        made = config_of(folder / "train_gpt.py", track, flags)
+        made = config_of(folder / "train_gpt.py", track, flags) | places
     except UserError as error:
         raise Mismatch(str(error)) from None
+    elsewhere = PER_RUN | {"save_every", "vocab_size"}  # the last follows from the data
     if plan["gpus"] > 1:
         elsewhere = elsewhere | {"micro_batches"}  # at least one each
     for name in sorted((made.keys() | run.config.keys()) - elsewhere):
         expect(run.path, f"config.{name} by the frozen script", without_names(run.config.get(name)),
                without_names(made.get(name)))
-
-
-def without_names(value):
-    """A stage or layer as a list, which logs of November 2026 have as a dict."""
-    values = list(value.values()) if isinstance(value, dict) else value
-    return [without_names(part) for part in values] if isinstance(values, list) else values
 
 
 def check_author(folder: Path, record: dict, text: str):
@@ -338,21 +336,18 @@ def verify(folder: Path, readme: bool = True) -> dict:
     return record
 
 
-def check_between(folder: Path, others: list[Path]):
-    """Raises Mismatch if a log is in another record too, or two runs were at once on one machine.
-
-    Runs that are repeatable to the last digit may share their losses, but not their times.
-    """
-    for path in sorted(folder.glob("seed*.txt")):
-        run = parse_log(path)
-        repeatable = run.header["device"].startswith("cpu") or run.config.get("deterministic")
-        for log in (log for other in others for log in sorted(other.glob("seed*.txt"))):
-            before = parse_log(log)
-            same = same_times(run, before) or (same_losses(run, before) and not repeatable)
-            demand(path, "run", f"that of {log}", not same, "one of its own")
-            machine = run.header.get("machine")
-            demand(path, "start", f"during {log}", not machine or before.header.get("machine") != machine
-                   or not overlap(run, before), "one machine at a time")
+def check_between(folder: Path, record: dict, others: list[Path]):
+    """Raises Mismatch if others of its track have other data, or a run of others is one of its runs."""
+    runs = [parse_log(folder / row["log"]) for row in record["runs"]]
+    for place in others:
+        other = load_record(place)
+        if other["track"] == record["track"] and "results" in other:
+            why = other_data(record["environment"], other["environment"])
+            demand(folder, f"data (against {place})", why, not why, "one")
+        for row in (row for row in other["runs"] if "log_sha256" in row):
+            before = parse_log(place / f"seed{row['seed']}.txt")
+            for run in runs:
+                check_apart(run, before)
 
 
 def witness(folder: Path, record: dict) -> str:
@@ -836,18 +831,15 @@ def verify_all(options, flags):
     """Checks each folder (all records if none is given), what they say of each other, and the tables."""
     known = all_records(options.records)
     folders = options.folders or known
-    seen, verified = {}, []
+    verified = []
     for folder in folders:
         if unfinished := only_registered(folder):
             print(f"{folder}: registered, {unfinished}")
             continue
         record = verify(folder)
-        first, expected = seen.setdefault(record["track"], (folder, record["environment"]))
-        if why := other_data(record["environment"], expected):
-            raise Mismatch(f"{folder}: data (against {first}): found {why}, expected one")
         inside = folder.resolve() in {path.resolve() for path in known}
-        others = verified if not options.folders or not inside else known
-        check_between(folder, [path for path in others if path.resolve() != folder.resolve()])
+        others = known if options.folders and inside else verified
+        check_between(folder, record, [path for path in others if path.resolve() != folder.resolve()])
         verified.append(folder)
         print(f"{folder}: verified. {target_text(record['results'])} Registered: "
               f"{when_registered(folder, record)}.")

@@ -426,12 +426,18 @@ def test_start_before_the_registration_is_refused(folder):
     assert "found 2020-01-01T00:00:00Z, expected one after the registration" in cli("verify", folder).err
 
 
-def test_records_of_a_track_share_their_validation_tokens(folder, made, monkeypatch):
+def test_records_of_a_track_share_their_validation_tokens(made, tmp_path, monkeypatch):
     without_pictures(monkeypatch)
-    stored = verify(made.folder)
-    other = stored | {"environment": stored["environment"] | {"validation": "tokens:1"}}
-    monkeypatch.setattr(record, "verify", lambda path: stored if path == made.folder else other)
-    assert "found validation tokens:1 and tokens:10485760" in cli("verify", made.folder, folder).err
+    first = "new", "first", "--track=tiny", "--runs=1", f"--script={made.trainer}"
+    assert cli(*first, f"--records={tmp_path}").code == 0
+    monkeypatch.setenv("TOKENS", "others")
+    other = write_trainer(tmp_path / "other.py", base=3.1)
+    new = "new", "other", "--track=tiny", "--runs=1", f"--script={other}"
+    assert cli(*new, f"--records={tmp_path}").code == 0
+    (other,) = tmp_path.glob("track_3_tiny/*_other")
+    for folders in ([], [other]):
+        result = cli("verify", *folders, "--records", tmp_path)
+        assert result.code == 1 and "_first): found validation tokens:10485760" in result.err
 
 
 def in_logs(pattern, new, seeds=(0, 1, 2)):
@@ -528,6 +534,14 @@ def fast_steps(folder):
         path.write_text(text)
 
 
+def hours_later(folder):
+    """seed 2's log and first step, 2 hours after its start."""
+    row = json.loads((folder / "record.json").read_text())["runs"][2]
+    stamp = strftime("%Y%m%d-%H%M%S", gmtime(record.moment(row["started"]) + 7200))
+    in_logs(r"\d{8}-\d{6}(?=-short-seed2)", stamp, [2])(folder)
+    in_logs("first step .* s a", "first step 7200.0 s a", [2])(folder)
+
+
 def other_loss(match):
     return f"{match[1]}{float(match[2]) - 0.1:.4f}"
 
@@ -571,12 +585,18 @@ FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify 
     "a machine of words": (in_logs("machine: .*", "machine: eight of them"), "machine: found eight"),
     "a clock with emphasis": (in_logs("untimed: ", "untimed: **nothing** "), "untimed: found"),
     "validations of another seed": (seed0_s_validations, "seed1.txt: run: found that of"),
+    "other data": (plan_of(flags=["--muon_lr=0.03", "--smear=off", "--data=web"]), "config.data by the"),
     "fast steps": (fast_steps, "fast steps of 64 tokens: found 1 ms"),
     "bits of unknown bytes": (in_logs("bytes:47185920", "bytes:unknown"), "val_bpb of validation 0"),
     "bits of a training loss": (in_logs(r"(step:9/24 train_loss:\S+)", r"\1 val_bpb:1.0"), "line of step 9"),
     "words behind a step": (in_logs("(step:9/24 .*)", r"\1 (the best)"), "end of the line of step 9"),
     "another scalar in the line": (in_logs("(lambda:.0.2)4", r"\g<1>5"), "end of the line of step 24"),
     "a line over another": (in_logs("(peak .*)", r"\1\rstep:24/24 val_loss:1.0"), "control characters"),
+    "a launch of minutes": (in_logs("first step .* s a", "first step 900.0 s a", [2]), "stamp of its folder"),
+    "a launch beyond the next start": (in_logs("first step .* s a", "first step 500.0 s a", [0]),
+                                       "start: found .*one after the 50[01] s of seed0.txt"),
+    "a log of hours later": (hours_later, "stamp of its folder"),
+    "a log from another folder": (in_logs(r"log: .*(?=/\d{8})", "log: /elsewhere"), "folder of line log:"),
 }  # fmt: skip
 
 
@@ -611,19 +631,20 @@ def test_pictures_of_others_are_caught(folder):
 
 
 def test_no_log_is_in_two_records_and_no_two_runs_are_at_once(made, folder):
+    stored = record.load_record(folder)
     with pytest.raises(Mismatch, match="run: found that of"):
-        record.check_between(folder, [made.folder])
+        record.check_between(folder, stored, [made.folder])
     other = [write_trainer(folder.parent / "t.py", base=3.1)]
     assert cli("new", "other", "--track=short", "--runs=1", f"--script={other[0]}",
                f"--records={folder.parent / 'r'}").code == 0
     (other,) = (folder.parent / "r").glob("track_1_short/*")
-    record.check_between(folder, [other])
+    record.check_between(folder, stored, [other])
     stamp = re.search(r"\d{8}-\d{6}", (folder / "seed0.txt").read_text())[0]
     path = other / "seed0.txt"
     text = re.sub(r"\d{8}-\d{6}", stamp, path.read_text())
     path.write_text(re.sub(r'("train_time": )0\.', r"\g<1>9.", text))  # nine seconds more
     with pytest.raises(Mismatch, match="start: found during"):
-        record.check_between(folder, [other])
+        record.check_between(folder, stored, [other])
 
 
 def test_a_commit_before_the_first_run_is_a_witness(made, tmp_path, monkeypatch):
