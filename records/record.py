@@ -55,7 +55,13 @@ FORMAT_1 = (  # sha256, 16 digits each, of what record.json says of the records 
     "a79158b4d33249e7 64752e3d076fd8c5 1738277ade4cc22a 3063a575e50c7ffc "
     "6af8706fe1faac52 ede0ab0de96b275a 056bbd221542aa11"
 ).split()
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+FLAG = re.compile(rf"--(?!(?:{'|'.join(sorted(SET_HERE))})\b)\w+(=[\w.,:/~=@%+-]*)?", re.ASCII)
 MARKER = "<!-- evidence: record.py generates everything below from the logs -->"
+
+
+class Unfinished(Mismatch):
+    """A registered record that lacks runs, and in which nothing else is amiss."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -179,10 +185,10 @@ def write_record(folder: Path):
     readme = folder / "README.md"
     author = read(readme).partition(MARKER)[0] if readme.exists() else (
         f"# {record['name']}\n\nWhat is new, and why it should help. (Yours to write: it is kept.)\n\n")
+    write(folder / "record.json", dump(record))  # first: a record without results has no evidence
     write(readme, author + evidence(record))
     for name, draw in pictures_of(record, runs).items():
         draw(folder / name)
-    write(folder / "record.json", dump(record))
     print(f"{folder}: n = {len(runs)}, loss {statistics_of(record, 'loss')[0]:.5f}. "
           f"{target_text(record['results'])}")
 
@@ -296,34 +302,49 @@ def check_pictures(folder: Path, record: dict, runs: list[Run]):
             demand(folder / name, "picture", "another", same, "one of these logs: refresh draws it")
 
 
+def check_form(folder: Path, record: dict):
+    """Raises Mismatch unless the folder is in its place, has a record's files, and names are only names."""
+    place, plan, seeds = folder / "record.json", record["plan"], record["plan"]["seeds"]
+    links = [path.name for path in [folder, *folder.rglob("*")] if path.is_symlink()]
+    expect(folder, "symbolic links", links, [])
+    demand(place, "format", record["format"],
+           record["format"] == FORMAT or (record["format"] == 1 and record["sha256"][:16] in FORMAT_1),
+           f"{FORMAT}: format 1 is left to the records that had it")
+    if folder.resolve().parent.name.startswith("track_"):
+        expect(folder, "place", "/".join(folder.resolve().parts[-2:]),
+               f"{TRACKS[record['track']].folder}/{record['date']}_{record['name']}")
+    sides = plan.get("interleaved", ["A", "B"])
+    expect(place, "sides of a race", len(sides), 2)
+    wrong = [name for name in (record["name"], record["date"], *sides) if not NAME.fullmatch(name)]
+    wrong += [flag for flag in plan["flags"] if not FLAG.fullmatch(flag)]
+    expect(place, "names and flags of another form", wrong, [])
+    expect(place, "number of seeds", len(seeds), plan["runs"])
+    if plan["registered"]:
+        expect(place, "seeds", seeds, list(range(plan["runs"])))
+    expect(place, "seeds of the runs", [row["seed"] for row in record["runs"]], seeds)
+    known = {"record.json", "train_gpt.py", *(f"seed{seed}.txt" for seed in seeds)}
+    known |= ({"README.md", "loss.png", "lambdas.png"} if "results" in record else
+              {work_folder(record, seed) for seed in seeds})  # which an interrupted run leaves
+    files = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
+    expect(folder, "other files", sorted(files - known), [])
+
+
 def verify(folder: Path, readme: bool = True) -> dict:
     """The record, if everything in it follows from its raw logs. Raises Mismatch at the first that doesn't.
 
-    readme=False leaves out what `refresh` can make anew: README.md and the pictures.
+    Raises Unfinished if it is registered, lacks runs and is in order so far. readme=False leaves out what
+    `refresh` can make anew: README.md and the pictures.
     """
-    record, place = load_record(folder), folder / "record.json"
+    record = load_record(folder)
     try:
-        plan = record["plan"]
-        links = [path.name for path in [folder, *folder.rglob("*")] if path.is_symlink()]
-        expect(folder, "symbolic links", links, [])
-        demand(place, "format", record["format"],
-               record["format"] == FORMAT or (record["format"] == 1 and record["sha256"][:16] in FORMAT_1),
-               f"{FORMAT}: format 1 is left to the records that had it")
-        if folder.resolve().parent.name.startswith("track_"):
-            expect(folder, "place", "/".join(folder.resolve().parts[-2:]),
-                   f"{TRACKS[record['track']].folder}/{record['date']}_{record['name']}")
-        expect(place, "number of seeds", len(plan["seeds"]), plan["runs"])
-        if plan["registered"]:
-            expect(place, "seeds", plan["seeds"], list(range(plan["runs"])))
-        expect(place, "seeds of the runs", [row["seed"] for row in record["runs"]], plan["seeds"])
-        logs = sorted(path.name for path in folder.glob("*.txt"))
-        expect(folder, "logs", logs, sorted(f"seed{seed}.txt" for seed in plan["seeds"]))
+        check_form(folder, record)
+        if "results" not in record and record["plan"]["registered"]:
+            expect(folder, "seal of record.json", record["sha256"], json.loads(dump(record))["sha256"])
+            done = check_logs(folder, record, [row for row in record["runs"] if "log_sha256" in row])
+            raise Unfinished(f"{folder}: unfinished, {len(done)} of {record['plan']['runs']} runs done")
         runs = check_logs(folder, record, record["runs"])
-        known = {"README.md", "record.json", "train_gpt.py", *logs, *pictures_of(record, runs)}
-        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        expect(folder, "other files", sorted(files - known), [])
         rebuilt = complete(record, runs)
-        expect_text(place, read(place), dump(rebuilt))
+        expect_text(folder / "record.json", read(folder / "record.json"), dump(rebuilt))
         if readme:
             author, *generated = read(folder / "README.md").partition(MARKER)
             expect_text(folder / "README.md", "".join(generated), evidence(rebuilt))
@@ -385,8 +406,8 @@ def check_flags(flags: list[str], track: str, *scripts: Path):
     forbidden = SET_HERE | ({"val_tokens"} if TRACKS[track].val_tokens else set())
     for flag in flags:
         name, value = parse_flag(flag)
-        if not flag.startswith("--") or name in forbidden:
-            raise UserError(f"flag {flag!r}: expected --name=value of train_gpt.py, but none of those that a "
+        if not FLAG.fullmatch(flag) or name in forbidden:
+            raise UserError(f"flag {flag!r}: expected --name=word of train_gpt.py, but none of those that a "
                             f"record sets or rules out: {', '.join(sorted(forbidden))}")
         if name == "data" and not user_path(value).is_dir():
             raise UserError(f"{flag}: found no such folder")
@@ -396,7 +417,7 @@ def check_flags(flags: list[str], track: str, *scripts: Path):
 
 def find_folder(records: Path, track: str, name: str, date: str) -> Path:
     """The folder of this record, whenever it was begun; a new one is named by `date`."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+    if not NAME.fullmatch(name):
         raise UserError(f"name {name!r}: expected letters, digits, '_', '-' and '.'")
     parent = records / TRACKS[track].folder
     begun = [p for p in parent.glob("*") if re.fullmatch(r"\d{4}-\d\d-\d\d_" + re.escape(name), p.name)]
@@ -417,13 +438,15 @@ def register(folder: Path, name: str, track: str, script: Path, plan: dict):
             raise UserError(f"{script}: isn't the script that {folder} froze: leave it out, or give another "
                             "name")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(script, frozen)
     attempts = 0 if plan["registered"] else None
     rows = [{"seed": seed, "attempts": attempts, "started": None} for seed in plan["seeds"]]
     date = folder.name.partition("_")[0] if folder.name.endswith(f"_{name}") else now()[:10]
-    write(folder / "record.json", dump({"format": FORMAT, "name": name, "date": date, "track": track,
-                                        "plan": plan | {"source_sha256": source}, "runs": rows}))
+    record = {"format": FORMAT, "name": name, "date": date, "track": track,
+              "plan": plan | {"source_sha256": source}, "runs": rows}
+    check_form(folder, record)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(script, frozen)
+    write(folder / "record.json", dump(record))
 
 
 CONFIG_OF = """
@@ -576,8 +599,6 @@ def race(options, flags):
 
 def keep(options, flags):
     """Copies a record from elsewhere, such as a side of a race, into the records under a name."""
-    if unfinished := only_registered(options.folder):
-        raise UserError(f"{options.folder}: {unfinished}: give the command again that made it")
     record = verify(options.folder)
     folder = find_folder(options.records, record["track"], options.name, record["date"])
     twins = [path for path in all_records(options.records) if load_record(path)["runs"] == record["runs"]]
@@ -813,30 +834,17 @@ def all_records(records: Path) -> list[Path]:
     return sorted(path.parent for path in records.glob("track_*/*/record.json"))
 
 
-def only_registered(folder: Path) -> str:
-    """"k of n runs done" if a registered record isn't complete yet, else "".
-
-    A complete one has results, so a log can't be taken from it again. Raises Mismatch if its script isn't the
-    one registered, or a log isn't what its run left.
-    """
-    record = load_record(folder)
-    if "results" in record or not record.get("plan", {}).get("registered"):
-        return ""
-    runs = check_logs(folder, record, [row for row in record["runs"] if "log_sha256" in row])
-    expect(folder, "sha256 of record.json's contents", record["sha256"], json.loads(dump(record))["sha256"])
-    return f"{len(runs)} of {record['plan']['runs']} runs done"
-
-
 def verify_all(options, flags):
     """Checks each folder (all records if none is given), what they say of each other, and the tables."""
     known = all_records(options.records)
-    folders = options.folders or known
-    verified = []
-    for folder in folders:
-        if unfinished := only_registered(folder):
-            print(f"{folder}: registered, {unfinished}")
+    verified, unfinished = [], 0
+    for folder in options.folders or known:
+        try:
+            record = verify(folder)
+        except Unfinished as state:
+            print(state)
+            unfinished += 1
             continue
-        record = verify(folder)
         inside = folder.resolve() in {path.resolve() for path in known}
         others = known if options.folders and inside else verified
         check_between(folder, record, [path for path in others if path.resolve() != folder.resolve()])
@@ -846,7 +854,7 @@ def verify_all(options, flags):
     page = options.records / "README.md"
     if not options.folders and page.is_file():
         expect_text(page, read(page), with_tables(page, options.records)[0])
-    print(f"records verified: {len(verified)}")
+    print(f"records verified: {len(verified)}" + f"; unfinished: {unfinished}" * bool(unfinished))
 
 
 def refresh(options, flags):
@@ -864,7 +872,7 @@ def with_tables(file: Path, records: Path) -> tuple[str, int]:
             raise UserError(f"{file}: marker of {track!r}: expected one of {', '.join(TRACKS)}")
         parent = records / TRACKS[track].folder
         paths = [path for path in all_records(records) if path.parent == parent]
-        listed = [(path, load_record(path)) for path in paths if not only_registered(path)]
+        listed = [(path, record) for path in paths if "results" in (record := load_record(path))]
         return match[1] + history(listed, file.resolve().parent) + match[3]
 
     old = read(file)
@@ -879,7 +887,7 @@ def table(options, flags):
     """Writes the tables of a page, of records that verify."""
     text, tables = with_tables(options.file, options.records)
     for path in all_records(options.records):
-        if not only_registered(path):
+        with suppress(Unfinished):
             verify(path)
     write(options.file, text)
     print(f"{options.file}: {tables} tables")
