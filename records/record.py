@@ -18,6 +18,7 @@ Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 """
 
 import argparse
+import html
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -261,19 +263,32 @@ def check_config(folder: Path, record: dict, run: Run):
                without_names(made.get(name)))
 
 
-def check_author(folder: Path, record: dict, text: str):
-    """Raises Mismatch if the author's text names a training time that is no record's.
+BLOCK = re.compile(r"^((`|~)\2\2+)(?!\2)[^`\n]*\n(?:.*?\n)??\1\2*[ \t]*$", re.M | re.S)  # of code
+EVIDENCE = re.compile(r"(?:\A|\n\s*\n)\W*evidence\W*$|^\W*#.*evidence", re.M)
+TIME = re.compile(r"(?<![-+\w])(?<!\d[.,:])((?:\d+:(?=\d\d))*)(\d+(?:,\d{3})*(?:[.,]\d+)?)(?:(?<=:\d\d)(?!:)"
+                  r"|[\s-]?(ms|s|secs?|seconds?|min|minutes?|h|hours?)\b(?!\s+per\s+unit))", re.A)
 
-    A time is one of at least half of this record's; a sign makes it a difference.
+
+def check_author(folder: Path, record: dict, text: str):
+    """Raises Mismatch if the author's text could pass for evidence, or names a time that is no record's.
+
+    A time is one of at least a tenth of this record's; a sign makes it a difference.
     """
+    plain = unicodedata.normalize("NFKC", html.unescape(text)).lower()
+    plain = re.sub(r"[][*_`\\\u00ad\u200b-\u200f\u2060\ufeff]", "", plain)  # what isn't seen
+    found = re.findall("<[A-Za-z/!?]|```|~~~", BLOCK.sub("", text)) + EVIDENCE.findall(plain)
+    expect(folder / "README.md", "HTML, open code or Evidence in the author's text", found, [])
     others = [other for other in map(load_record, all_records(RECORDS)) if "results" in other]
     own, *means = (statistics_of(each, "seconds")[0] for each in (record, *others))
     means += [own, *(row["seconds"] for row in record["runs"])]
-    claims = r"(?<![-+.\w])(\d+(?:\.\d+)?) ?(m)?(?:s|seconds|(min|minutes))\b(?!\s+per\b)"
-    for claim, thousandth, minutes in re.findall(claims, text, re.ASCII):
-        digits, unit = len(claim.partition(".")[2]), 60 if minutes else 1e-3 if thousandth else 1
-        demand(folder / "README.md", "training time", f"{float(claim) * unit:.6g} s",
-               float(claim) * unit < own / 2 or claim in {f"{mean / unit:.{digits}f}" for mean in means},
+    for clock, digits, unit in TIME.findall(plain):
+        digits = re.sub(r",(?=\d{3}(?!\d))", "", digits).replace(",", ".")
+        factor = {"ms": 1e-3, "m": 60, "h": 3600}.get(unit if unit == "ms" else unit[:1], 1)
+        seconds = float(digits) * factor
+        seconds += sum(int(part) * 60**i for i, part in enumerate(clock.split(":")[-2::-1], 1))
+        form = f".{len(digits.partition('.')[2])}f"
+        demand(folder / "README.md", "training time", f"{seconds:.6g} s", seconds < own / 10
+               or format(seconds / factor, form) in {format(mean / factor, form) for mean in means},
                f"a record's, as this one's {own:.2f} s")
 
 

@@ -508,6 +508,13 @@ def unloadable(folder):
     in_logs(before, record.sha256(script.read_text()))(folder)
 
 
+def in_author(text):
+    def forge(folder):
+        path = folder / "README.md"
+        path.write_text(path.read_text().replace(record.MARKER, f"{text}\n\n{record.MARKER}"))
+    return forge
+
+
 def seed0_s_validations(folder):
     """In seed1's log: losses and scalars of seed0's, at the own times."""
     lines = re.compile(r"^(step:\d+/24 val_loss:\S+ \S+)(.*)(smear.*)$"
@@ -590,6 +597,14 @@ FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify 
     "a device of two cells": (in_logs("HBM3\\)", "HBM3) | before"), "device: found"),
     "a machine of words": (in_logs("machine: .*", "machine: eight of them"), "machine: found eight"),
     "a clock with emphasis": (in_logs("untimed: ", "untimed: **nothing** "), "untimed: found"),
+    "evidence by the author": (in_author("## The *Evidence*"), "in the author's text: found"),
+    "markup by the author": (in_author("p < 0.1\n\n`<details>`"), "in the author's text: found ..<d.."),
+    "code without an end": (in_author("```\n<b>\n```\n\n~~~~\n```\n~~~"), "author's text: found ..~~~"),
+    "author's seconds in bold": (claim("**0.31**&nbsp;sec"), "training time: found 0.31 s"),
+    "author's comma": (claim("`0,31`-second runs"), "training time: found 0.31 s"),
+    "author's hours": (claim("0.0114 hours"), "training time: found 41.04 s"),
+    "author's clock": (claim("about 1:00:41"), "training time: found 3641 s"),
+    "seconds below half": (claim("0.2 s"), "training time: found 0.2 s"),
     "validations of another seed": (seed0_s_validations, "seed1.txt: run: found that of"),
     "other data": (plan_of(flags=["--muon_lr=0.03", "--smear=off", "--data=web"]), "config.data by the"),
     "fast steps": (fast_steps, "fast steps of 64 tokens: found 1 ms"),
