@@ -18,6 +18,7 @@ Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 """
 
 import argparse
+import html
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -41,10 +43,10 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.shards import Parser, main_guard, user_path
 from runs import (
-    LEVEL, NO_WORSE, PER_PLACE, PER_RUN, SET_HERE, TRACKS, Difference, Mismatch, Run, UserError, check_plan,
-    check_run, check_same, comparable, demand, differences, expect, expect_text, log_text, mean_curve, moment,
-    other_data, overlap, paired, parse_flag, parse_log, read, read_json, runs_needed, same_losses, same_times,
-    sd, seconds_per_loss, sha256, summarise, welch, write,
+    LEVEL, NO_WORSE, PER_PLACE, PER_RUN, SET_HERE, TRACKS, Difference, Mismatch, Run, UserError, check_apart,
+    check_plan, check_run, check_same, comparable, demand, differences, expect, expect_text, log_text,
+    mean_curve, moment, other_data, paired, parse_flag, parse_log, read, read_json, runs_needed, sd,
+    seconds_per_loss, sha256, summarise, welch, without_names, write,
 )  # fmt: skip
 
 RECORDS = Path(__file__).resolve().parent
@@ -55,7 +57,13 @@ FORMAT_1 = (  # sha256, 16 digits each, of what record.json says of the records 
     "a79158b4d33249e7 64752e3d076fd8c5 1738277ade4cc22a 3063a575e50c7ffc "
     "6af8706fe1faac52 ede0ab0de96b275a 056bbd221542aa11"
 ).split()
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+FLAG = re.compile(rf"--(?!(?:{'|'.join(sorted(SET_HERE))})\b)\w+(=[\w.,:/~=@%+-]*)?", re.ASCII)
 MARKER = "<!-- evidence: record.py generates everything below from the logs -->"
+
+
+class Unfinished(Mismatch):
+    """A registered record that lacks runs, and in which nothing else is amiss."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -179,10 +187,10 @@ def write_record(folder: Path):
     readme = folder / "README.md"
     author = read(readme).partition(MARKER)[0] if readme.exists() else (
         f"# {record['name']}\n\nWhat is new, and why it should help. (Yours to write: it is kept.)\n\n")
+    write(folder / "record.json", dump(record))  # first: a record without results has no evidence
     write(readme, author + evidence(record))
     for name, draw in pictures_of(record, runs).items():
         draw(folder / name)
-    write(folder / "record.json", dump(record))
     print(f"{folder}: n = {len(runs)}, loss {statistics_of(record, 'loss')[0]:.5f}. "
           f"{target_text(record['results'])}")
 
@@ -223,27 +231,31 @@ def check_starts(folder: Path, record: dict, rows: list[dict], runs: list[Run]):
                moment(registered) <= moment(row["started"]) < time.time() + 86400,
                f"one after the registration, {registered}")
         after = run.began - moment(row["started"])
-        demand(run.path, "stamp of its folder", run.folder[:15], -1 <= after <= run.launch + 60,
-               f"one soon after {row['started']}")
+        demand(run.path, "stamp of its folder", run.folder[:15],
+               -1 <= after <= run.launch + 60 and run.launch <= min(after + 600, 3600),
+               f"one soon after {row['started']}, and the first step, at {run.launch} s, soon after it")
+        expect(run.path, "folder of line log:", run.parent, run.config["log_folder"])
         if record["format"] > 1:
             expect(run.path, "config.log_folder", run.config["log_folder"].rpartition("/")[2],
                    work_folder(record, row["seed"]))
             demand(run.path, "machine", "none", "machine" in run.header, "a line of it")
-    for before, after in itertools.pairwise(runs):
-        demand(after.path, "start", after.folder[:15],
-               after.began >= before.began and not overlap(before, after),
-               f"one after the {before.seconds:.0f} s of {before.path.name}, {before.folder[:15]}")
+    for (row, before), (later, after) in itertools.pairwise(zip(rows, runs)):
+        took = before.launch + before.seconds
+        demand(after.path, "start", later["started"],  # both are whole seconds
+               moment(later["started"]) >= moment(row["started"]) + took - 1,
+               f"one after the {took:.0f} s of {before.path.name}, {row['started']}")
 
 
 def check_config(folder: Path, record: dict, run: Run):
     """Raises Mismatch unless the frozen script makes the run's configuration of the registered flags."""
     plan, track = record["plan"], record["track"]
-    elsewhere = PER_PLACE | {"vocab_size"}  # which follows from the data
-    flags = [flag for flag in plan["flags"] if parse_flag(flag)[0] not in elsewhere]
+    places = {name: value for name, value in map(parse_flag, plan["flags"]) if name in PER_PLACE}
+    flags = [flag for flag in plan["flags"] if parse_flag(flag)[0] not in places]  # as files may be missing
     try:
-        made = config_of(folder / "train_gpt.py", track, flags)
+        made = config_of(folder / "train_gpt.py", track, flags) | places
     except UserError as error:
         raise Mismatch(str(error)) from None
+    elsewhere = PER_RUN | {"save_every", "vocab_size"}  # the last follows from the data
     if plan["gpus"] > 1:
         elsewhere = elsewhere | {"micro_batches"}  # at least one each
     for name in sorted((made.keys() | run.config.keys()) - elsewhere):
@@ -251,25 +263,32 @@ def check_config(folder: Path, record: dict, run: Run):
                without_names(made.get(name)))
 
 
-def without_names(value):
-    """A stage or layer as a list, which logs of November 2026 have as a dict."""
-    values = list(value.values()) if isinstance(value, dict) else value
-    return [without_names(part) for part in values] if isinstance(values, list) else values
+BLOCK = re.compile(r"^((`|~)\2\2+)(?!\2)[^`\n]*\n(?:.*?\n)??\1\2*[ \t]*$", re.M | re.S)  # of code
+EVIDENCE = re.compile(r"(?:\A|\n\s*\n)\W*evidence\W*$|^\W*#.*evidence", re.M)
+TIME = re.compile(r"(?<![-+\w])(?<!\d[.,:])((?:\d+:(?=\d\d))*)(\d+(?:,\d{3})*(?:[.,]\d+)?)(?:(?<=:\d\d)(?!:)"
+                  r"|[\s-]?(ms|s|secs?|seconds?|min|minutes?|h|hours?)\b(?!\s+per\s+unit))", re.A)
 
 
 def check_author(folder: Path, record: dict, text: str):
-    """Raises Mismatch if the author's text names a training time that is no record's.
+    """Raises Mismatch if the author's text could pass for evidence, or names a time that is no record's.
 
-    A time is one of at least half of this record's; a sign makes it a difference.
+    A time is one of at least a tenth of this record's; a sign makes it a difference.
     """
+    plain = unicodedata.normalize("NFKC", html.unescape(text)).lower()
+    plain = re.sub(r"[][*_`\\\u00ad\u200b-\u200f\u2060\ufeff]", "", plain)  # what isn't seen
+    found = re.findall("<[A-Za-z/!?]|```|~~~", BLOCK.sub("", text)) + EVIDENCE.findall(plain)
+    expect(folder / "README.md", "HTML, open code or Evidence in the author's text", found, [])
     others = [other for other in map(load_record, all_records(RECORDS)) if "results" in other]
     own, *means = (statistics_of(each, "seconds")[0] for each in (record, *others))
     means += [own, *(row["seconds"] for row in record["runs"])]
-    claims = r"(?<![-+.\w])(\d+(?:\.\d+)?) ?(m)?(?:s|seconds|(min|minutes))\b(?!\s+per\b)"
-    for claim, thousandth, minutes in re.findall(claims, text, re.ASCII):
-        digits, unit = len(claim.partition(".")[2]), 60 if minutes else 1e-3 if thousandth else 1
-        demand(folder / "README.md", "training time", f"{float(claim) * unit:.6g} s",
-               float(claim) * unit < own / 2 or claim in {f"{mean / unit:.{digits}f}" for mean in means},
+    for clock, digits, unit in TIME.findall(plain):
+        digits = re.sub(r",(?=\d{3}(?!\d))", "", digits).replace(",", ".")
+        factor = {"ms": 1e-3, "m": 60, "h": 3600}.get(unit if unit == "ms" else unit[:1], 1)
+        seconds = float(digits) * factor
+        seconds += sum(int(part) * 60**i for i, part in enumerate(clock.split(":")[-2::-1], 1))
+        form = f".{len(digits.partition('.')[2])}f"
+        demand(folder / "README.md", "training time", f"{seconds:.6g} s", seconds < own / 10
+               or format(seconds / factor, form) in {format(mean / factor, form) for mean in means},
                f"a record's, as this one's {own:.2f} s")
 
 
@@ -282,77 +301,96 @@ def pictures_of(record: dict, runs: list[Run]) -> dict:
     return pictures
 
 
-def check_pictures(folder: Path, record: dict, runs: list[Run]):
-    """Raises Mismatch unless the pictures show what is drawn anew, where matplotlib is the same."""
+def check_pictures(folder: Path, record: dict, runs: list[Run]) -> list[Path]:
+    """Raises Mismatch unless the pictures show what is drawn anew; returns those of another matplotlib."""
+    apart, pictures = [], pictures_of(record, runs)
+    expect(folder, "pictures", sorted(path.name for path in folder.glob("*.png")), sorted(pictures))
     with tempfile.TemporaryDirectory() as place:
-        for name, draw in pictures_of(record, runs).items():
+        for name, draw in pictures.items():
             draw(Path(place, name))
             with Image.open(folder / name) as found, Image.open(Path(place, name)) as drawn:
                 by = str(found.info.get("Software"))
                 demand(folder / name, "picture by", by, by.startswith("Matplotlib version"), "matplotlib")
                 if by != drawn.info["Software"]:
                     print(f"{folder / name}: not compared: by {by}, here is {drawn.info['Software']}")
+                    apart.append(folder / name)
                     continue
-                pixels = [np.asarray(picture.convert("L"), float) for picture in (found, drawn)]
-            same = pixels[0].shape == pixels[1].shape and (abs(pixels[0] - pixels[1]) > 25).mean() < 1e-4
+                expect(folder / name, "form", *((each.mode, each.size, each.info) for each in (found, drawn)))
+                pixels = [np.asarray(each.convert("RGBA"), float) for each in (found, drawn)]
+            same = (abs(pixels[0] - pixels[1]) > 8).any(axis=-1).mean() < 1e-6
             demand(folder / name, "picture", "another", same, "one of these logs: refresh draws it")
+    return apart
 
 
-def verify(folder: Path, readme: bool = True) -> dict:
+def check_form(folder: Path, record: dict):
+    """Raises Mismatch unless the folder is in its place, has a record's files, and names are only names."""
+    place, plan, seeds = folder / "record.json", record["plan"], record["plan"]["seeds"]
+    links = [path.name for path in [folder, *folder.rglob("*")] if path.is_symlink()]
+    expect(folder, "symbolic links", links, [])
+    demand(place, "format", record["format"],
+           record["format"] == FORMAT or (record["format"] == 1 and record["sha256"][:16] in FORMAT_1),
+           f"{FORMAT}: format 1 is left to the records that had it")
+    if folder.resolve().parent.name.startswith("track_"):
+        expect(folder, "place", "/".join(folder.resolve().parts[-2:]),
+               f"{TRACKS[record['track']].folder}/{record['date']}_{record['name']}")
+    sides = plan.get("interleaved", ["A", "B"])
+    expect(place, "sides of a race", len(sides), 2)
+    wrong = [name for name in (record["name"], record["date"], *sides) if not NAME.fullmatch(name)]
+    wrong += [flag for flag in plan["flags"] if not FLAG.fullmatch(flag)]
+    expect(place, "names and flags of another form", wrong, [])
+    expect(place, "number of seeds", len(seeds), plan["runs"])
+    if plan["registered"]:
+        expect(place, "seeds", seeds, list(range(plan["runs"])))
+    expect(place, "seeds of the runs", [row["seed"] for row in record["runs"]], seeds)
+    known = {"record.json", "train_gpt.py", *(f"seed{seed}.txt" for seed in seeds)}
+    known |= ({"README.md", "loss.png", "lambdas.png"} if "results" in record else
+              {work_folder(record, seed) for seed in seeds})  # which an interrupted run leaves
+    files = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
+    expect(folder, "other files", sorted(files - known), [])
+
+
+def verify(folder: Path, readme: bool = True, apart: list | None = None) -> dict:
     """The record, if everything in it follows from its raw logs. Raises Mismatch at the first that doesn't.
 
-    readme=False leaves out what `refresh` can make anew: README.md and the pictures.
+    Raises Unfinished if it is registered, lacks runs and is in order so far. readme=False leaves out what
+    `refresh` can make anew: README.md and the pictures. `apart` takes pictures that can't be compared.
     """
-    record, place = load_record(folder), folder / "record.json"
+    record = load_record(folder)
     try:
-        plan = record["plan"]
-        links = [path.name for path in [folder, *folder.rglob("*")] if path.is_symlink()]
-        expect(folder, "symbolic links", links, [])
-        demand(place, "format", record["format"],
-               record["format"] == FORMAT or (record["format"] == 1 and record["sha256"][:16] in FORMAT_1),
-               f"{FORMAT}: format 1 is left to the records that had it")
-        if folder.resolve().parent.name.startswith("track_"):
-            expect(folder, "place", "/".join(folder.resolve().parts[-2:]),
-                   f"{TRACKS[record['track']].folder}/{record['date']}_{record['name']}")
-        expect(place, "number of seeds", len(plan["seeds"]), plan["runs"])
-        if plan["registered"]:
-            expect(place, "seeds", plan["seeds"], list(range(plan["runs"])))
-        expect(place, "seeds of the runs", [row["seed"] for row in record["runs"]], plan["seeds"])
-        logs = sorted(path.name for path in folder.glob("*.txt"))
-        expect(folder, "logs", logs, sorted(f"seed{seed}.txt" for seed in plan["seeds"]))
+        check_form(folder, record)
+        if "results" not in record and record["plan"]["registered"]:
+            expect(folder, "seal of record.json", record["sha256"], json.loads(dump(record))["sha256"])
+            done = check_logs(folder, record, [row for row in record["runs"] if "log_sha256" in row])
+            raise Unfinished(f"{folder}: unfinished, {len(done)} of {record['plan']['runs']} runs done")
         runs = check_logs(folder, record, record["runs"])
-        known = {"README.md", "record.json", "train_gpt.py", *logs, *pictures_of(record, runs)}
-        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        expect(folder, "other files", sorted(files - known), [])
         rebuilt = complete(record, runs)
-        expect_text(place, read(place), dump(rebuilt))
+        expect_text(folder / "record.json", read(folder / "record.json"), dump(rebuilt))
         if readme:
             author, *generated = read(folder / "README.md").partition(MARKER)
             expect_text(folder / "README.md", "".join(generated), evidence(rebuilt))
             check_author(folder, record, author)
         check_config(folder, record, runs[0])
         if readme:
-            check_pictures(folder, record, runs)
+            skipped = check_pictures(folder, record, runs)
+            if apart is not None:
+                apart += skipped
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise Mismatch(f"{folder}: not the form of a record: {type(error).__name__} {error}") from None
     return record
 
 
-def check_between(folder: Path, others: list[Path]):
-    """Raises Mismatch if a log is in another record too, or two runs were at once on one machine.
-
-    Runs that are repeatable to the last digit may share their losses, but not their times.
-    """
-    for path in sorted(folder.glob("seed*.txt")):
-        run = parse_log(path)
-        repeatable = run.header["device"].startswith("cpu") or run.config.get("deterministic")
-        for log in (log for other in others for log in sorted(other.glob("seed*.txt"))):
-            before = parse_log(log)
-            same = same_times(run, before) or (same_losses(run, before) and not repeatable)
-            demand(path, "run", f"that of {log}", not same, "one of its own")
-            machine = run.header.get("machine")
-            demand(path, "start", f"during {log}", not machine or before.header.get("machine") != machine
-                   or not overlap(run, before), "one machine at a time")
+def check_between(folder: Path, record: dict, others: list[Path]):
+    """Raises Mismatch if others of its track have other data, or a run of others is one of its runs."""
+    runs = [parse_log(folder / row["log"]) for row in record["runs"]]
+    for place in others:
+        other = load_record(place)
+        if other["track"] == record["track"] and "results" in other:
+            why = other_data(record["environment"], other["environment"])
+            demand(folder, f"data (against {place})", why, not why, "one")
+        for row in (row for row in other["runs"] if "log_sha256" in row):
+            before = parse_log(place / f"seed{row['seed']}.txt")
+            for run in runs:
+                check_apart(run, before)
 
 
 def witness(folder: Path, record: dict) -> str:
@@ -390,8 +428,8 @@ def check_flags(flags: list[str], track: str, *scripts: Path):
     forbidden = SET_HERE | ({"val_tokens"} if TRACKS[track].val_tokens else set())
     for flag in flags:
         name, value = parse_flag(flag)
-        if not flag.startswith("--") or name in forbidden:
-            raise UserError(f"flag {flag!r}: expected --name=value of train_gpt.py, but none of those that a "
+        if not FLAG.fullmatch(flag) or name in forbidden:
+            raise UserError(f"flag {flag!r}: expected --name=word of train_gpt.py, but none of those that a "
                             f"record sets or rules out: {', '.join(sorted(forbidden))}")
         if name == "data" and not user_path(value).is_dir():
             raise UserError(f"{flag}: found no such folder")
@@ -401,7 +439,7 @@ def check_flags(flags: list[str], track: str, *scripts: Path):
 
 def find_folder(records: Path, track: str, name: str, date: str) -> Path:
     """The folder of this record, whenever it was begun; a new one is named by `date`."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+    if not NAME.fullmatch(name):
         raise UserError(f"name {name!r}: expected letters, digits, '_', '-' and '.'")
     parent = records / TRACKS[track].folder
     begun = [p for p in parent.glob("*") if re.fullmatch(r"\d{4}-\d\d-\d\d_" + re.escape(name), p.name)]
@@ -422,13 +460,15 @@ def register(folder: Path, name: str, track: str, script: Path, plan: dict):
             raise UserError(f"{script}: isn't the script that {folder} froze: leave it out, or give another "
                             "name")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(script, frozen)
     attempts = 0 if plan["registered"] else None
     rows = [{"seed": seed, "attempts": attempts, "started": None} for seed in plan["seeds"]]
     date = folder.name.partition("_")[0] if folder.name.endswith(f"_{name}") else now()[:10]
-    write(folder / "record.json", dump({"format": FORMAT, "name": name, "date": date, "track": track,
-                                        "plan": plan | {"source_sha256": source}, "runs": rows}))
+    record = {"format": FORMAT, "name": name, "date": date, "track": track,
+              "plan": plan | {"source_sha256": source}, "runs": rows}
+    check_form(folder, record)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(script, frozen)
+    write(folder / "record.json", dump(record))
 
 
 CONFIG_OF = """
@@ -581,8 +621,6 @@ def race(options, flags):
 
 def keep(options, flags):
     """Copies a record from elsewhere, such as a side of a race, into the records under a name."""
-    if unfinished := only_registered(options.folder):
-        raise UserError(f"{options.folder}: {unfinished}: give the command again that made it")
     record = verify(options.folder)
     folder = find_folder(options.records, record["track"], options.name, record["date"])
     twins = [path for path in all_records(options.records) if load_record(path)["runs"] == record["runs"]]
@@ -818,43 +856,28 @@ def all_records(records: Path) -> list[Path]:
     return sorted(path.parent for path in records.glob("track_*/*/record.json"))
 
 
-def only_registered(folder: Path) -> str:
-    """"k of n runs done" if a registered record isn't complete yet, else "".
-
-    A complete one has results, so a log can't be taken from it again. Raises Mismatch if its script isn't the
-    one registered, or a log isn't what its run left.
-    """
-    record = load_record(folder)
-    if "results" in record or not record.get("plan", {}).get("registered"):
-        return ""
-    runs = check_logs(folder, record, [row for row in record["runs"] if "log_sha256" in row])
-    expect(folder, "sha256 of record.json's contents", record["sha256"], json.loads(dump(record))["sha256"])
-    return f"{len(runs)} of {record['plan']['runs']} runs done"
-
-
 def verify_all(options, flags):
     """Checks each folder (all records if none is given), what they say of each other, and the tables."""
     known = all_records(options.records)
-    folders = options.folders or known
-    seen, verified = {}, []
-    for folder in folders:
-        if unfinished := only_registered(folder):
-            print(f"{folder}: registered, {unfinished}")
+    verified, unfinished, apart = [], 0, []
+    for folder in options.folders or known:
+        try:
+            record = verify(folder, apart=apart)
+        except Unfinished as state:
+            print(state)
+            unfinished += 1
             continue
-        record = verify(folder)
-        first, expected = seen.setdefault(record["track"], (folder, record["environment"]))
-        if why := other_data(record["environment"], expected):
-            raise Mismatch(f"{folder}: data (against {first}): found {why}, expected one")
         inside = folder.resolve() in {path.resolve() for path in known}
-        others = verified if not options.folders or not inside else known
-        check_between(folder, [path for path in others if path.resolve() != folder.resolve()])
+        others = known if options.folders and inside else verified
+        check_between(folder, record, [path for path in others if path.resolve() != folder.resolve()])
         verified.append(folder)
         print(f"{folder}: verified. {target_text(record['results'])} Registered: "
               f"{when_registered(folder, record)}.")
     page = options.records / "README.md"
     if not options.folders and page.is_file():
         expect_text(page, read(page), with_tables(page, options.records)[0])
-    print(f"records verified: {len(verified)}")
+    print(f"records verified: {len(verified)}" + f", but for {len(apart)} pictures" * bool(apart)
+          + f"; unfinished: {unfinished}" * bool(unfinished))
 
 
 def refresh(options, flags):
@@ -872,7 +895,7 @@ def with_tables(file: Path, records: Path) -> tuple[str, int]:
             raise UserError(f"{file}: marker of {track!r}: expected one of {', '.join(TRACKS)}")
         parent = records / TRACKS[track].folder
         paths = [path for path in all_records(records) if path.parent == parent]
-        listed = [(path, load_record(path)) for path in paths if not only_registered(path)]
+        listed = [(path, record) for path in paths if "results" in (record := load_record(path))]
         return match[1] + history(listed, file.resolve().parent) + match[3]
 
     old = read(file)
@@ -887,7 +910,7 @@ def table(options, flags):
     """Writes the tables of a page, of records that verify."""
     text, tables = with_tables(options.file, options.records)
     for path in all_records(options.records):
-        if not only_registered(path):
+        with suppress(Unfinished):
             verify(path)
     write(options.file, text)
     print(f"{options.file}: {tables} tables")

@@ -88,7 +88,8 @@ class Step(NamedTuple):
     loss: float   # nan where modded-nanogpt's logs state none
     ms: int
     average: float
-    bpb: float = math.nan
+    bpb: float | None = None
+    tail: str = ""  # behind the numbers: learned scalars
 
 
 class Run(NamedTuple):
@@ -103,6 +104,7 @@ class Run(NamedTuple):
     validations: list    # this repo's rows with all digits and the learned scalars
     folder: str = ""     # that the trainer wrote the log to, YYYYMMDD-HHMMSS-TRACK-seedN
     launch: float = 0.0  # seconds from the process's start to the first step
+    parent: str = ""     # of the folder
 
     @property
     def began(self) -> float | None:
@@ -136,14 +138,19 @@ class Run(NamedTuple):
 LOSS = r"[\d.]+|nan|inf"
 STEP = re.compile(rf"step:(\d+)/(\d+) (?:(train|val)_loss:({LOSS}) )?(?:val_bpb:({LOSS}) )?"
                   r"train_time:(\d+)ms step_avg:([\d.]+|nan)ms", re.ASCII)
-LOG = re.compile(r"log: (?:.*/)?(\d{8}-\d{6}-\w+-seed\d+)(?:-1)*/log\.txt$", re.ASCII)
+LOG = re.compile(r"log: (?:(.*)/)?(\d{8}-\d{6}-\w+-seed\d+)(?:-1)*/log\.txt$", re.ASCII)
 LAUNCH = re.compile(r"(?:launch to first step: |first step )([\d.]+) s", re.ASCII)
-DATA = re.compile(r"\S+ shards:\d+ sha256:[0-9a-f]{64}", re.ASCII)
-VALIDATION = re.compile(r"tokens:(\d+) bytes:(\d+|unknown) sha256:[0-9a-f]{64}", re.ASCII)
-EXACT = ["step", "val_loss", "train_time"]
-HEADER = ["sha256", "torch", "device", "data", "validation", "timed", "untimed"]
-CONFIG = ["track", "seed", "scheduled_steps", "extension_steps", "val_every"]
-VERSIONS = re.compile(r"python:(\S+) torch:(\S+) cuda:(\S+) world_size:(\d+) seed:(\d+)$")
+FORMS = {name: re.compile(form, re.ASCII) for name, form in {  # of what READMEs and tables repeat
+    "data": r"\S+ shards:\d+ sha256:[0-9a-f]{64}",
+    "validation": r"tokens:(\d+) bytes:(\d+|unknown) sha256:[0-9a-f]{64}",
+    "device": r"(cpu|cuda(:\d+)?) \([\w .,:/()@+-]+\)",
+    "machine": r"gpu:[0-9a-f]{12} boot:[0-9a-f]{12}(, gpu:[0-9a-f]{12} boot:[0-9a-f]{12})*",
+    **dict.fromkeys(("timed", "untimed"), r"[\w ,.:;'()/+-]+"),
+}.items()}  # fmt: skip
+EXACT = ["step", "val_loss", "val_bpb", "train_time", "lambdas"]
+HEADER = ["sha256", "torch", "seed", "device", "data", "validation", "timed", "untimed"]
+CONFIG = ["track", "seed", "log_folder", "scheduled_steps", "extension_steps", "val_every"]
+VERSIONS = re.compile(r"python:(\S+) torch:([\w.+]+) cuda:([\w.]+) world_size:(\d+) seed:(\d+)$", re.ASCII)
 
 
 def log_text(folder: Path) -> str:
@@ -166,7 +173,8 @@ def parse_log(path: Path) -> Run:
     body = re.sub(r"\A\s*={50,}\n", "", text)  # modded-nanogpt's logs may begin so
     parts = re.split(r"^={50,}$\n", body, maxsplit=1, flags=re.M)
     source, rest = parts if len(parts) == 2 else ("", body)
-    header, steps, validations, folder, launch = {}, [], [], "", 0.0
+    header, steps, validations, parent, folder, launch = {}, [], [], "", "", 0.0
+    expect(path, "control characters", re.findall(r"[\0-\x08\x0b-\x1f\x7f]", text) * (not source), [])
     if not any((match := STEP.match(line)) and match[3] == "val" for line in rest.split("\n")):
         raise UserError(f"{path}: no line 'step:i/n val_loss:.. train_time:..ms step_avg:..ms'")
     for line in rest.split("\n"):
@@ -174,7 +182,7 @@ def parse_log(path: Path) -> Run:
         if match := STEP.match(line):
             step, total, kind, loss, bpb, ms, average = match.groups()
             steps.append(Step(int(step), int(total), kind or "train", float(loss or "nan"), int(ms),
-                              float(average), float(bpb or "nan")))
+                              float(average), bpb and float(bpb), line[match.end():]))
         elif source:
             continue
         elif line.startswith("step:"):
@@ -189,14 +197,22 @@ def parse_log(path: Path) -> Run:
         elif match := VERSIONS.match(line):
             name_once(header, path, zip(("python", "torch", "cuda", "world_size", "seed"), match.groups()))
         elif match := LOG.match(line):
-            folder = match[1]
+            parent, folder = match.groups()
         elif match := LAUNCH.match(line):
             launch = float(match[1])
+        elif line.startswith(("resumed:", "stopped after")):
+            header["resumed"] = line
         elif ": " in line and (not steps or name == "training"):  # "training tokens: sha256:.."
             name_once(header, path, [line.split(": ", 1)])
     named = sha256(source) if source else header.get("sha256", "")
     config = header.pop("config", {})
-    return Run(path, sha256(text), named, header, config, steps, validations, folder, launch)
+    return Run(path, sha256(text), named, header, config, steps, validations, folder, launch, parent)
+
+
+def without_names(value):
+    """A stage or layer as a list, which logs of November 2026 have as a dict."""
+    values = list(value.values()) if isinstance(value, dict) else value
+    return [without_names(part) for part in values] if isinstance(values, list) else values
 
 
 def named_once(pairs: list) -> dict:
@@ -228,11 +244,11 @@ def check_header(run: Run):
     track, seed = run.config["track"], run.config["seed"]
     expect(run.path, "known track", [t for t in TRACKS if t == track], [track])
     expect(run.path, "seed of the header", run.header["seed"], str(seed))
-    expect(run.path, "config.resume", run.config.get("resume", ""), "")
-    data, validation = run.header["data"], run.header["validation"]
-    demand(run.path, "data", data, DATA.fullmatch(data), "NAME shards:N sha256:..")
-    demand(run.path, "validation", validation, VALIDATION.fullmatch(validation), "tokens:N bytes:N sha256:..")
-    tokens = VALIDATION.fullmatch(validation)[1]
+    expect(run.path, "resumed", run.header.get("resumed", "no"), "no")
+    for name, form in FORMS.items():
+        found = run.header.get(name)  # format 1 has no machine
+        demand(run.path, name, found, found is None or form.fullmatch(found), form.pattern)
+    tokens = FORMS["validation"].fullmatch(run.header["validation"])[1]
     expect(run.path, "validation tokens", tokens, str(run.config.get("val_tokens") or tokens))  # 0: all
     expect(run.path, "line log:", run.folder[15:] or "none", f"-{track}-seed{seed}")
 
@@ -257,7 +273,7 @@ def check_steps(run: Run):
 
 
 def check_times(run: Run):
-    """Averages follow from times, which go on, in every step by a plausible part of the median step."""
+    """Averages follow from times, which go on; nine steps in ten take plausible times."""
     for step in run.steps:
         average = step.ms / max(step.step, 1)
         demand(run.path, f"step_avg of step {step.step}", step.average,
@@ -265,10 +281,15 @@ def check_times(run: Run):
     for before, after in itertools.pairwise(run.steps):
         demand(run.path, f"train_time of step {after.step}", f"{after.ms} ms", after.ms >= before.ms,
                f"at least the {before.ms} ms before it")
-    took = np.diff([0, *run.train_ms])
-    shortest = int(took.argmin())
-    demand(run.path, f"time of step {shortest + 1}", f"{took[shortest]} ms",
-           took[shortest] > np.median(took) / 50, f"some of the median's {np.median(took):.0f} ms")
+    took, usual = np.diff([0, *run.train_ms]), 0.0
+    starts, tokens = zip(*(stage[:2] for stage in without_names(run.config.get("stages", [[0, 0]]))))
+    first = [math.ceil(start * run.config["scheduled_steps"] - 1e-9) for start in starts]
+    batches = np.array(tokens)[np.searchsorted(first, range(len(took)), "right") - 1]
+    for batch in np.unique(batches):
+        fast, middle = np.percentile(took[batches == batch], [10, 50])
+        usual = max(usual, middle)  # of as many tokens or fewer
+        demand(run.path, f"fast steps of {batch} tokens", f"{fast:.0f} ms", fast > usual / 5,  # seen: 0.72
+               f"over a fifth of the usual {usual:.0f} ms")
 
 
 def check_validations(run: Run):
@@ -276,15 +297,20 @@ def check_validations(run: Run):
     lines = [step for step in run.steps if step.kind == "val"]
     exact = [(row["step"], f"{row['val_loss']:.4f}") for row in run.validations]
     expect(run.path, "validation rows", exact, [(line.step, f"{line.loss:.4f}") for line in lines])
-    tokens, size = VALIDATION.fullmatch(run.header["validation"]).groups()
+    tokens, size = FORMS["validation"].fullmatch(run.header["validation"]).groups()
+    scalars = {row["step"]: {f"{name}:{values[0]:+.4f}" for name, values in row["lambdas"].items()}
+               for row in run.validations}
+    for line in run.steps:
+        known, bpb = (scalars[line.step], None) if line.kind == "val" else (set(), line.bpb)
+        demand(run.path, f"end of the line of step {line.step}", repr(line.tail),
+               bpb is None and {*line.tail.split(" ")} <= known | {""}, "scalars of its row")
     for row, line in zip(run.validations, lines):
         demand(run.path, f"train_time of validation {line.step}", f"{row['train_time']} s",
                abs(row["train_time"] * 1e3 - line.ms) <= 0.6, f"{line.ms} ms")
-        if size == "unknown":
-            continue
-        bpb = row["val_loss"] / math.log(2) * int(tokens) / int(size)
+        bpb = None if size == "unknown" else row["val_loss"] / math.log(2) * int(tokens) / int(size)
         for found, close in ((row["val_bpb"], 1e-9), (line.bpb, 6e-5)):
-            demand(run.path, f"val_bpb of validation {line.step}", found, abs(found - bpb) < close, f"{bpb}")
+            demand(run.path, f"val_bpb of validation {line.step}", found,
+                   found is bpb if None in (found, bpb) else abs(found - bpb) < close, f"{bpb}")
 
 
 def moment(text: str) -> float:
@@ -295,12 +321,12 @@ def moment(text: str) -> float:
 
 
 def same_losses(a: Run, b: Run) -> bool:
-    """Whether over a quarter of the training losses agree in all digits; runs on a GPU agree in a twentieth.
+    """Whether the final losses agree in all digits, or over a quarter of the training losses.
 
-    The first two steps don't count: all runs begin with the same loss.
+    Runs on a GPU agree in a twentieth. The first two steps don't count: all runs begin with the same loss.
     """
     pairs = list(zip(a.train_losses, b.train_losses))[2:]
-    return bool(pairs) and float(np.mean([x == y for x, y in pairs])) > 0.25
+    return a.loss == b.loss or bool(pairs) and float(np.mean([x == y for x, y in pairs])) > 0.25
 
 
 def same_times(a: Run, b: Run) -> bool:
@@ -313,9 +339,19 @@ def same_times(a: Run, b: Run) -> bool:
 
 
 def overlap(a: Run, b: Run) -> bool:
-    """Whether one began before the other's training can have ended."""
+    """Whether one began before the other's training can have ended, on one machine."""
     first, second = sorted((a, b), key=lambda run: (run.began, -run.seconds))
-    return second.began < first.began + first.seconds - 1  # stamps are whole seconds
+    same = first.header.get("machine") == second.header.get("machine", "unknown")
+    return same and second.began < first.began + first.seconds - 1  # stamps are whole seconds
+
+
+def check_apart(run: Run, before: Run):
+    """Raises Mismatch if a run is another one again, or was on its machine at the same time."""
+    repeatable = run.config["seed"] == before.config["seed"] and (  # with the same losses, not the same times
+        run.header["device"].startswith("cpu") or run.config.get("deterministic"))
+    same = same_times(run, before) or (same_losses(run, before) and not repeatable)
+    demand(run.path, "run", f"that of {before.path}", not same, "one of its own")
+    demand(run.path, "start", f"during {before.path}", not overlap(run, before), "one run at a time")
 
 
 def comparable(run: Run, apart: set) -> dict:
@@ -345,16 +381,15 @@ def other_data(a: dict, b: dict) -> str:
     return f"training data {mine[1]} and {other[1]}" if mine[0] == other[0] and mine != other else ""
 
 
-def check_same(runs: list[Run], apart: set = PER_RUN):
+def check_same(runs: list[Run]):
     """Raises Mismatch at the first run that isn't a repetition of the first one with another seed."""
     for run in runs[1:]:
-        for name, here, first in differences(runs[0], run, apart):
+        for name, here, first in differences(runs[0], run):
             expect(run.path, f"{name} (against {runs[0].path.name})", here, first)
     for a, b in itertools.combinations(runs, 2):
         if a.config["seed"] == b.config["seed"]:
             raise Mismatch(f"{b.path}: seed: found {b.config['seed']} as in {a.path}, expected another")
-        for what, same in (("losses", same_losses), ("times", same_times)):
-            demand(b.path, what, f"those of {a.path}", not same(a, b), "a run of its own")
+        check_apart(b, a)
 
 
 def check_plan(runs: list[Run], plan: dict, track: str):
