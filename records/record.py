@@ -919,7 +919,7 @@ def table(options, flags):
 def history(records: list, base: Path) -> str:
     if not records:
         return "No record yet.\n"
-    rows = ["| date | record | training s | validation loss | n | p (t-test) | hardware | registered |",
+    rows = ["| date | record | training s | validation loss | n | p (t-test) | hardware | registered first |",
             "|---|---|--:|--:|--:|--:|---|---|"]
     for folder, record in records:
         results, env = record["results"], record["environment"]
@@ -930,7 +930,7 @@ def history(records: list, base: Path) -> str:
             f"| {seconds:.2f}, sd {number(seconds_sd, 2)} | {loss:.4f}, sd {number(loss_sd, 4)} "
             f"| {results['n']} | {'-' if p is None else f'{p:.2g}'}{missed} "
             f"| {env['world_size']} x {env['device']} "
-            f"| {when_registered(folder, record)} |")
+            f"| {'yes' if record['plan']['registered'] else 'no'} |")  # as it says: a clone may lack history
     return "\n".join(rows) + "\n"
 
 
