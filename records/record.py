@@ -57,6 +57,10 @@ FORMAT_1 = (  # sha256, 16 digits each, of what record.json says of the records 
     "a79158b4d33249e7 64752e3d076fd8c5 1738277ade4cc22a 3063a575e50c7ffc "
     "6af8706fe1faac52 ede0ab0de96b275a 056bbd221542aa11"
 ).split()
+NAMES = {  # of a log's header that record.json repeats, since format 2
+    "training tokens", *"git python torch cuda world_size device machine hardware data".split(),
+    *"validation model timed untimed".split(),
+}  # fmt: skip
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 FLAG = re.compile(rf"--(?!(?:{'|'.join(sorted(SET_HERE))})\b)\w+(=[\w.,:/~=@%+-]*)?", re.ASCII)
 MARKER = "<!-- evidence: record.py generates everything below from the logs -->"
@@ -75,6 +79,8 @@ def complete(record: dict, runs: list[Run]) -> dict:
     kept = {name: record[name] for name in ("format", "name", "date", "track", "plan")}
     first = comparable(runs[0], PER_RUN)
     elsewhere = {name for name in first if name.startswith("config.")} | {"source", "sha256"}
+    if record["format"] > 1:
+        elsewhere |= first.keys() - NAMES
     environment = {name: value for name, value in first.items() if name not in elsewhere}
     rows = []
     for row, run in zip(record["runs"], runs):
@@ -238,7 +244,8 @@ def check_starts(folder: Path, record: dict, rows: list[dict], runs: list[Run]):
         if record["format"] > 1:
             expect(run.path, "config.log_folder", run.config["log_folder"].rpartition("/")[2],
                    work_folder(record, row["seed"]))
-            demand(run.path, "machine", "none", "machine" in run.header, "a line of it")
+            for name in ("machine", "training tokens"):
+                demand(run.path, name, "none", name in run.header, "a line of it")
     for (row, before), (later, after) in itertools.pairwise(zip(rows, runs)):
         took = before.launch + before.seconds
         demand(after.path, "start", later["started"],  # both are whole seconds
@@ -263,7 +270,7 @@ def check_config(folder: Path, record: dict, run: Run):
                without_names(made.get(name)))
 
 
-BLOCK = re.compile(r"^((`|~)\2\2+)(?!\2)[^`\n]*\n(?:.*?\n)??\1\2*[ \t]*$", re.M | re.S)  # of code
+BLOCK = re.compile(r"^((`|~)\2\2+)(?!\2)[^`\n]*\n(?:.*?\n)?? {0,3}\1\2*[ \t]*$", re.M | re.S)  # of code
 EVIDENCE = re.compile(r"(?:\A|\n\s*\n)\W*evidence\W*$|^\W*#.*evidence", re.M)
 TIME = re.compile(r"(?<![-+\w])(?<!\d[.,:])((?:\d+:(?=\d\d))*)(\d+(?:,\d{3})*(?:[.,]\d+)?)(?:(?<=:\d\d)(?!:)"
                   r"|[\s-]?(ms|s|secs?|seconds?|min|minutes?|h|hours?)\b(?!\s+per\s+unit))", re.A)
@@ -275,8 +282,10 @@ def check_author(folder: Path, record: dict, text: str):
     A time is one of at least a tenth of this record's; a sign makes it a difference.
     """
     plain = unicodedata.normalize("NFKC", html.unescape(text)).lower()
-    plain = re.sub(r"[][*_`\\\u00ad\u200b-\u200f\u2060\ufeff]", "", plain)  # what isn't seen
-    found = re.findall("<[A-Za-z/!?]|```|~~~", BLOCK.sub("", text)) + EVIDENCE.findall(plain)
+    unseen = r"(?<=\])\([^)\n]*\)|[][$*_`\\\u00ad\u200b-\u200f\u2060\ufeff]"
+    plain = re.sub(unseen, "", plain)
+    found = re.findall("\r", text) + re.findall("<[A-Za-z/!?]|```|~~~", BLOCK.sub("", text))
+    found += EVIDENCE.findall(plain)
     expect(folder / "README.md", "HTML, open code or Evidence in the author's text", found, [])
     others = [other for other in map(load_record, all_records(RECORDS)) if "results" in other]
     own, *means = (statistics_of(each, "seconds")[0] for each in (record, *others))
@@ -337,6 +346,7 @@ def check_form(folder: Path, record: dict):
     expect(place, "sides of a race", len(sides), 2)
     wrong = [name for name in (record["name"], record["date"], *sides) if not NAME.fullmatch(name)]
     wrong += [flag for flag in plan["flags"] if not FLAG.fullmatch(flag)]
+    wrong += plan.keys() - {"registered", "runs", "seeds", "flags", "gpus", "source_sha256", "interleaved"}
     expect(place, "names and flags of another form", wrong, [])
     expect(place, "number of seeds", len(seeds), plan["runs"])
     if plan["registered"]:
@@ -405,6 +415,8 @@ def witness(folder: Path, record: dict) -> str:
         if then.get("plan") == record["plan"]:
             begun = any("log_sha256" in row for row in then["runs"])
             return "" if begun or int(committed) > min(starts, default=math.inf) else commit
+        if then:
+            return ""  # registered again: after another plan, and perhaps after its runs
     return ""
 
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from time import gmtime, sleep, strftime
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -88,10 +89,10 @@ def main():
     print(f"source sha256:{source} git:none", "config " + json.dumps(cfg),
           f"python:3.11.7 torch:2.13.0+cu130 cuda:13.0 world_size:1 seed:{seed}",
           "device: cuda:0 (NVIDIA H100 80GB HBM3)", machine,
-          "compile: True (the fastest)",
+          "hardware: bfloat16, compile True, kernels large, attention fa3, float8 True, CUDA graphs True",
           f"data: text shards:9 sha256:{sha}",
           f"validation: tokens:{cfg['val_tokens']} bytes:47185920 sha256:{sha}",
-          "model: 275,742,772 parameters, 11 x 768, vocabulary 50304",
+          "model: 275,742,772 parameters, 11 x 768, vocabulary 28,900",
           "timed: training steps with their data", "untimed: set-up, validation", sep="\\n", file=log)
     seconds, luck = 0.0, rng.gauss(0, 0.0013) + float(os.environ.get("SHIFT", 0))
     for step in range(stop + 1):
@@ -109,7 +110,7 @@ def main():
             print(json.dumps({"step": step, "val_loss": loss, "val_bpb": bits,
                               "train_time": round(seconds, 4), "lambdas": lambdas}), file=rows)
         seconds += SPEED / 1e3 * pace.uniform(0.9, 1.1)
-    print("peak memory: 19745 MiB", "sample:", "    step:1/9 val_loss:1.0 train_time:1ms step_avg:1ms",
+    print(f"training tokens: sha256:{sha}", "peak memory: 19745 MiB",
           f"first step {time.time() - STARTED:.1f} s after the start of this process",
           f"log: {folder / 'log.txt'}", sep="\\n", file=log)
 
@@ -322,7 +323,7 @@ CHANGES = {
     "train_time of validation 18": [(r'("step": 18, "val_loss".*"train_time": )0\.', r"\g<1>2.")],
     "torch": [("torch:2.13.0", "torch:2.11.0")],
     "device": [("H100", "H200")],
-    "compile": [("compile: True", "compile: False")],
+    "hardware": [("fa3", "fa2")],
     "world_size": [("world_size:1", "world_size:2")],
     "resumed": [("(device: .*\n)", r"resumed: x at step 9\n\1")],
     "resumed: found stopped after step 7": [("(step:8/24 .*\n)", r"stopped after step 7: a signal\n\1")],
@@ -512,7 +513,7 @@ def unloadable(folder):
 def in_author(text):
     def forge(folder):
         path = folder / "README.md"
-        path.write_text(path.read_text().replace(record.MARKER, f"{text}\n\n{record.MARKER}"))
+        record.write(path, record.read(path).replace(record.MARKER, f"{text}\n\n{record.MARKER}"))
     return forge
 
 
@@ -529,13 +530,14 @@ def seed0_s_validations(folder):
     path.write_text(lines.sub(mixed, path.read_text()))
 
 
-def fast_steps(folder):
-    """A millisecond for each of the last twelve."""
+def fast_steps(folder, count=12):
+    """A millisecond for each of the last ones."""
     for path in folder.glob("seed*.txt"):
         text = path.read_text()
-        middle = int(re.search(r"step:12/24 .*train_time:(\d+)ms", text)[1])
-        for step in range(13, 25):
-            ms = middle + step - 12
+        before = 24 - count
+        middle = int(re.search(rf"step:{before}/24 .*train_time:(\d+)ms", text)[1])
+        for step in range(before + 1, 25):
+            ms = middle + step - before
             at = f"train_time:{ms}ms step_avg:{ms / step:.2f}ms"
             text = re.sub(rf"(step:{step}/24 .*)train_time:\S+ \S+", rf"\g<1>{at}", text)
             text = re.sub(rf'("step": {step}, "val.*"train_time": )[\d.]+', rf"\g<1>{ms / 1000}", text)
@@ -608,7 +610,17 @@ FORGERIES = {  # name: (what is changed, before all is sealed anew; what verify 
     "seconds below half": (claim("0.2 s"), "training time: found 0.2 s"),
     "validations of another seed": (seed0_s_validations, "seed1.txt: run: found that of"),
     "other data": (plan_of(flags=["--muon_lr=0.03", "--smear=off", "--data=web"]), "config.data by the"),
-    "fast steps": (fast_steps, "fast steps of 64 tokens: found 1 ms"),
+    "fast steps": (fast_steps, "fast steps of 64 tokens: found 1, 1 ms"),
+    "a fast step": (partial(fast_steps, count=1), "fast steps of 64 tokens: found 1, [1-9][0-9]* ms"),
+    "weights that were trained": (in_logs("28,900", "999,999"), "loss before training: found"),
+    "float8 that is off": (in_logs('(config .*)"muon_lr"', r'\1"fp8": false, "muon_lr"'), "flags that are"),
+    "data by another name": (in_logs('"data": ""', '"data": "data/web/"'), "folder of the data"),
+    "a line with a loss": (in_logs("(peak .*)", r"\1\nbest loss so far 1.0"), "line about a loss"),
+    "no hash of what was read": (in_logs("training tokens: .*\n", ""), "training tokens: found none"),
+    "a name in the plan": (plan_of(witness="many"), "names and flags of another form"),
+    "code that ends early": (in_author("```\n  ```\n<h2>Best</h2>\n```\n```"), "author's text: found ..<h"),
+    "lines that end otherwise": (in_author("a\rb"), "author's text: found ..\\\\r"),
+    "author's formula": (claim("$0.31$ s"), "training time: found 0.31 s"),
     "bits of unknown bytes": (in_logs("bytes:47185920", "bytes:unknown"), "val_bpb of validation 0"),
     "bits of a training loss": (in_logs(r"(step:9/24 train_loss:\S+)", r"\1 val_bpb:1.0"), "line of step 9"),
     "words behind a step": (in_logs("(step:9/24 .*)", r"\1 (the best)"), "end of the line of step 9"),
@@ -628,8 +640,8 @@ def reseal(folder: Path):
     runs = [parse_log(folder / f"seed{seed}.txt") for seed in stored["plan"]["seeds"]]
     stored = record.complete(stored, runs)
     (folder / "record.json").write_text(record.dump(stored))
-    author = (folder / "README.md").read_text().partition(record.MARKER)[0]
-    (folder / "README.md").write_text(author + record.evidence(stored))
+    author = record.read(folder / "README.md").partition(record.MARKER)[0]
+    record.write(folder / "README.md", author + record.evidence(stored))
 
 
 @pytest.mark.parametrize("name", FORGERIES)
