@@ -40,8 +40,9 @@ import torch
 
 import evaluate
 from train_gpt import (
-    GPT, LEAST, Config, Parser, UserError, Validation, World, check_config, choose_hardware, config_from_json,
-    find_shards, load_weights, open_shard, optimizer_table, read_checkpoint, region, require,
+    GPT, LEAST, Config, Hardware, Parser, UserError, Validation, World, check_config, choose_hardware,
+    config_from_json, find_shards, load_weights, open_shard, optimizer_table, read_checkpoint, region,
+    require,
 )
 
 BUDGET = 16_000_000
@@ -323,9 +324,8 @@ def account(size: int, rows: list) -> tuple[str, int]:
     return "\n".join(lines + [f"{name:42}{count:>12,}" for name, count in others.items()]), total
 
 
-def load_model(kind: type, tensors: dict, cfg: Config, path) -> GPT:
-    """A model with these weights on the best hardware. Raises UserError."""
-    hardware = choose_hardware(cfg, World())
+def load_model(kind: type, tensors: dict, cfg: Config, hardware: Hardware, path) -> GPT:
+    """A model with these weights. Raises UserError."""
     region.compile = False  # compiling would take longer than these few passes
     with hardware.device:
         model = kind(cfg, hardware.dtype, hardware.attention, hardware.kernels)
@@ -340,13 +340,15 @@ def pack(options: argparse.Namespace):
 
     out, start = options.out, time.perf_counter()
     foreign = out.exists() and not (out.is_file() and out.open("rb").read(len(MAGIC)) == MAGIC)
+    require(World.from_environment().size == 1, "pack is for one process: start it without torchrun")
     require(not foreign, f"{out}: exists and is no artifact: name another file")
     require(out.parent.is_dir(), f"{out.parent}: no such folder: make it first")
     tensors, meta = read_checkpoint(options.checkpoint, tensors=True)
     tensors.pop("model.mtp_heads", None)
     cfg = replace(meta["config"], mtp_heads=0)
     ran = replace(cfg, data=options.data or cfg.data)
-    model = load_model(CalibratedGPT, tensors, ran, options.checkpoint)
+    hardware = choose_hardware(ran, World())
+    model = load_model(CalibratedGPT, tensors, ran, hardware, options.checkpoint)
     tokens = np.asarray(open_shard(find_shards(ran, "train")[0], ran)[0][: options.tokens + 1])
     loss = model.calibrate(Validation(ran, tokens))
     print(f"calibrated on {len(tokens) - 1:,} tokens with loss {loss:.4f}, "
@@ -361,16 +363,16 @@ def pack(options: argparse.Namespace):
     with atomic_file(out) as file:
         file.write(data)
     if options.evaluate:
-        print_losses(tensors, ran, options)
+        print_losses(tensors, ran, hardware, options)
 
 
-def print_losses(tensors: dict, cfg: Config, options: argparse.Namespace):
+def print_losses(tensors: dict, cfg: Config, hardware: Hardware, options: argparse.Namespace):
     """Losses of training's last validation, without float8: of the checkpoint's weights and of the file's."""
     from quantise import validate
 
     val = Validation.load(cfg)
     for path, weights in ((options.checkpoint, tensors), (options.out, read_artifact(options.out)[0])):
-        result = validate(load_model(GPT, weights, cfg, path), val)
+        result = validate(load_model(GPT, weights, cfg, hardware, path), val)
         bpb = "" if result["val_bpb"] is None else f" val_bpb:{result['val_bpb']:.5f}"
         print(f"val_loss:{result['val_loss']:.5f}{bpb} {path}", flush=True)
 

@@ -598,6 +598,12 @@ def test_mistakes_are_one_line(tmp_path, data, cli, monkeypatch, mistake):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors", "text.txt"]
 
 
+def test_one_process_packs(tmp_path, data, cli, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
+    assert_refused(cli("pack", export(tmp_path, data)[0], tmp_path / "m.golf"), "one process")
+
+
 def test_an_artifact_is_replaced_and_stays_if_packing_fails(tmp_path, data, cli, monkeypatch):
     checkpoint, _ = export(tmp_path, data)
     file = tmp_path / "m.golf"
