@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -318,7 +319,7 @@ def test_hessians_are_of_what_each_matrix_reads(data, changes, monkeypatch):
     names = {id(h_CC): key for key, h_CC in model.hessians.items()} | {id(None): None}
     for name, keys in {"attn_bank": [("qkv", 0)] * 3 + [("o", 0)] + [("qkv", 1)] * 3 + [("o", 1)],
                        "mlp_bank": [(part, i) for i in range(3) for part in ("up", "down")],
-                       "head": [("head", 0)], "embed": [None]}.items():
+                       "head": [("head", 0)], "pointer": [("head", 0)], "embed": [None]}.items():
         assert [names[id(h_CC)] for h_CC in model.hessians_of(name)] == keys
 
 
@@ -394,6 +395,11 @@ def test_damaged_codes_are_refused_or_read_as_others():
         except train_gpt.UserError:
             refused += 1
     assert refused >= 50
+    equal_KS = artifact.frequencies(symbols_N * 0, classes_N, 63)  # one symbol: states stay as they are
+    data = bytearray(artifact.rans_encode(symbols_N * 0, classes_N, equal_KS))
+    data[0] ^= 1
+    with pytest.raises(train_gpt.UserError, match="don't end"):
+        artifact.rans_decode(bytes(data), classes_N, equal_KS)
     for wrong in (freq_KS * 0, freq_KS + np.uint16(1), np.full_like(freq_KS, 2**16 - 1)):
         with pytest.raises(train_gpt.UserError):
             artifact.rans_decode(data, classes_N, wrong)
@@ -485,6 +491,11 @@ def test_a_wrong_header_is_refused_even_if_signed(tmp_path, packed, cli, kind):
     assert_refused(cli("evaluate", file, "--methods=packed"), str(file), "not an artifact: ")
 
 
+def test_a_model_that_no_file_can_hold_is_refused_before_it_is_made(packed):
+    with pytest.raises(train_gpt.UserError, match="more numbers than bits"):
+        artifact.parse_artifact(with_header(packed[1], larger))
+
+
 def test_every_damaged_place_is_refused(tmp_path, packed, cli):
     content, file = packed[1], tmp_path / "m.golf"
     size, end = struct.unpack_from("<I", content, 12)[0], len(content)
@@ -547,6 +558,12 @@ def test_lzma_unpacks_no_more_than_the_table_says():
     for packed, size in ((bomb, 0), (bomb, 10**6), (bomb[:-1], 10**7), (four + b"0", 4), (four, 5)):
         with pytest.raises(train_gpt.UserError, match="another size"):
             artifact.unpack(packed, size)
+    tracemalloc.start()
+    with pytest.raises(train_gpt.UserError, match="another size"):
+        artifact.unpack(bomb, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 10**6  # of which 4 MiB are the decoder's dictionary
 
 
 def test_a_file_over_the_budget_is_not_written_and_the_advice_helps(tmp_path, data, cli, monkeypatch):
