@@ -653,11 +653,12 @@ def find_checkpoint(given: str, log_folder: str) -> Path:
     return max(found, key=lambda path: (path.parent.name, path.name))  # a run's folder begins with its time
 
 
-def load(checkpoint: str, given: dict, world: World) -> tuple[Path, AdaptedGPT, Options, Hardware]:
-    """What parse_options has found, ready for use. Raises UserError."""
+def load(checkpoint: str, given: dict, world: World,
+         read=read_checkpoint) -> tuple[Path, AdaptedGPT, Options, Hardware]:
+    """What parse_options has found, ready for use. read: see run. Raises UserError."""
     path = find_checkpoint(checkpoint, given.get("log_folder", ""))
     try:
-        tensors, meta = read_checkpoint(str(path), tensors=True)
+        tensors, meta = read(str(path), tensors=True)
         cfg = meta["config"]
         defaults = TINY if cfg.track == "tiny" else {}
         options = Options(**{"seed": cfg.seed} | defaults | given)
@@ -742,10 +743,11 @@ def export_model(path: Path, model: GPT):
         raise UserError(f"can't write {path}: {error}") from None
 
 
-def run(argv: list[str]):
+def run(argv: list[str], read=read_checkpoint):
+    """read: what reads the file, if it is another kind than a checkpoint; see read_checkpoint."""
     checkpoint, given = parse_options(argv)
     world = World.from_environment()
-    path, model, options, hardware = load(checkpoint, given, world)
+    path, model, options, hardware = load(checkpoint, given, world, read)
     world.meet(hardware, minutes=60)
     if world.size > 1 and hardware.device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
