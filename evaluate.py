@@ -436,7 +436,8 @@ class Evaluation:
         x_TD = self.model(batch.tokens, batch.docs, final_windows(self.cfg), self.rotary)
         x_RD = x_TD.index_select(0, batch.rows)
         size = LOSS_CHUNK if rows == 0 else len(x_RD)  # adapters of the head need all windows' rows
-        masses_R2 = self.model.copy_masses(x_TD, batch.following, batch.docs, POINTER_WINDOW[1])
+        window = min(POINTER_WINDOW[1], batch.docs.longest)
+        masses_R2 = self.model.copy_masses(x_TD, batch.following, batch.docs, window)
         if masses_R2 is not None:
             masses_R2 = masses_R2.index_select(0, batch.rows)
         losses_R = torch.cat([*self.model.token_losses(x_RD, batch.targets, masses_R2, size)])
