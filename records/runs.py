@@ -147,7 +147,9 @@ FORMS = {name: re.compile(form, re.ASCII) for name, form in {  # of what READMEs
     "machine": r"gpu:[0-9a-f]{12} boot:[0-9a-f]{12}(, gpu:[0-9a-f]{12} boot:[0-9a-f]{12})*",
     **dict.fromkeys(("timed", "untimed"), r"[\w ,.:;'()/+-]+"),
 }.items()}  # fmt: skip
-OFF = {"compile": "compile True", "fp8": "float8 True", "graphs": "graphs True", "fa3": "fa3"}  # what on says
+OFF = {  # flag: words of the line `hardware` that it rules out when it is off
+    "compile": "compile True", "fp8": "float8 True", "graphs": "graphs True", "fa3": "fa3",
+}  # fmt: skip
 EXACT = ["step", "val_loss", "val_bpb", "train_time", "lambdas"]
 HEADER = ["sha256", "torch", "seed", "device", "data", "validation", "timed", "untimed"]
 CONFIG = ["track", "seed", "log_folder", "scheduled_steps", "extension_steps", "val_every"]
